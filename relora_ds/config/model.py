@@ -1,0 +1,53 @@
+"""Architecture of a LLaMA model, in the keys of the Hugging Face `LlamaConfig`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from relora_ds.config.base import PositiveFloat, PositiveInt, Section
+
+
+class ModelConfig(Section):
+    """A decoder-only LLaMA: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+    `load.read_model_config` builds it from an HF `config.json`, old or new spelling.
+    """
+
+    vocab_size: PositiveInt
+    """Rows of the embedding and of the head."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt
+    """Width of the gated MLP."""
+    num_hidden_layers: PositiveInt
+    """Decoder layers."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_key_value_heads: PositiveInt
+    """Key and value heads; fewer than query heads is grouped-query attention."""
+    head_dim: PositiveInt
+    """Width of one head; even, because rotary positions turn pairs."""
+    max_position_embeddings: PositiveInt = 2048
+    """Longest sequence; `train.seq_length` may not exceed it."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    rms_norm_eps: PositiveFloat = 1.0e-6
+    """Added to the mean square inside RMSNorm."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    tie_word_embeddings: bool = False
+    """The head shares the embedding's weight."""
+    attention_bias: bool = False
+    """Biases in q, k, v and o projections."""
+    mlp_bias: bool = False
+    """Biases in gate, up and down projections."""
+    hidden_act: Literal["silu"] = "silu"
+    """Activation of the gated MLP."""
+    bos_token_id: Annotated[int, Field(ge=0)] | None = 1
+    """Kept for the export."""
+    eos_token_id: Annotated[int, Field(ge=0)] | None = 2
+    """Kept for the export."""
+    pad_token_id: Annotated[int, Field(ge=0)] | None = None
+    """Kept for the export; no row is zeroed because of it."""

@@ -1,0 +1,1 @@
+"""How a model is cut over processes: the topology and the linear layers it asks for."""
