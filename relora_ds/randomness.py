@@ -66,8 +66,10 @@ class Stream:
 
     def words(self, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Elements ``[start, start + count)`` as int64 with all 64 bits random. Shape (count,)."""
+        return self._words_at(torch.arange(start, start + count, dtype=torch.int64, device=device))
+
+    def _words_at(self, index: torch.Tensor) -> torch.Tensor:
         first, second = self.key
-        index = torch.arange(start, start + count, dtype=torch.int64, device=device)
         mixed = _finalise(index * _signed(_GOLDEN) + _signed(first))
         return _finalise(mixed ^ _signed(second))
 
@@ -78,6 +80,20 @@ class Stream:
             part = out[at : at + _CHUNK]
             part.copy_(_shift_right(self.words(start + at, part.numel(), device), 40))
         return out.mul_(2.0**-24)
+
+    def uniform_rows(self, rows: torch.Tensor, width: int, start: int, stop: int) -> torch.Tensor:
+        """Columns ``[start, stop)`` of some rows of a matrix whose element (i, j) is element
+        ``i * width + j`` of the stream; uniform as `uniform`.
+
+        Args:
+            rows: int64, (k,), on the device where the values are wanted.
+
+        Returns:
+            fp32, (k, stop - start).
+        """
+        columns = torch.arange(start, stop, dtype=torch.int64, device=rows.device)
+        words = self._words_at(rows.unsqueeze(1) * width + columns)
+        return _shift_right(words, 40).to(torch.float32).mul_(2.0**-24)
 
     def normal(self, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Elements ``[start, start + count)`` of N(0, 1), fp32: Box-Muller on the word's halves."""
@@ -119,12 +135,12 @@ class Permutation:
         if index.size and (index.min() < 0 or index.max() >= self.size):
             raise IndexError(f"index outside of a permutation of {self.size} elements")
         half = max(1, (max(self.size - 1, 1).bit_length() + 1) // 2)
-        value = self._network(index.astype(np.uint64), half)
+        value = self._network(index.astype(np.uint64).reshape(-1), half)
         outside = value >= self.size
         while outside.any():
             value[outside] = self._network(value[outside], half)
             outside = value >= self.size
-        return value.astype(np.int64)
+        return value.astype(np.int64).reshape(index.shape)
 
     def _network(self, value: np.ndarray, half: int) -> np.ndarray:
         first, second = self.stream.key

@@ -23,8 +23,8 @@ class DataConfig(Section):
     """Where the training and validation tokens come from."""
 
     source: Literal["files", "builtin"] = "files"
-    """`files`: token files written by `tools/prepare_data.py`. `builtin`: a small English corpus built
-    on first use from the documentation that ships with Python, with its own tokenizer."""
+    """`files`: token files written by `tools/prepare_data.py`. `builtin`: a small English corpus
+    built on first use from the documentation that ships with Python, with its own tokenizer."""
     train: list[tuple[PositiveFloat, str]] | str | None = None
     """Token file prefix, or a blend of them: `[[weight, prefix], ...]`. Weights are normalised."""
     valid: str | None = None
@@ -34,7 +34,8 @@ class DataConfig(Section):
     builtin_vocab_size: Annotated[int, Field(ge=512, le=32000)] = 2048
     """Vocabulary of the tokenizer trained on the builtin corpus."""
     cache_dir: str | None = None
-    """Where the builtin corpus is kept. Default: `$XDG_CACHE_HOME/relora_ds` or `~/.cache/relora_ds`."""
+    """Where the builtin corpus is kept. Default: `$XDG_CACHE_HOME/relora_ds` or
+    `~/.cache/relora_ds`."""
 
 
 class TrainConfig(Section):
@@ -57,13 +58,20 @@ class TrainConfig(Section):
     `bf16_residual` (bf16 plus 16 bits that restore the fp32 word exactly). `fp32`: a full-precision
     copy beside the working weight. `bf16`: lossy, edits are rounded away."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """`auto` takes flash-attn where it can run (CUDA, bf16), torch's SDPA otherwise. An explicit choice
-    that cannot be met is an error."""
+    """`auto` takes flash-attn where it can run (CUDA, bf16), torch's SDPA otherwise. An explicit
+    choice that cannot be met is an error."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    per_layer_update: bool = False
+    """Update each parameter within the backward pass and free its gradient at once, at ZeRO stage
+    0. `optimizer.clip` then limits the norm of each parameter's gradient, not the global one. With
+    gradient accumulation the updates happen in the last micro-batch and save no memory."""
     init_from: str | None = None
-    """Start from these weights instead of a random draw: an HF LLaMA directory or a checkpoint of ours
-    (a directory `step_N`, or `checkpoints` for the latest). The step count starts at zero."""
+    """Start from these weights instead of a random draw: an HF LLaMA directory or a checkpoint of
+    ours (a directory `step_N`, or `checkpoints` for the latest). The step count starts at zero."""
+    digest_every: NonNegativeInt = 100
+    """Optimizer steps between checks that all processes still hold the same run; 0 checks only
+    after merges and the like. A difference ends the run with exit code 6."""
     timeout_minutes: PositiveFloat = 10.0
     """A collective that takes longer ends the run with exit code 7."""
 
@@ -71,13 +79,15 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rates."""
 
-    name: Literal["adamw", "torch_adamw", "fused_adam", "cpu_adam"] = "adamw"
-    """`adamw`: ours, with exact bias correction per adapter vector. `torch_adamw`: torch.optim.AdamW.
-    `fused_adam`, `cpu_adam`: DeepSpeed's kernels (compiled on first use)."""
+    name: Literal["adamw", "adamw8bit", "torch_adamw", "fused_adam", "cpu_adam"] = "adamw"
+    """`adamw`: ours, with exact bias correction per adapter vector. `adamw8bit`: the same with
+    moments in eight bits and a scale per 256 elements, 2 bytes per weight for 8. `torch_adamw`:
+    torch.optim.AdamW. `fused_adam`, `cpu_adam`: DeepSpeed's kernels (compiled on first use)."""
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
     adapter_lr: PositiveFloat | None = None
-    """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default: `lr`."""
+    """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default:
+    `lr`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
@@ -122,7 +132,8 @@ class EvalConfig(Section):
     every: NonNegativeInt = 500
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
     batches: PositiveInt | None = 50
-    """Global batches of `train.global_batch_size` sequences per evaluation; null takes the whole set."""
+    """Global batches of `train.global_batch_size` sequences per evaluation; null takes the whole
+    set."""
 
 
 class CheckpointConfig(Section):
@@ -131,10 +142,11 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 500
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     keep: Annotated[int, Field(ge=2)] | None = 3
-    """Checkpoints kept, newest first; null keeps all. At least 2, so that one is always complete."""
+    """Checkpoints kept, newest first; null keeps all. At least 2: one is always complete."""
     resume: Literal["auto"] | bool | str = "auto"
-    """`auto`: resume from the latest checkpoint if there is one. `true`: it must exist. `false`: start
-    anew, an earlier run in `output_dir` is moved to `previous_N`. A path: resume from that `step_N`."""
+    """`auto`: resume from the latest checkpoint if there is one. `true`: it must exist. `false`:
+    start anew, an earlier run in `output_dir` is moved to `previous_N`. A path: resume from that
+    `step_N`."""
     allow_change: tuple[str, ...] = ()
     """Keys whose value may differ from the checkpoint's, such as `train.steps`."""
 

@@ -1,0 +1,238 @@
+"""Rules between the fields of a run, and between a run and its model.
+
+A rule is a generator whose parameters name the sections it reads; it yields what is wrong. It is
+skipped while one of its sections is itself invalid, so one report can hold both kinds of problems.
+`architecture` is the model's; all other names are sections of `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from relora_ds.config.document import Finding
+from relora_ds.config.keys import run_keys
+from relora_ds.config.method import (
+    AdapterConfig,
+    MethodConfig,
+    ReLoRAConfig,
+)
+from relora_ds.config.method_checks import METHOD_RULES, is_ours
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from relora_ds.config.suggest import did_you_mean
+
+Rule = Callable[..., Iterator[Finding]]
+
+
+def apply_rules(rules: Iterable[Rule], sections: Mapping[str, Any]) -> list[Finding]:
+    """What all rules find whose parameters are among `sections`."""
+    findings: list[Finding] = []
+    for rule in rules:
+        names = inspect.signature(rule).parameters
+        if all(name in sections for name in names):
+            findings += rule(**{name: sections[name] for name in names})
+    return findings
+
+
+def multiples_near(value: int, divisor: int) -> str:
+    """`96 or 128`: the multiples of `divisor` around `value`, the lower one if it is positive."""
+    lower = value // divisor * divisor
+    return f"{lower} or {lower + divisor}" if lower else str(divisor)
+
+
+def sequence_fits_model(train: TrainConfig, architecture: ModelConfig) -> Iterator[Finding]:
+    longest = architecture.max_position_embeddings
+    if train.seq_length > longest:
+        yield Finding(
+            ("train", "seq_length"),
+            f"is {train.seq_length}, but the model's max_position_embeddings is {longest}: "
+            "shorten the sequence or raise it in the model file",
+        )
+
+
+def micro_batch_divides_batch(train: TrainConfig) -> Iterator[Finding]:
+    micro, total = train.micro_batch_size, train.global_batch_size
+    if total % micro:
+        yield Finding(
+            ("train", "global_batch_size"),
+            f"is {total}, but must be a multiple of train.micro_batch_size ({micro}): "
+            f"write {multiples_near(total, micro)}",
+        )
+
+
+def batch_divides_over_processes(train: TrainConfig, processes: int) -> Iterator[Finding]:
+    """For the launch, which alone knows the data-parallel size `processes`."""
+    micro, total = train.micro_batch_size, train.global_batch_size
+    if total % micro == 0 and total % (micro * processes):
+        yield Finding(
+            ("train", "global_batch_size"),
+            f"is {total}, but must be a multiple of {micro * processes} = train.micro_batch_size "
+            f"({micro}) x data-parallel processes ({processes}): "
+            f"write {multiples_near(total, micro * processes)}, or change the other two",
+        )
+
+
+def warm_start_ends(train: TrainConfig, method: MethodConfig) -> Iterator[Finding]:
+    steps = _warm_start_steps(method)
+    if steps >= train.steps:
+        yield Finding(
+            ("method", "warm_start_steps"),
+            f"is {steps}, but must be less than train.steps ({train.steps}), or the method never "
+            "takes over: shorten the warm start or lengthen the run",
+        )
+
+
+def warmup_ends(
+    train: TrainConfig, schedule: ScheduleConfig, method: MethodConfig
+) -> Iterator[Finding]:
+    before = _warm_start_steps(method)
+    rest = train.steps - before
+    if 0 < rest <= schedule.warmup_steps:
+        phase = f"train.steps ({train.steps})"
+        if before:
+            # the schedule starts afresh, warm-up included, when the method takes over
+            phase = f"the {rest} steps after method.warm_start_steps ({before})"
+        yield Finding(
+            ("schedule", "warmup_steps"),
+            f"is {schedule.warmup_steps}, but must be less than {phase}: "
+            "about a tenth of the steps is usual",
+        )
+
+
+def per_layer_update_has_optimizer(
+    train: TrainConfig, optimizer: OptimizerConfig
+) -> Iterator[Finding]:
+    if train.per_layer_update and not is_ours(optimizer):
+        yield Finding(
+            ("train", "per_layer_update"),
+            f"is true, but only optimizer.name adamw updates one parameter at a time, and it is "
+            f"{optimizer.name}: use adamw, or write false",
+        )
+
+
+def data_keys_match_source(data: DataConfig) -> Iterator[Finding]:
+    files = ("train", "valid", "tokenizer")
+    if data.source == "builtin":
+        for key in files:
+            if getattr(data, key) is not None:
+                yield Finding(
+                    ("data", key),
+                    "is ignored with data.source builtin: remove it, or write source: files",
+                )
+        return
+    for key in files[:2]:
+        if not getattr(data, key):
+            yield Finding(
+                ("data", key),
+                "is needed with data.source files: give the prefix that tools/prepare_data.py "
+                "wrote, or write source: builtin to try things out",
+            )
+    for key in ("builtin_vocab_size", "cache_dir"):
+        # a default that is written out, as in a dumped run, does no harm
+        if getattr(data, key) != DataConfig.model_fields[key].default:
+            yield Finding(
+                ("data", key),
+                "is ignored with data.source files: remove it, or write source: builtin",
+            )
+
+
+def builtin_vocabulary_fits_model(data: DataConfig, architecture: ModelConfig) -> Iterator[Finding]:
+    size, rows = data.builtin_vocab_size, architecture.vocab_size
+    if data.source == "builtin" and size > rows:
+        yield Finding(
+            ("data", "builtin_vocab_size"),
+            f"is {size}, but the model's vocab_size is {rows}: write {rows} or less",
+        )
+
+
+def precisions_agree(train: TrainConfig) -> Iterator[Finding]:
+    if train.precision == "fp32" and train.base_precision.startswith("bf16"):
+        yield Finding(
+            ("train", "base_precision"),
+            f"is {train.base_precision}, but train.precision is fp32: write auto or fp32",
+        )
+    if train.precision == "fp32" and train.attention == "flash":
+        yield Finding(
+            ("train", "attention"),
+            "is flash, which needs train.precision bf16, but that is fp32: write auto or sdpa",
+        )
+
+
+def parallelism_is_available(parallel: ParallelConfig) -> Iterator[Finding]:
+    if parallel.tensor > 1:
+        yield Finding(
+            ("parallel", "tensor"),
+            f"is {parallel.tensor}, but tensor parallelism is not available in this version: use 1",
+        )
+    if parallel.sequence:
+        yield Finding(
+            ("parallel", "sequence"),
+            "is true, but it needs tensor parallelism, which is not available in this version: "
+            "use false",
+        )
+
+
+def allowed_changes_are_keys(checkpoint: CheckpointConfig) -> Iterator[Finding]:
+    for index, key in enumerate(checkpoint.allow_change):
+        if key not in run_keys():
+            sections = {name.partition(".")[0] for name in run_keys()}
+            section = key.partition(".")[0]
+            near = {name for name in run_keys() if name.startswith(f"{section}.")} or sections
+            yield Finding(
+                ("checkpoint", "allow_change", index),
+                f'is "{key}", but must be a key of the run file; '
+                f"{did_you_mean(key, near, run_keys())}",
+            )
+
+
+def warn_of_no_merge(train: TrainConfig, method: MethodConfig) -> Iterator[Finding]:
+    if not isinstance(method, ReLoRAConfig):
+        return
+    rest = train.steps - method.warm_start_steps
+    if method.merge_every >= rest > 0:
+        yield Finding(
+            ("method", "merge_every"),
+            f"is {method.merge_every}, and ReLoRA runs for {rest} steps: no merge will happen",
+        )
+
+
+def warn_of_unused_settings(train: TrainConfig, method: MethodConfig) -> Iterator[Finding]:
+    if isinstance(method, AdapterConfig):
+        if method.warm_start_lr is not None and not method.warm_start_steps:
+            yield Finding(
+                ("method", "warm_start_lr"), "has no effect: method.warm_start_steps is 0"
+            )
+    elif train.base_precision != "auto":
+        yield Finding(
+            ("train", "base_precision"),
+            f"has no effect: method {method.name} has no frozen base weights",
+        )
+
+
+def _warm_start_steps(method: MethodConfig) -> int:
+    return method.warm_start_steps if isinstance(method, AdapterConfig) else 0
+
+
+RULES: tuple[Rule, ...] = (
+    *METHOD_RULES,
+    sequence_fits_model,
+    micro_batch_divides_batch,
+    warm_start_ends,
+    warmup_ends,
+    per_layer_update_has_optimizer,
+    data_keys_match_source,
+    builtin_vocabulary_fits_model,
+    precisions_agree,
+    parallelism_is_available,
+    allowed_changes_are_keys,
+)
+WARNINGS: tuple[Rule, ...] = (warn_of_no_merge, warn_of_unused_settings)

@@ -1,0 +1,148 @@
+"""From a run file and command-line overrides to a checked, frozen `RunConfig`.
+
+Every problem of the file, of the overrides, of the model file and between them is reported in one
+`ConfigError`, each as `file:line: key: what was wrong, the rule, the remedy`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from relora_ds.config.architecture import read_model_config
+from relora_ds.config.checks import RULES, WARNINGS, apply_rules, batch_divides_over_processes
+from relora_ds.config.document import Document, Finding
+from relora_ds.config.explain import explain, missing_key, unknown_key
+from relora_ds.config.keys import section_model
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.override import apply_overrides
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.source import dump_yaml, read_text, read_yaml
+from relora_ds.errors import ConfigError
+
+__all__ = [
+    "LoadedRun",
+    "check_processes",
+    "dump_run_config",
+    "load_run_config",
+    "read_model_config",
+]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run that passed every check that needs neither a process group nor a device."""
+
+    config: RunConfig
+    """The run description, defaults filled in."""
+    architecture: ModelConfig
+    """The model that `config.model` names."""
+    warnings: tuple[str, ...]
+    """Settings that are allowed but probably not meant, to be logged once."""
+    document: Document
+    """What was read, for messages about its keys later on."""
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
+    """Read a run file, apply `key=value` overrides, validate, and check it against its model.
+
+    Paths inside the file are relative to the current directory. If one key is overridden twice, the
+    last one wins.
+
+    Raises:
+        ConfigError: anything is wrong with the file, an override, the model file, or between them.
+    """
+    try:
+        document = read_yaml(path)
+    except ConfigError as error:
+        # the arguments can be judged without the file
+        arguments = Document(str(path), {})
+        apply_overrides(arguments, overrides)
+        raise ConfigError([*error.problems, *arguments.problems]) from None
+    apply_overrides(document, overrides)
+    sections, findings = _validate(document.data)
+    findings += _find_files(sections)
+    problems = document.problems + _read_model(sections)
+    findings += apply_rules(RULES, sections)
+    if problems or findings:
+        raise ConfigError(document.report(findings) + problems)
+    warnings = document.report(apply_rules(WARNINGS, sections))
+    architecture = sections.pop("architecture")
+    return LoadedRun(RunConfig(**sections), architecture, tuple(warnings), document)
+
+
+def check_processes(run: LoadedRun, processes: int) -> None:
+    """Check the batch against the data-parallel size, which only the launch knows.
+
+    Raises:
+        ConfigError: `train.global_batch_size` does not divide evenly over `processes`.
+    """
+    findings = batch_divides_over_processes(run.config.train, processes)
+    problems = run.document.report(findings)
+    if problems:
+        raise ConfigError(problems)
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """The run as YAML, defaults written out, that `load_run_config` reads to an equal config."""
+    data = config.model_dump(mode="json")
+    # inherited settings would otherwise come before the name that explains them
+    data["method"] = {"name": config.method.name, **data["method"]}
+    return dump_yaml(data)
+
+
+def _validate(data: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
+    """The valid sections of a run, and what is wrong with the others."""
+    sections: dict[str, Any] = {}
+    findings = [unknown_key((key,), list(_adapters())) for key in data if key not in _adapters()]
+    for name, adapter in _adapters().items():
+        field = RunConfig.model_fields[name]
+        if name not in data:
+            if field.is_required():
+                findings.append(missing_key((name,), field.description))
+            else:
+                sections[name] = field.default
+            continue
+        try:
+            # JSON is where pydantic's strict mode takes a list for a tuple, and still no 1 for true
+            sections[name] = adapter.validate_json(json.dumps(data[name]), strict=True)
+        except ValidationError as error:
+            for inner, message in explain(error, data[name], section_model(field)):
+                findings.append(Finding((name, *inner), message))
+    return sections, findings
+
+
+def _find_files(sections: dict[str, Any]) -> Iterator[Finding]:
+    """Drop the sections that name unreadable files, so that nothing else trips over them."""
+    for key in ("model", "deepspeed"):
+        try:
+            if key in sections:
+                read_text(sections[key])
+        except ConfigError as error:
+            yield from (Finding((key,), problem) for problem in error.problems)
+            del sections[key]
+
+
+def _read_model(sections: dict[str, Any]) -> list[str]:
+    """Add the model to `sections`; its problems name its own file and lines."""
+    try:
+        if "model" in sections:
+            sections["architecture"] = read_model_config(sections["model"])
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@cache
+def _adapters() -> dict[str, TypeAdapter[Any]]:
+    """One validator per top-level key, so that one broken section does not hide the others."""
+    return {
+        name: TypeAdapter(Annotated[field.annotation, field])  # pyright: ignore
+        for name, field in RunConfig.model_fields.items()
+    }

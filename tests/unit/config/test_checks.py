@@ -1,0 +1,180 @@
+"""Rules between fields: each fires on its own, and names both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from relora_ds.config.checks import multiples_near
+from relora_ds.config.load import check_processes, load_run_config
+from relora_ds.config.method_checks import projection_shapes
+from relora_ds.config.model import ModelConfig
+from relora_ds.errors import ConfigError
+
+ProblemsOf = Callable[..., list[str]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "parts"),
+    [
+        (["train.seq_length=257"], "train.seq_length", ("257", "max_position_embeddings is 256")),
+        (["train.micro_batch_size=5"], "train.global_batch_size", ("is 16", "(5)", "15 or 20")),
+        (["method.warm_start_steps=1000"], "method.warm_start_steps", ("train.steps (1000)",)),
+        (["train.steps=70"], "schedule.warmup_steps", ("is 20", "the 20 steps after")),
+        (
+            ["method={name: lora, rank: 8}", "train.steps=20"],
+            "schedule.warmup_steps",
+            ("is 20", "less than train.steps (20)"),
+        ),
+        (["method.restart_warmup_steps=100"], "method.restart_warmup_steps", ("is 100", "(100)")),
+        (["method.adjust_step=81"], "method.adjust_step", ("is 81", "(20)", "(100)")),
+        (["method.rank=64"], "method.rank", ("is 64", "q_proj is 64 x 64", "less than 64")),
+        (["method={name: low_rank, rank: 65}"], "method.rank", ("is 65", "q_proj is 64 x 64")),
+        (
+            ["method={name: sltrain, rank: 8, alpha: 4, scale: 0.25}"],
+            "method.scale",
+            ("is 0.25", "method.alpha (4)", "= 0.5", "remove one"),
+        ),
+        (
+            ["method={name: sltrain, rank: 8, sparsity: 1.0e-4}"],
+            "method.sparsity",
+            ("is 0.0001", "4096 elements", "2.4e-04 or more"),
+        ),
+        (
+            ["method={name: sltrain, rank: 8}", "train.init_from=runs/a"],
+            "train.init_from",
+            ("is runs/a", "method sltrain draws"),
+        ),
+        (["method={name: sltrain, rank: 64}"], "method.rank", ("is 64", "q_proj is 64 x 64")),
+        (
+            ["method={name: full}", "train.per_layer_update=true", "optimizer.name=torch_adamw"],
+            "train.per_layer_update",
+            ("is true", "it is torch_adamw", "use adamw"),
+        ),
+        (
+            ["optimizer.name=adamw8bit", "method.reset.mode=magnitude"],
+            "method.reset.mode",
+            ("is magnitude", "adamw8bit stores codes", "zero or random"),
+        ),
+        (["optimizer.name=torch_adamw"], "method.reset.steps", ("adamw", "write false")),
+        (
+            ["method={name: switchlora, rank: 8, interval: 9}"],
+            "method.interval",
+            ("is 9", "twice method.freeze_steps (5)", "write 10 or more"),
+        ),
+        (
+            ["method={name: switchlora, rank: 60, interval: 10}"],
+            "method.interval",
+            ("6 of 60 vectors", "only 4 are free", "shortest side (64)"),
+        ),
+        (
+            ["method={name: switchlora, rank: 1, interval: 10}"],
+            "method.interval",
+            ("1 of 1 vectors", "only 0 are free"),
+        ),
+        (["method={name: switchlora, rank: 64}"], "method.rank", ("is 64", "less than 64")),
+        (
+            ["method={name: switchlora, rank: 8, trainable_scaling: true}"],
+            "method.trainable_scaling",
+            ("write false", "method.alpha"),
+        ),
+        (
+            ["method={name: switchlora, rank: 8}", "optimizer.name=fused_adam"],
+            "optimizer.name",
+            ("is fused_adam", "use adamw"),
+        ),
+        (["data.valid=null"], "data.valid", ("needed with data.source files", "prepare_data")),
+        (["data.train=[]"], "data.train", ("needed with data.source files",)),
+        (["data.cache_dir=x"], "data.cache_dir", ("ignored with data.source files",)),
+        (
+            ["data={source: builtin, builtin_vocab_size: 4096}"],
+            "data.builtin_vocab_size",
+            ("is 4096", "vocab_size is 2048"),
+        ),
+        (
+            ["train.precision=fp32", "train.base_precision=bf16"],
+            "train.base_precision",
+            ("is bf16", "train.precision is fp32", "write auto or fp32"),
+        ),
+        (["train.precision=fp32", "train.attention=flash"], "train.attention", ("auto or sdpa",)),
+        (["parallel.tensor=2"], "parallel.tensor", ("not available in this version", "use 1")),
+        (["parallel.sequence=true"], "parallel.sequence", ("not available", "use false")),
+        (
+            ["checkpoint.allow_change=[train.stps]"],
+            "checkpoint.allow_change[0]",
+            ('is "train.stps"', "did you mean `train.steps`?"),
+        ),
+    ],
+)
+def test_a_broken_rule_is_one_problem(
+    run_file: Path, overrides: list[str], key: str, parts: tuple[str, ...], problems_of: ProblemsOf
+) -> None:
+    problems = problems_of(run_file, *overrides)
+    assert len(problems) == 1, problems
+    assert key in problems[0]
+    for part in parts:
+        assert part in problems[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.adjust_step=80"],
+        ["optimizer.name=torch_adamw", "method.reset.steps=false"],
+        ["optimizer.name=adamw8bit", "train.per_layer_update=true"],
+        ["data={source: builtin}"],
+        ["method.reset={mode: zero, fraction: 0.5}"],
+        ["method.rank=63", "train.seq_length=256"],
+        ["checkpoint.allow_change=[train.steps, method.rank]"],
+        ["method={name: full}", "train.base_precision=auto"],
+        ["method={name: sltrain, rank: 63, scale: 0.25, sparsity: 3.0e-4}"],
+        ["data.builtin_vocab_size=2048"],
+    ],
+)
+def test_the_edge_of_a_rule_is_allowed(run_file: Path, overrides: list[str]) -> None:
+    assert load_run_config(run_file, overrides).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["method.merge_every=950"], "runs for 950 steps: no merge will happen"),
+        (["method.warm_start_steps=0", "method.warm_start_lr=1"], "warm_start_lr"),
+        (["method={name: full}", "train.base_precision=bf16"], "no frozen base weights"),
+    ],
+)
+def test_probable_mistakes_are_warnings(run_file: Path, overrides: list[str], part: str) -> None:
+    warnings = load_run_config(run_file, overrides).warnings
+    assert len(warnings) == 1
+    assert part in warnings[0]
+
+
+def test_the_batch_is_checked_against_the_processes(run_file: Path) -> None:
+    run = load_run_config(run_file)
+    check_processes(run, 4)
+    with pytest.raises(ConfigError) as error:
+        check_processes(run, 3)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"{run_file}:20: train.global_batch_size: is 16")
+    assert (
+        "12 = train.micro_batch_size (4) x data-parallel processes (3): write 12 or 24" in problem
+    )
+
+
+def test_nearest_multiples() -> None:
+    assert (multiples_near(10, 4), multiples_near(3, 4)) == ("8 or 12", "4")
+
+
+def test_projections_of_grouped_query_attention() -> None:
+    shapes = projection_shapes(
+        ModelConfig(
+            vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        )
+    )  # fmt: skip
+    assert shapes["q_proj"] == (32, 64)
+    assert shapes["k_proj"] == shapes["v_proj"] == (16, 64)
+    assert shapes["o_proj"] == (64, 32)
+    assert shapes["down_proj"] == (64, 96)

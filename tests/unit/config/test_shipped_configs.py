@@ -1,0 +1,88 @@
+"""Every configuration in the repository loads, passes its checks and resolves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relora_ds.config.load import dump_run_config, load_run_config, read_model_config
+from relora_ds.config.method_checks import projection_shapes
+from relora_ds.config.model import ModelConfig
+from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
+from relora_ds.methods.registry import plan_phases
+from relora_ds.model.flops import parameter_counts
+from relora_ds.train.build import meta_model
+
+ROOT = Path(__file__).parents[3]
+RUNS = sorted((ROOT / "configs/run").glob("*.yaml"))
+MODELS = sorted((ROOT / "configs/model").glob("*.json"))
+ZERO = sorted((ROOT / "configs/zero").glob("*.json"))
+SIZES = (9, 20, 35, 40, 60, 71, 100, 130, 250, 350)
+NAMES = {*(f"llama_{size}m" for size in SIZES), "llama_1b", "llama_3b", "llama_7b"}
+# Millions of parameters with a vocabulary of 32,000
+PUBLISHED = {"60m": 58.07, "130m": 134.11, "350m": 367.97, "1b": 1339.08, "7b": 6738.42}
+
+
+def parameters(model: ModelConfig) -> int:
+    layer = sum(rows * columns for rows, columns in projection_shapes(model).values())
+    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
+    return layer * model.num_hidden_layers + norms + 2 * model.vocab_size * model.hidden_size
+
+
+# Everything that SLTrain trains and stores, with the settings of its paper
+SLTRAIN = {
+    "60m": 43_529_832,
+    "130m": 96_545_796,
+    "350m": 194_293_544,
+    "1b": 645_547_960,
+    "7b": 3_144_735_808,
+}
+
+
+@pytest.mark.parametrize(("size", "published"), SLTRAIN.items())
+def test_sltrain_counts(size: str, published: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = load_run_config(f"configs/run/llama_{size}_sltrain.yaml")
+    model = meta_model(run.architecture, plan_phases(run.config)[0].method, run.config.train)
+    counts = parameter_counts(model)
+    assert (counts.trainable, counts.frozen) == (published, 0)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = load_run_config(path.relative_to(ROOT))
+    assert run.warnings == ()
+    assert run.config.output_dir == f"runs/{path.stem}"
+    size = "_".join(path.stem.split("_")[:2]).replace("quickstart", "llama_quickstart")
+    assert run.config.model == f"configs/model/{size}.json"
+    for dp_size in (1, 2):
+        assert zero_stage(resolve_deepspeed_config(run.config.deepspeed, run.config, dp_size)) == 2
+    dumped = tmp_path / "run.yaml"
+    dumped.write_text(dump_run_config(run.config))
+    assert load_run_config(dumped).config == run.config
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model(path: Path) -> None:
+    model = read_model_config(path)
+    assert not model.tie_word_embeddings
+    published = PUBLISHED.get(path.stem.removeprefix("llama_"))
+    if published is not None:
+        assert parameters(model) / 1e6 == pytest.approx(published, abs=0.01)
+
+
+@pytest.mark.parametrize("path", ZERO, ids=lambda path: path.stem)
+def test_zero(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_run_config("configs/run/quickstart.yaml").config
+    resolved = resolve_deepspeed_config(path, config, 1)
+    assert zero_stage(resolved) == int(path.stem.removeprefix("zero"))
+    assert "auto" not in str(resolved)
+
+
+def test_nothing_is_missing() -> None:
+    assert {path.stem for path in MODELS} == NAMES | {"llama_quickstart"}
+    assert {path.stem for path in ZERO} == {"zero0", "zero1", "zero2", "zero3"}
+    assert len(RUNS) >= 8
