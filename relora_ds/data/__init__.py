@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, token files, and which samples are used when."""

@@ -1,0 +1,186 @@
+"""Batches of token windows for training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from relora_ds.data.sampler import SampleOrder, num_samples, rank_positions
+from relora_ds.data.tokens import TokenFile
+from relora_ds.errors import ConfigError, DataError
+
+_CHUNK = 1 << 22  # tokens counted at once
+
+
+def checked_num_samples(file: TokenFile, seq_length: int) -> int:
+    """Samples of `seq_length + 1` tokens in a token file.
+
+    Raises:
+        DataError: there is not even one.
+    """
+    count = num_samples(file.num_tokens, seq_length)
+    if count == 0:
+        raise DataError(
+            f"{file.prefix}.bin: {file.num_tokens} tokens, but one sample of train.seq_length "
+            f"{seq_length} takes {seq_length + 1}; use a larger corpus or shorter sequences"
+        )
+    return count
+
+
+class TrainingBatches:
+    """The training data of one data-parallel rank: a pure function of the step.
+
+    Args:
+        files: token files of the blend.
+        weights: one positive weight per file, any scale.
+        seq_length: tokens S that the model reads; samples hold S + 1.
+        global_batch_size: samples per optimizer step over all ranks.
+        micro_batch_size: samples M per rank and forward pass.
+        dp_rank: this rank among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+        seed: seed of the run.
+
+    Raises:
+        ConfigError: the global batch cannot be cut into equal micro-batches.
+        DataError: a file is shorter than one sample, or the weights do not suit the files.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        weights: Sequence[float],
+        seq_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} is not a multiple of "
+                f"micro_batch_size {micro_batch_size} times {dp_size} data-parallel ranks; "
+                "change one of them"
+            )
+        if len(files) != len(weights):
+            raise DataError(f"{len(files)} token files, but {len(weights)} blend weights")
+        sizes = tuple(checked_num_samples(file, seq_length) for file in files)
+        self.order = SampleOrder(sizes, tuple(weights), seed)
+        self._files = files
+        self._seq_length = seq_length
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step on each rank."""
+        return self._global_batch_size // (self._micro_batch_size * self._dp_size)
+
+    def micro_batches(self, step: int) -> Iterator[torch.Tensor]:
+        """This rank's micro-batches of optimizer step `step` (from 0), read as they are asked for.
+
+        Yields:
+            int64 of shape (M, S + 1): inputs are `[:, :-1]`, targets `[:, 1:]`.
+        """
+        positions = rank_positions(
+            step, self._global_batch_size, self._micro_batch_size, self._dp_rank, self._dp_size
+        )
+        datasets, samples = self.order.locate(positions)
+        for row_datasets, row_samples in zip(datasets, samples, strict=True):
+            rows = [
+                _window(self._files[dataset], int(sample), self._seq_length)
+                for dataset, sample in zip(row_datasets, row_samples, strict=True)
+            ]
+            yield torch.from_numpy(np.stack(rows))
+
+    def epochs(self, steps: int) -> tuple[float, ...]:
+        """Passes over each file that the first `steps` optimizer steps make."""
+        uses = self.order.blend.uses(steps * self._global_batch_size)
+        return tuple(int(n) / size for n, size in zip(uses, self.order.sizes, strict=True))
+
+
+class ValidationBatches:
+    """Windows 0, 1, 2, ... of one token file, spread over the data-parallel ranks.
+
+    Every rank gets the same number of micro-batches, since each is a collective operation; rows
+    that are missing at the end are zeros that the mask excludes. The tokens after the last whole
+    window are not used.
+
+    Args:
+        file: token file of the validation set.
+        seq_length: tokens S that the model reads; windows hold S + 1.
+        micro_batch_size: rows M per rank and forward pass.
+        dp_rank: this rank among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+        max_sequences: windows to use at most; None takes all.
+
+    Raises:
+        DataError: the file is shorter than one window.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        seq_length: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        max_sequences: int | None = None,
+    ) -> None:
+        available = checked_num_samples(file, seq_length)
+        self.num_sequences = available if max_sequences is None else min(available, max_sequences)
+        """Windows over all ranks; each has S targets."""
+        self._file = file
+        self._seq_length = seq_length
+        self._micro_batch_size = micro_batch_size
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+
+    def __len__(self) -> int:
+        """Micro-batches of each rank."""
+        return -(-self.num_sequences // (self._micro_batch_size * self._dp_size))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's micro-batches.
+
+        Yields:
+            Tokens, int64 of shape (M, S + 1), and a bool mask of shape (M,) that is True where the
+            row is a window of the file.
+        """
+        rows = self._micro_batch_size
+        for number in range(len(self)):
+            first = (number * self._dp_size + self._dp_rank) * rows
+            windows = range(first, min(first + rows, self.num_sequences))
+            tokens = torch.zeros(rows, self._seq_length + 1, dtype=torch.int64)
+            for row, window in enumerate(windows):
+                tokens[row] = torch.from_numpy(_window(self._file, window, self._seq_length))
+            yield tokens, torch.arange(rows) < len(windows)
+
+
+def unigram_perplexity(file: TokenFile, seq_length: int, max_sequences: int | None = None) -> float:
+    """Perplexity of the best model without context on the targets that `ValidationBatches` covers.
+
+    That is exp of the entropy of the targets' empirical distribution: a trained model must stay
+    below.
+
+    Raises:
+        DataError: the file is shorter than one window.
+    """
+    available = checked_num_samples(file, seq_length)
+    sequences = available if max_sequences is None else min(available, max_sequences)
+    num_targets = sequences * seq_length
+    counts = np.zeros(file.max_token_id + 1, dtype=np.int64)
+    for start in range(0, num_targets, _CHUNK):
+        # the first token of the file is nobody's target
+        targets = file.window(1 + start, min(_CHUNK, num_targets - start))
+        counts += np.bincount(targets, minlength=len(counts))
+    shares = counts[counts > 0] / num_targets
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def _window(file: TokenFile, sample: int, seq_length: int) -> np.ndarray:
+    return file.window(sample * seq_length, seq_length + 1)

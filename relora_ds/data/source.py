@@ -1,0 +1,109 @@
+"""From the `data` section of a run description to token files that are ready to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_ds.config.schema import DataConfig
+from relora_ds.data.batches import checked_num_samples
+from relora_ds.data.builtin import builtin_corpus, default_cache_dir
+from relora_ds.data.tokenizer import Tokenizer, tokenizer_hash
+from relora_ds.data.tokens import TokenFile
+from relora_ds.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The token files of a run."""
+
+    train: tuple[TokenFile, ...]
+    """Training data, the parts of a blend in the order of the configuration."""
+    weights: tuple[float, ...]
+    """Share of each training file; they sum to 1."""
+    valid: TokenFile | None
+    """Validation data."""
+    tokenizer: Path | None
+    """SentencePiece model that produced the tokens."""
+
+    @property
+    def files(self) -> tuple[TokenFile, ...]:
+        """Every token file, training first."""
+        return self.train if self.valid is None else (*self.train, self.valid)
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """Identity of every token file, for a check at resume."""
+        return tuple(file.fingerprint for file in self.files)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Check that a model with `vocab_size` ids can read every token.
+
+        Raises:
+            DataError: a file holds a larger id, or the tokenizer can produce one.
+        """
+        for file in self.files:
+            if file.max_token_id >= vocab_size:
+                raise DataError(
+                    f"{file.prefix}.bin: holds token id {file.max_token_id}, but the model's "
+                    f"vocab_size is {vocab_size}; set vocab_size of the model to at least "
+                    f"{file.max_token_id + 1} or prepare the data with a smaller tokenizer"
+                )
+        if self.tokenizer is None:
+            return
+        known = Tokenizer(self.tokenizer).vocab_size
+        if known > vocab_size:
+            raise DataError(
+                f"{self.tokenizer}: the tokenizer has {known} ids, but the model's vocab_size is "
+                f"{vocab_size}; set vocab_size of the model to at least {known} or use a smaller "
+                "tokenizer"
+            )
+
+    def check_length(self, seq_length: int) -> None:
+        """Check that every file holds at least one sample of `seq_length + 1` tokens.
+
+        Raises:
+            DataError: a file is shorter.
+        """
+        for file in self.files:
+            checked_num_samples(file, seq_length)
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Open the token files that a configuration names; the builtin corpus is built if need be.
+
+    Raises:
+        ConfigError: `source: files` without a training file.
+        DataError: a file cannot be used, or files and tokenizer do not belong together.
+    """
+    if config.source == "builtin":
+        cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+        builtin = builtin_corpus(cache_dir, config.builtin_vocab_size)
+        valid = TokenFile(builtin.valid_prefix)
+        return Corpus((TokenFile(builtin.train_prefix),), (1.0,), valid, builtin.tokenizer_path)
+    if not config.train:
+        raise ConfigError("data.train is missing: name a token file, or set data.source to builtin")
+    blend = [(1.0, config.train)] if isinstance(config.train, str) else config.train
+    total = sum(weight for weight, _ in blend)
+    corpus = Corpus(
+        train=tuple(TokenFile(prefix) for _, prefix in blend),
+        weights=tuple(weight / total for weight, _ in blend),
+        valid=TokenFile(config.valid) if config.valid else None,
+        tokenizer=Path(config.tokenizer) if config.tokenizer else None,
+    )
+    _check_tokenizers(corpus)
+    return corpus
+
+
+def _check_tokenizers(corpus: Corpus) -> None:
+    """All recorded tokenizers must be the same one, and the configured one if there is one."""
+    known = [(f"{file.prefix}.json", file.tokenizer_sha256) for file in corpus.files]
+    if corpus.tokenizer is not None:
+        known.insert(0, (str(corpus.tokenizer), tokenizer_hash(corpus.tokenizer)))
+    recorded = [(name, sha256) for name, sha256 in known if sha256 is not None]
+    for name, sha256 in recorded[1:]:
+        first_name, first_sha256 = recorded[0]
+        if sha256 != first_sha256:
+            raise DataError(
+                f"{name}: made with tokenizer {sha256[:12]}, but {first_name} is or was made with "
+                f"{first_sha256[:12]}; prepare all data with the same tokenizer and name that one"
+            )

@@ -1,0 +1,125 @@
+"""Batches: the same global batch for every cut, validation that covers each window once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
+from relora_ds.data.tokens import TokenFile
+from relora_ds.errors import ConfigError, DataError
+
+SEQ = 4
+
+
+def training(
+    files: list[TokenFile], micro_batch_size: int = 2, dp_rank: int = 0, dp_size: int = 1
+) -> TrainingBatches:
+    weights = [3.0, 1.0][: len(files)]
+    return TrainingBatches(files, weights, SEQ, 12, micro_batch_size, dp_rank, dp_size, seed=42)
+
+
+@pytest.fixture
+def files(write_tokens: Callable[..., TokenFile]) -> list[TokenFile]:
+    """Two files of 25 and 7 samples in which every id occurs once."""
+    return [
+        write_tokens([list(range(60)), list(range(60, 102))], "first"),
+        write_tokens([list(range(200, 230))], "second"),
+    ]
+
+
+def global_batch(files: list[TokenFile], step: int, micro: int, dp_size: int) -> torch.Tensor:
+    """All rows of a step, ordered by (micro-batch, rank, row)."""
+    ranks = [
+        torch.stack([*training(files, micro, rank, dp_size).micro_batches(step)])
+        for rank in range(dp_size)
+    ]
+    return torch.stack(ranks, dim=1).reshape(-1, SEQ + 1)
+
+
+@pytest.mark.parametrize(("micro", "dp_size"), [(1, 1), (2, 3), (3, 2), (1, 12), (6, 1), (4, 3)])
+def test_global_batch_is_the_same_for_every_cut(
+    files: list[TokenFile], micro: int, dp_size: int
+) -> None:
+    for step in (0, 1, 17):
+        expected = global_batch(files, step, 12, 1)
+        assert torch.equal(global_batch(files, step, micro, dp_size), expected)
+
+
+def test_rows_are_samples_of_the_files(files: list[TokenFile]) -> None:
+    batches = training(files)
+    seen: list[int] = []
+    for step in range(50):
+        micro_batches = [*batches.micro_batches(step)]
+        assert len(micro_batches) == batches.num_micro_batches == 6
+        for tokens in micro_batches:
+            assert tokens.dtype == torch.int64
+            assert tokens.shape == (2, SEQ + 1)
+            assert torch.equal(tokens - tokens[:, :1], torch.arange(SEQ + 1).expand(2, -1))
+            seen += tokens[:, 0].tolist()
+    assert {*seen} == {*range(0, 100, SEQ), *range(200, 228, SEQ)}
+    first = [token for token in seen if token < 200]
+    assert len(first) == 450
+    assert sorted(first[25:50]) == list(range(0, 100, SEQ))
+    assert batches.epochs(50) == (450 / 25, 150 / 7)
+
+
+def test_a_step_needs_no_earlier_step(files: list[TokenFile]) -> None:
+    batches = training(files)
+    steps = [torch.stack([*batches.micro_batches(step)]) for step in range(5)]
+    assert torch.equal(torch.stack([*training(files).micro_batches(4)]), steps[4])
+
+
+def test_unusable_training_data(
+    files: list[TokenFile], write_tokens: Callable[..., TokenFile]
+) -> None:
+    with pytest.raises(ConfigError, match="12 is not a multiple of micro_batch_size 5 times 1"):
+        training(files, micro_batch_size=5)
+    with pytest.raises(DataError, match=r"4 tokens, but one sample of train\.seq_length 4 takes 5"):
+        training([write_tokens([[1, 2], [3, 2]], "short")])
+    with pytest.raises(DataError, match="2 token files, but 1 blend weights"):
+        TrainingBatches(files, [1.0], SEQ, 12, 2, 0, 1, seed=42)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("micro", [1, 4, 7])
+@pytest.mark.parametrize("limit", [None, 1, 6, 99])
+def test_validation_covers_every_window_once(
+    files: list[TokenFile], dp_size: int, micro: int, limit: int | None
+) -> None:
+    ranks = [
+        ValidationBatches(files[0], SEQ, micro, rank, dp_size, limit) for rank in range(dp_size)
+    ]
+    batches = [[*rank] for rank in ranks]
+    assert {len(got) for got in batches} == {len(ranks[0])}
+    starts: list[int] = []
+    for number in range(len(ranks[0])):
+        for got in batches:
+            tokens, mask = got[number]
+            assert tokens.shape == (micro, SEQ + 1)
+            assert mask.shape == (micro,)
+            assert mask.dtype == torch.bool
+            assert not tokens[~mask].any()
+            starts += tokens[mask][:, 0].tolist()
+    wanted = min(25, limit or 25)
+    assert ranks[0].num_sequences == wanted
+    assert starts == list(range(0, SEQ * wanted, SEQ))
+
+
+def test_validation_can_be_repeated(files: list[TokenFile]) -> None:
+    batches = ValidationBatches(files[0], SEQ, 4, 0, 1)
+    for (first, _), (second, _) in zip(batches, batches, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_unigram_perplexity_counts_the_targets(
+    files: list[TokenFile], write_tokens: Callable[..., TokenFile]
+) -> None:
+    assert unigram_perplexity(files[0], SEQ) == pytest.approx(100)
+    assert unigram_perplexity(files[0], SEQ, max_sequences=3) == pytest.approx(12)
+    skewed = write_tokens([[9, 1, 1, 1, 2, 7]], "skewed")
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert unigram_perplexity(skewed, SEQ) == pytest.approx(math.exp(entropy))

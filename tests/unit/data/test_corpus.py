@@ -1,0 +1,186 @@
+"""Documents come out as they were written, bad input is located, memory stays bounded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from relora_ds.data import formats
+from relora_ds.data.corpus import DocumentReader
+from relora_ds.errors import DataError
+
+
+def documents(reader: DocumentReader) -> list[str]:
+    """The pieces put together again."""
+    found: list[str] = []
+    for piece in reader:
+        found.append(piece.text) if piece.first else found.append(found.pop() + piece.text)
+    return found
+
+
+def record(text: object) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+TWO_RECORDS = record("one\ntwo") + b"\n" + record("three")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"one\ntwo\n\n \t\nthree", ["one\ntwo", "three"]),
+        ("bom.txt", b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n", ["one\ntwo", "three"]),
+        ("a.txt.gz", gzip.compress(b"one\n\ntwo"), ["one", "two"]),
+        ("a.txt.zst", zstandard.compress(b"one\n\ntwo"), ["one", "two"]),
+        ("a.jsonl", TWO_RECORDS, ["one\ntwo", "three"]),
+        ("bom.jsonl", b"\xef\xbb\xbf" + record("a\r\nb"), ["a\nb"]),
+        ("a.jsonl.gz", gzip.compress(TWO_RECORDS), ["one\ntwo", "three"]),
+        ("a.jsonl.zst", zstandard.compress(TWO_RECORDS), ["one\ntwo", "three"]),
+        ("frames.jsonl.zst", zstandard.compress(record("a")) * 2, ["a", "a"]),
+        ("empty.jsonl", record("") + record(" \n") + record("a"), ["a"]),
+    ],
+)
+def test_reads_documents(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    reader = DocumentReader([path])
+    assert documents(reader) == expected
+    assert reader.documents == len(expected)
+    assert reader.bytes_read == len(content)
+
+
+def test_reads_parquet_and_several_files(tmp_path: Path) -> None:
+    parquet.write_table(
+        pa.table({"body": ["one", "", "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet"
+    )
+    (tmp_path / "b.jsonl").write_text('{"body": "three"}\n')
+    reader = DocumentReader([tmp_path / "a.parquet", tmp_path / "b.jsonl"], text_key="body")
+    assert documents(reader) == ["one", "two", "three"]
+    assert reader.skipped == {"empty document": 1}
+
+
+BAD_INPUT = [
+    ("a.txt", b"fine\nab\xff\n", ":2:3: not UTF-8: byte 0xff"),
+    ("a.txt", b"fine\n\nab\0c\n", ":3:3: NUL byte"),
+    ("a.txt", "x\n".encode("utf-16"), ":1:1: not UTF-8: byte 0xff"),
+    ("cut.txt", b"caf\xc3", ":1:4: not UTF-8"),
+    ("a.txt.gz", gzip.compress(b"line\n" * 9999)[:-20], "unreadable file"),
+    ("a.txt.zst", zstandard.compress(b"line\n" * 9999)[:-3], "unreadable file"),
+    ("a.txt.zst", b"not compressed at all", ":1:1: unreadable file"),
+    ("a.jsonl", record("a") + b'{"text": oops}\n', ":2:10: invalid JSON"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "invalid JSON"),
+    ("a.jsonl", record("a") + b'{"body": "x"}\n', ":2:1: missing text key: no key 'text' in"),
+    ("a.jsonl", b"[1]\n", ":1:1: missing text key: no key 'text' in list"),
+    ("a.jsonl", record(7), ":1:1: text is not a string"),
+    ("a.jsonl", record("nul\0"), "NUL byte"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate"),
+    ("a.parquet", b"PAR1 and then nothing", "unreadable file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_INPUT)
+def test_bad_input_is_located_or_skipped(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(DocumentReader([path]))
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    good = tmp_path / "good.txt"
+    good.write_text("good")
+    reader = DocumentReader([path, good], on_error="skip")
+    assert documents(reader)[-1] == "good"
+    assert sum(reader.skipped.values()) >= 1
+
+
+def test_bad_parquet_rows(tmp_path: Path) -> None:
+    rows = pa.array(["fine", None, "also"])
+    bad_utf8 = pa.StringArray.from_buffers(
+        1, pa.py_buffer(b"\x00\0\0\0\x02\0\0\0"), pa.py_buffer(b"a\xff")
+    )
+    parquet.write_table(pa.table({"text": rows}), tmp_path / "null.parquet")
+    parquet.write_table(pa.table({"text": bad_utf8}), tmp_path / "bytes.parquet")
+    parquet.write_table(pa.table({"other": rows}), tmp_path / "key.parquet")
+    for name, message in [
+        ("null", "row 2: text is not a string"),
+        ("bytes", "row 1:2: not UTF-8"),
+        ("key", "no column 'text' among"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            list(DocumentReader([tmp_path / f"{name}.parquet"]))
+    reader = DocumentReader(sorted(tmp_path.glob("*.parquet")), on_error="skip")
+    assert documents(reader) == ["fine", "also"]
+    assert reader.skipped == {"missing text key": 1, "not UTF-8": 1, "text is not a string": 1}
+
+
+def test_overlong_record_is_one_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "RECORD_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(record("x" * 5000) + record("short"))
+    with pytest.raises(DataError, match=":1:1: record too long: more than 1000 bytes"):
+        list(DocumentReader([path]))
+    reader = DocumentReader([path], on_error="skip")
+    assert documents(reader) == ["short"]
+    assert reader.skipped == {"record too long": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no input files"),
+        (["missing.txt"], "does not exist"),
+        (["folder.txt"], "is not a file"),
+        (["a.csv"], "unknown format '.csv'"),
+        (["a.parquet.gz"], "unknown format"),
+        (["empty.txt", "blank.txt"], "no documents in"),
+    ],
+)
+def test_unusable_inputs(tmp_path: Path, names: list[str], message: str) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    with pytest.raises(DataError, match=message):
+        list(DocumentReader([tmp_path / name for name in names]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(alphabet="ab \n\u00e9\u4e2d\U0001f600", min_size=1, max_size=300), st.integers(2, 40)
+)
+def test_pieces_put_together_are_the_document(
+    tmp_path_factory: pytest.TempPathFactory, text: str, length: int
+) -> None:
+    path = tmp_path_factory.mktemp("pieces") / "a.jsonl"
+    path.write_bytes(record(text + "."))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "PIECE_LENGTH", length)
+        pieces = list(DocumentReader([path]))
+    assert "".join(piece.text for piece in pieces) == text + "."
+    assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert max(len(piece.text) for piece in pieces) <= length
+
+
+@pytest.mark.parametrize(
+    "unit", ["many words on one line ", "line of text " * 30 + "\n", "\u4e2d", "\U0001f600"]
+)
+def test_memory_does_not_grow_with_a_document(tmp_path: Path, unit: str) -> None:
+    path = tmp_path / "huge.txt"
+    path.write_text(unit * ((4 << 20) // len(unit.encode())), encoding="utf-8")
+    tracemalloc.start()
+    size = sum(len(piece.text) for piece in DocumentReader([path]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size >= (4 << 20) // 4 - 1
+    assert peak < 3 << 20

@@ -1,0 +1,95 @@
+"""From the configuration to open files, and the checks between files, tokenizer and model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from relora_ds.config.schema import DataConfig
+from relora_ds.data import source
+from relora_ds.data.builtin import BuiltinCorpus
+from relora_ds.data.prepare import prepare
+from relora_ds.data.source import open_corpus
+from relora_ds.data.tokenizer import Tokenizer, train_tokenizer
+from relora_ds.data.tokens import TokenFile
+from relora_ds.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def prefix(tokenizer: Tokenizer, text_file: Path, tmp_path: Path) -> str:
+    """A prepared token file."""
+    prepare([text_file], tokenizer.path, tmp_path / "corpus")
+    return str(tmp_path / "corpus")
+
+
+def test_single_file(prefix: str, tokenizer: Tokenizer) -> None:
+    corpus = open_corpus(DataConfig(train=prefix, valid=prefix, tokenizer=str(tokenizer.path)))
+    assert corpus.weights == (1.0,)
+    assert corpus.tokenizer == tokenizer.path
+    assert [file.prefix for file in corpus.files] == [prefix, prefix]
+    assert len({*corpus.fingerprints()}) == 1
+    corpus.check_vocabulary(400)
+    corpus.check_length(256)
+
+
+def test_blend_without_validation(prefix: str, write_tokens: Callable[..., TokenFile]) -> None:
+    other = write_tokens([[1, 2, 3]], "other").prefix
+    corpus = open_corpus(DataConfig(train=[(3.0, prefix), (1.0, other)]))
+    assert corpus.weights == (0.75, 0.25)
+    assert corpus.valid is None
+    assert corpus.tokenizer is None
+    with pytest.raises(DataError, match=r"3 tokens, but one sample of train\.seq_length 3 takes 4"):
+        corpus.check_length(3)
+
+
+def test_builtin(prefix: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, int]] = []
+
+    def fake(cache_dir: Path, vocab_size: int) -> BuiltinCorpus:
+        asked.append((cache_dir, vocab_size))
+        return BuiltinCorpus(Path(prefix), Path(prefix), tokenizer.path)
+
+    monkeypatch.setattr(source, "builtin_corpus", fake)
+    config = DataConfig(source="builtin", cache_dir="/cache", builtin_vocab_size=1024)
+    corpus = open_corpus(config)
+    assert asked == [(Path("/cache"), 1024)]
+    assert corpus.tokenizer == tokenizer.path
+    assert corpus.valid is not None
+
+
+def test_training_file_is_needed() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train is missing"):
+        open_corpus(DataConfig())
+
+
+def test_vocabulary_of_the_files(write_tokens: Callable[..., TokenFile]) -> None:
+    file = write_tokens([[1, 70_000, 2]], dtype=np.int32)
+    corpus = open_corpus(DataConfig(train=file.prefix))
+    corpus.check_vocabulary(70_001)
+    with pytest.raises(DataError, match=r"holds token id 70000, but .* is 70000; .* least 70001"):
+        corpus.check_vocabulary(70_000)
+
+
+def test_vocabulary_of_the_tokenizer(
+    write_tokens: Callable[..., TokenFile], tokenizer: Tokenizer
+) -> None:
+    prefix = write_tokens([[1, 2, 3]]).prefix
+    corpus = open_corpus(DataConfig(train=prefix, tokenizer=str(tokenizer.path)))
+    with pytest.raises(DataError, match=r"the tokenizer has 400 ids, but .* is 399"):
+        corpus.check_vocabulary(399)
+
+
+def test_tokenizers_must_agree(
+    prefix: str, text_file: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    other = train_tokenizer([text_file], 390, tmp_path / "other.model")
+    with pytest.raises(DataError, match="prepare all data with the same tokenizer"):
+        open_corpus(DataConfig(train=prefix, tokenizer=str(other.path)))
+    prepare([text_file], other.path, tmp_path / "valid")
+    with pytest.raises(DataError, match=r"valid\.json: made with tokenizer"):
+        open_corpus(DataConfig(train=prefix, valid=str(tmp_path / "valid")))
+    with pytest.raises(DataError, match="tokenizer model cannot be read"):
+        open_corpus(DataConfig(train=prefix, tokenizer=str(tmp_path / "missing.model")))
