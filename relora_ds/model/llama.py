@@ -1,0 +1,174 @@
+"""The LLaMA decoder: names, shapes and mathematics of Hugging Face's `LlamaForCausalLM`.
+
+Every projection is built by a factory, so what a projection is (dense, adapted, cut over processes)
+is decided when the model is built and nothing in this file changes.
+
+Shape suffixes: B batch, S sequence, D model, V vocab, R half a head.
+"""
+
+# ruff: noqa: N803, N806 - capital suffixes are tensor shapes
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from relora_ds.config.model import ModelConfig
+from relora_ds.model.attention import Attention
+from relora_ds.model.embedding import LanguageHead, TokenEmbedding
+from relora_ds.model.loss import IGNORE
+from relora_ds.model.mlp import MLP
+from relora_ds.model.norm import RMSNorm
+from relora_ds.model.rope import rotary_tables
+from relora_ds.parallel.linear import LinearFactory, Projection
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, linear: LinearFactory, name: str, attention: str
+    ) -> None:
+        super().__init__()
+        # in the order of HF's parameters
+        self.self_attn = Attention(config, linear, f"{name}.self_attn", attention)
+        self.mlp = MLP(config, linear, f"{name}.mlp")
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SR, sin_SR)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        linear: LinearFactory,
+        attention: str,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, linear, f"model.layers.{i}", attention)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if activation_checkpointing:
+            for module in self.modules():
+                if isinstance(module, Projection):
+                    module.recomputed = True
+
+    def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """int64 (B, S) -> (B, S, D)."""
+        config = self.config
+        x_BSD = self.embed_tokens(ids_BS)
+        cos_SR, sin_SR = rotary_tables(
+            config.head_dim, config.rope_theta, ids_BS.shape[1], x_BSD.device
+        )
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                # Nothing in a layer draws from a global generator; saving its state would copy it
+                # from the device and wait for it, once per layer.
+                x_BSD = checkpoint(
+                    layer, x_BSD, cos_SR, sin_SR, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BSD = layer(x_BSD, cos_SR, sin_SR)
+        return self.norm(x_BSD)
+
+
+class Llama(nn.Module):
+    """Decoder and head. Parameters are allocated, not drawn: `InitialWeights` has their values.
+
+    Parameter names and shapes are Hugging Face's. With `tie_word_embeddings` the head's weight *is*
+    the embedding's, and `named_parameters` lists it once, as ``model.embed_tokens.weight``.
+
+    Args:
+        config: architecture.
+        linear: builds each of the seven projections of every layer.
+        attention: ``"auto"``, ``"flash"`` or ``"sdpa"``.
+        activation_checkpointing: recompute each layer in the backward pass of training.
+
+    Raises:
+        ConfigError: `attention` is unknown or cannot run here.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        linear: LinearFactory,
+        attention: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, linear, attention, activation_checkpointing)
+        shared = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        self.lm_head = LanguageHead(config.vocab_size, config.hidden_size, shared)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        row_mask: torch.Tensor | None = None,
+        mean: bool = True,
+        logits: bool = False,
+    ) -> torch.Tensor:
+        """Cross-entropy of every token given those before it: a scalar, fp32, in nats.
+
+        Args:
+            tokens: int64 (B, S + 1); the first S are read, the last S are predicted.
+            row_mask: bool (B,), False for rows that contribute nothing; default all True.
+            mean: divide by B * S (rows that are masked out count in it); otherwise return the sum.
+            logits: read all tokens and return (B, S + 1, V) in the working dtype instead.
+        """
+        if logits:
+            return self.lm_head(self.model(tokens))
+        targets_BS = tokens[:, 1:]
+        if row_mask is not None:
+            targets_BS = targets_BS.masked_fill(~row_mask.unsqueeze(1), IGNORE)
+        hidden_BSD = self.model(tokens[:, :-1])
+        return self.lm_head(hidden_BSD, targets_BS, targets_BS.numel() if mean else 1)
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 (B, S) -> (B, S, V) in the working dtype."""
+        # through __call__, so that hooks on the root module run as they do in training
+        return self(input_ids, logits=True)
+
+    @torch.no_grad()
+    def token_losses_sum(
+        self, tokens: torch.Tensor, row_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of targets, for a token-weighted mean over many batches.
+
+        Args:
+            tokens: int64 (B, S + 1).
+            row_mask: bool (B,), False for padding rows; default all True.
+
+        Returns:
+            The sum (fp64 scalar, of losses that were added up in fp32) and the count (int64
+            scalar), both on the tokens' device.
+        """
+        total = self(tokens, row_mask, mean=False)
+        rows = tokens.new_tensor(tokens.shape[0]) if row_mask is None else row_mask.sum()
+        return total.double(), rows * (tokens.shape[1] - 1)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Llama:
+        # Moving off the meta device replaces every Parameter object, and a tie with it.
+        super()._apply(fn, recurse)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self

@@ -1,0 +1,166 @@
+"""Cross-entropy of a linear head without ever holding the logits of all tokens.
+
+The head is applied to a few hundred tokens at a time. While training, the gradients of those tokens
+are taken at once, so that their logits can be dropped before the next ones are made; the backward
+pass only scales what is already there.
+
+Shape suffixes: T tokens, C tokens of one chunk, D model, V vocab.
+"""
+
+# ruff: noqa: N803, N806 - capital suffixes are tensor shapes
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+"""Target that contributes neither loss nor gradient (the value torch uses)."""
+
+_CHUNK_BYTES = 32 << 20
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Tokens per chunk: fp32 logits of at most 32 MiB, and a multiple of 64 where there is room."""
+    rows = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    return rows - rows % 64 if rows > 64 else rows
+
+
+def linear_cross_entropy(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    divisor: int = 1,
+    rows: int | None = None,
+) -> torch.Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight^T)[target], divided by `divisor`.
+
+    The matrix products run in the inputs' dtype, softmax and loss in fp32 (fp64 for fp64 inputs).
+    The weight's gradient is summed over chunks in fp32 as well. Not differentiable twice.
+
+    Args:
+        hidden_TD: inputs of the head, any float dtype.
+        weight_VD: the head, same dtype as `hidden_TD`.
+        targets_T: int64 in [0, V), or `IGNORE`.
+        divisor: T for the mean over all tokens, 1 for the sum.
+        rows: tokens per chunk; default `chunk_rows(V)`.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 inputs).
+    """
+    rows = rows or chunk_rows(weight_VD.shape[0])
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
+        loss = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, 1.0 / divisor, rows)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+    return _run(hidden_TD, weight_VD, targets_T, _Gradients(None, None, 1.0 / divisor), rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss with the gradients computed on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_T: torch.Tensor,
+        scale: float,
+        rows: int,
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wide = _wide(weight_VD.dtype)
+        grads = _Gradients(
+            torch.empty_like(hidden_TD) if wants_hidden else None,
+            torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None,
+            scale,
+        )
+        loss = _run(hidden_TD, weight_VD, targets_T, grads, rows)
+        weight_grad = None if grads.weight is None else grads.weight.to(weight_VD.dtype)
+        ctx.save_for_backward(grads.hidden, weight_grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden_TD, weight_VD = (
+            None if saved is None else _scaled(saved, grad) for saved in ctx.saved_tensors
+        )
+        return hidden_TD, weight_VD, None, None, None
+
+
+def _scaled(saved: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    # In grad's fp32: a factor such as 1/3 (gradient accumulation) would be off by 0.2 % in bf16.
+    # Always a product: looking whether the factor is 1 would wait for the device.
+    return saved.to(grad.dtype, copy=True).mul_(grad).to(saved.dtype)
+
+
+@dataclass
+class _Gradients:
+    """Gradients of (sum of losses) * scale; None where nobody wants one.
+
+    Args:
+        hidden: (T, D), working dtype.
+        weight: (V, D), fp32 or wider; summed over the chunks.
+        scale: factor of the loss.
+    """
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    scale: float
+
+    def add(
+        self,
+        chunk: slice,
+        logit_grad_CV: torch.Tensor,
+        hidden_CD: torch.Tensor,
+        weight_VD: torch.Tensor,
+    ) -> None:
+        """Take in one chunk. `logit_grad_CV` already has the working dtype."""
+        if self.hidden is not None:
+            torch.mm(logit_grad_CV, weight_VD, out=self.hidden[chunk])
+        if self.weight is None:
+            return
+        if self.weight.dtype == hidden_CD.dtype:
+            self.weight.addmm_(logit_grad_CV.t(), hidden_CD)
+        else:
+            self.weight.add_(logit_grad_CV.t() @ hidden_CD)
+
+
+def _run(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    grads: _Gradients,
+    rows: int,
+) -> torch.Tensor:
+    """The scaled sum of losses; fills `grads` if it wants anything. Runs outside of autograd."""
+    wide = _wide(hidden_TD.dtype)
+    wants_grads = grads.hidden is not None or grads.weight is not None
+    losses = []
+    for start in range(0, hidden_TD.shape[0], rows):
+        chunk = slice(start, start + rows)
+        hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
+        kept_C1 = (targets_C != IGNORE).unsqueeze(1)
+        target_C1 = targets_C.unsqueeze(1).clamp_min(0)  # an ignored token reads column 0, times 0
+        logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
+        normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
+        losses_C1 = normaliser_C1 - logits_CV.gather(1, target_C1)
+        losses.append((losses_C1 * kept_C1).sum())
+        if wants_grads:
+            # in place: softmax minus one-hot overwrites the logits
+            logits_CV.sub_(normaliser_C1).exp_()
+            logits_CV.scatter_(1, target_C1, torch.expm1(-losses_C1))  # p - 1 where p = exp(-loss)
+            logits_CV.mul_(kept_C1 * grads.scale)
+            grads.add(chunk, logits_CV.to(hidden_TD.dtype), hidden_CD, weight_VD)
+    total = torch.stack(losses).sum() if losses else hidden_TD.new_zeros((), dtype=wide)
+    return total * grads.scale
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax, loss and sums."""
+    return torch.promote_types(dtype, torch.float32)

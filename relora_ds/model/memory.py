@@ -1,0 +1,143 @@
+"""Memory of a training step in closed form, by component: pure functions of a model's shapes.
+
+With T trained and F frozen elements, w, g and m the bytes of a working weight, a master and a
+moment, P data-parallel processes and D = P from stage 1 on (else 1):
+
+| component   | bytes per process                                                               |
+|-------------|---------------------------------------------------------------------------------|
+| weights     | w (T + F) + what is stored beside edited frozen weights; over P at stage 3      |
+| indices     | integer buffers of the projections                                              |
+| gradients   | w T, and fp32 copies for the update where masters are kept; see `_gradients`    |
+| states      | (g + 2 m) T / D                                                                 |
+| activations | what one micro-batch keeps for its backward pass; see `_activations`            |
+| transient   | composed weights and their gradients, which live for one product or one step    |
+
+What DeepSpeed allocates beyond that depends on its buckets: `reduce_bucket_size` elements while
+gradients are reduced. Workspaces of kernels and the allocator's fragmentation are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from relora_ds.model.attention import Attention
+from relora_ds.model.embedding import TokenEmbedding
+from relora_ds.model.flops import parameter_counts
+from relora_ds.model.mlp import MLP
+from relora_ds.model.norm import RMSNorm
+from relora_ds.parallel.linear import Projection
+
+
+@dataclass(frozen=True)
+class StoragePlan:
+    """How the numbers of a run are stored and cut."""
+
+    working: int
+    """Bytes of a working weight, of its gradient and of an activation."""
+    master: int
+    """Bytes of the copy of a trained weight that the optimizer updates; 0 if it has none."""
+    moment: float
+    """Bytes of one Adam moment of one element, scales of quantised blocks included."""
+    beside_edited: int = 0
+    """Bytes stored beside each element of a frozen weight that the method edits."""
+    stage: int = 0
+    """ZeRO stage."""
+    dp_size: int = 1
+    """Data-parallel processes."""
+    per_layer: bool = False
+    """Each parameter is updated within the backward pass and its gradient freed at once."""
+    accumulates: bool = False
+    """An update has several micro-batches, over which gradients have to be kept."""
+    host: bool = False
+    """On a host torch's RMSNorm keeps more than its input."""
+
+
+def expected_memory(
+    model: nn.Module,
+    plan: StoragePlan,
+    groups: Sequence[Sequence[nn.Parameter]],
+    edited: Sequence[nn.Parameter] = (),
+    tokens: int = 0,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Bytes per process by component.
+
+    Args:
+        model: a `Llama`, on the meta device at best.
+        groups: its trained parameters by optimizer group.
+        edited: frozen weights that the method edits.
+        tokens: of one micro-batch on one process.
+        checkpointing: layers are recomputed in the backward pass.
+    """
+    counts = parameter_counts(model)
+    layers = [module for module in model.modules() if isinstance(module, Projection)]
+    sharded = plan.dp_size if plan.stage >= 1 else 1
+    weights = plan.working * counts.total + plan.beside_edited * sum(p.numel() for p in edited)
+    states = (plan.master + 2 * plan.moment) * counts.trainable / sharded
+    held = sum(layer.held_elements() for layer in layers)
+    scratch = max((layer.scratch_bytes(plan.working) for layer in layers), default=0)
+    return {
+        "weights": weights // (plan.dp_size if plan.stage >= 3 else 1),
+        "indices": sum(b.numel() * b.element_size() for b in model.buffers()),
+        "gradients": _gradients(plan, [sum(p.numel() for p in group) for group in groups], groups),
+        "states": round(states),
+        "activations": _activations(model, plan, tokens, checkpointing) if tokens else 0,
+        "transient": plan.working * held + scratch,
+    }
+
+
+def _gradients(
+    plan: StoragePlan, sizes: Sequence[int], groups: Sequence[Sequence[nn.Parameter]]
+) -> int:
+    """The most between the last backward pass and the end of the update.
+
+    Stage 0 casts all gradients before it updates the first master. Later stages cast group by
+    group; the figure is exact for one process and an upper bound for more, because what a process
+    frees early depends on where its slice of a group begins.
+    """
+    if plan.per_layer:
+        largest = max(p.numel() for group in groups for p in group)
+        return plan.working * (sum(sizes) if plan.accumulates else largest) + plan.master * largest
+    working = plan.working * sum(sizes)
+    if not plan.master:
+        return working
+    if plan.stage == 0:
+        return working + plan.master * sum(sizes)
+    return working + plan.master * max(sizes) // plan.dp_size
+
+
+def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing: bool) -> int:
+    """What autograd keeps between the forward and the backward pass of one micro-batch.
+
+    Per token and layer, in elements: inputs of the two norms and of the projections behind them
+    (4 D), q, k, v, attention's output, gate, up and their product, and 4 bytes per head. With
+    checkpointing a layer's input is all that is left of that. Once per model: the inputs of the
+    last norm and the gradient of its output (2 D), 8 bytes of token, and the gradient of the head,
+    which the loss computes on the way forward.
+    """
+    attention = [module for module in model.modules() if isinstance(module, Attention)]
+    projections = [module for module in model.modules() if isinstance(module, Projection)]
+    embedding = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
+    vocab, width = embedding.weight.shape
+    heads = 0
+    elements = 2 * width
+    if checkpointing:
+        elements += width * len(attention)
+    else:
+        for layer in attention:
+            # q; k and v; attention's output
+            keys = layer.k_proj.spec.out_features
+            elements += 4 * width + 2 * layer.query_width + 2 * keys
+            heads += layer.query_width // layer.head_dim
+        for mlp in (module for module in model.modules() if isinstance(module, MLP)):
+            elements += 3 * mlp.down_proj.spec.in_features
+        elements += sum(layer.extra_saved() for layer in projections)
+    norms = sum(isinstance(module, RMSNorm) for module in model.modules())
+    norms = 1 if checkpointing else norms
+    # torch's composite RMSNorm on a host: the normalised input, and an fp32 copy of a bf16 one
+    extra = (0 if not plan.host else 4 if plan.working == 4 else 6) * width
+    per_token = plan.working * elements + 4 * heads + 8 + norms * (4 + extra)
+    return tokens * per_token + plan.working * vocab * width

@@ -1,0 +1,54 @@
+"""The gated feed-forward block (SwiGLU).
+
+Shape suffixes: D model, F ffn; `...` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from relora_ds.config.model import ModelConfig
+from relora_ds.parallel.linear import LinearFactory, LinearSpec
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up that keeps gate and up only: plain autograd would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class MLP(nn.Module):
+    """y = down(silu(gate(x)) * up(x)).
+
+    Args:
+        config: architecture.
+        linear: builds the three projections.
+        name: full module name, such as ``model.layers.0.mlp``.
+    """
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, name: str) -> None:
+        super().__init__()
+        width, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column"))
+        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column"))
+        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))

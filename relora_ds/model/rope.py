@@ -1,0 +1,54 @@
+"""Rotary position embedding in the Hugging Face convention (halves, not interleaved pairs).
+
+Shape suffixes: B batch, S sequence, N heads, H head dim, R = H / 2 rotated pairs.
+"""
+
+# ruff: noqa: N803, N806 - capital suffixes are tensor shapes
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=16)
+def rotary_tables(
+    head_dim: int, theta: float, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, R) on `device`.
+
+    A memoised function, not a module buffer: DeepSpeed calls `module.bfloat16()`, which casts float
+    buffers as well, and bf16 cannot tell neighbouring positions apart beyond 256. The tables are
+    computed on the CPU so that every kind of device rotates by the same bits.
+
+    Args:
+        head_dim: H, even.
+        theta: base of the frequencies.
+        length: S.
+        device: where the tables are used.
+    """
+    # A table made under inference_mode could not be saved for a later backward pass.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        exponent_R = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequency_R = 1.0 / theta**exponent_R
+        angle_SR = torch.outer(torch.arange(length, dtype=torch.float32), frequency_R)
+        return angle_SR.cos().to(device), angle_SR.sin().to(device)
+
+
+def rotate(x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[i], x[i + R]) of every head by its position's angle.
+
+    Args:
+        x_BSNH: queries or keys, any float dtype.
+        cos_SR: fp32, from `rotary_tables`.
+        sin_SR: fp32, from `rotary_tables`.
+
+    Returns:
+        (B, S, N, H) in x's dtype; the rotation itself is done in fp32.
+    """
+    cos_SNR, sin_SNR = cos_SR.unsqueeze(1), sin_SR.unsqueeze(1)
+    first, second = x_BSNH.float().chunk(2, dim=-1)
+    turned = torch.cat(
+        (first * cos_SNR - second * sin_SNR, second * cos_SNR + first * sin_SNR), dim=-1
+    )
+    return turned.to(x_BSNH.dtype)

@@ -1,0 +1,157 @@
+"""Model directories: transformers loads what we write, we read it back, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.model.hf import read_hf, write_hf
+from relora_ds.model.init import InitialWeights, dense_shapes
+
+
+def drawn(config):
+    weights = InitialWeights(config, seed=3)
+    return {name: weights(name, shape) for name, shape in dense_shapes(config).items()}
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000])
+def test_transformers_scores_as_we_do(tmp_path, config, build, tokens, shard_bytes):
+    transformers = pytest.importorskip("transformers")
+    model = build(config)
+    write_hf(tmp_path / "hf", config, model.named_parameters(), None, torch.float32, shard_bytes)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.dtype == torch.float32
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens).logits
+        torch.testing.assert_close(model.logits(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000])
+def test_round_trip(tmp_path, config, dtype, shard_bytes):
+    weights = drawn(config)
+    write_hf(tmp_path / "hf", config, reversed(weights.items()), None, dtype, shard_bytes)
+    got_config, got = read_hf(tmp_path / "hf")
+    assert got_config == config
+    assert list(got) == list(weights)
+    assert len(got) == len(weights)
+    assert all(torch.equal(got[name], weights[name].to(dtype)) for name in weights)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    assert index.exists() == (shard_bytes == 9000)
+    if index.exists():
+        content = json.loads(index.read_text())
+        assert set(content["weight_map"]) == set(weights)
+        size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+        assert content["metadata"]["total_size"] == size
+
+
+def test_views_of_one_buffer_are_written(tmp_path, plain):
+    shapes = dense_shapes(plain)
+    flat = torch.arange(sum(torch.Size(s).numel() for s in shapes.values()), dtype=torch.float32)
+    parts = flat.split([torch.Size(shape).numel() for shape in shapes.values()])
+    weights = {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
+    write_hf(tmp_path / "hf", plain, weights.items(), None, torch.float32)
+    _, got = read_hf(tmp_path / "hf")
+    assert all(torch.equal(got[name], weights[name]) for name in weights)
+
+
+def test_target_is_replaced_only_if_it_is_an_export(tmp_path, plain):
+    target, weights = tmp_path / "deep" / "hf", drawn(plain)
+    write_hf(target, plain, weights.items(), None, torch.float32)
+    write_hf(target, plain, weights.items(), None, torch.bfloat16)
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+    assert stat.S_IMODE(target.stat().st_mode) & 0o500 == 0o500
+    assert [path.name for path in target.parent.iterdir()] == ["hf"]
+
+    save_file(load_file(target / "model.safetensors"), target / "model.safetensors")
+    with pytest.raises(ConfigError, match="is not an earlier export; name a new directory"):
+        write_hf(target, plain, weights.items(), None, torch.float32)
+    (tmp_path / "empty").mkdir()
+    write_hf(tmp_path / "empty", plain, weights.items(), None, torch.float32)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is not an earlier export"):
+        write_hf(tmp_path / "file", plain, weights.items(), None, torch.float32)
+
+
+def without(name):
+    return lambda weights: [(n, w) for n, w in weights.items() if n != name]
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(NORM), f"1 missing: {NORM}"),
+        (lambda w: [*w.items(), ("extra", w[NORM])], "1 unexpected: extra"),
+        (lambda w: [*w.items(), (NORM, w[NORM])], f"{NORM} was given twice"),
+        (lambda w: {**w, NORM: w[NORM][1:]}.items(), rf"{NORM} \(31,\) instead of \(32,\)"),
+        (lambda w: [], r"21 missing: model.embed_tokens.weight, .* and 13 more"),
+    ],
+)
+def test_wrong_weights_leave_nothing_behind(tmp_path, plain, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        write_hf(tmp_path / "hf", plain, change(drawn(plain)), None, torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_integer_export_is_refused(tmp_path, plain):
+    with pytest.raises(ConfigError, match="use fp32, bf16 or fp16"):
+        write_hf(tmp_path / "hf", plain, drawn(plain).items(), None, torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(NORM), f"1 missing: {NORM}"),
+        (lambda w: [*w.items(), ("extra", w[NORM])], "1 unexpected: extra"),
+        (lambda w: {**w, NORM: w[NORM][1:]}.items(), rf"{NORM} \(31,\) instead of \(32,\)"),
+    ],
+)
+def test_reading_weights_of_another_model(tmp_path, plain, change, message):
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32)
+    changed = {name: w.clone() for name, w in change(drawn(plain))}
+    save_file(changed, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        read_hf(tmp_path)
+
+
+def test_reading_ignores_rotary_tables_and_a_copy_of_a_tied_head(tmp_path, plain):
+    config = plain.model_copy(update={"tie_word_embeddings": True})
+    weights = drawn(config)
+    write_hf(tmp_path, config, weights.items(), None, torch.float32)
+    stored = {
+        **weights,
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    assert list(read_hf(tmp_path)[1]) == list(weights)
+
+
+def test_damaged_files_are_named(tmp_path, plain):
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32, 9000)
+    shard = next(tmp_path.glob("model-00002-*"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"model-00002.* cannot be read as safetensors"):
+        read_hf(tmp_path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.* cannot be read as safetensors"):
+        read_hf(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        read_hf(tmp_path)
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        read_hf(tmp_path)
