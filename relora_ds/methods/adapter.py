@@ -1,0 +1,177 @@
+"""The adapted projection W + scale * B @ A, shared by LoRA and everything built on it.
+
+Shapes: x (T, n), W (m, n), A (r, n), B (m, r), y (T, m).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from relora_ds.config.method import AdapterConfig
+from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.parallel.linear import LinearSpec, Projection
+from relora_ds.parallel.shape import whole_shape
+from relora_ds.randomness import Stream
+
+
+class _AdapterProduct(torch.autograd.Function):
+    """y = x W^T + scale * (x A^T) B^T, saving x alone.
+
+    The (T, r) product x A^T is computed again in the backward pass, which costs 2 T r n operations
+    and saves T r elements per projection. W is frozen: no gradient of its size is ever formed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx.scale = scale
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows @ weight.t()
+        out.addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scale)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_inner = (grad @ lora_b).mul_(ctx.scale)
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_inner, lora_a).view_as(x)
+        if ctx.needs_input_grad[2]:
+            grad_a = grad_inner.t() @ rows
+        if ctx.needs_input_grad[3]:
+            grad_b = (grad.t() @ (rows @ lora_a.t())).mul_(ctx.scale)
+        return grad_x, None, grad_a, grad_b, None
+
+
+class AdapterLinear(Projection):
+    """A frozen `weight` (m, n) with trained factors `lora_A` (r, n) and `lora_B` (m, r).
+
+    With trainable scaling the factor is tanh(`scaling`) and the fixed `scale` is 1.
+    """
+
+    def __init__(self, spec: LinearSpec, config: AdapterConfig) -> None:
+        super().__init__(spec)
+        rank, rows, cols = config.rank, spec.out_features, spec.in_features
+        self.weight = nn.Parameter(torch.empty(rows, cols), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.empty(rank, cols))
+        self.lora_B = nn.Parameter(torch.empty(rows, rank))
+        self.bias = nn.Parameter(torch.empty(rows)) if spec.bias else None
+        self.scaling = nn.Parameter(torch.empty(1)) if config.trainable_scaling else None
+        self.scale = 1.0 if config.trainable_scaling else config.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., n) -> (..., m)."""
+        lora_b = self.lora_B
+        if self.scaling is not None:
+            lora_b = lora_b * torch.tanh(self.scaling)
+        out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale)
+        assert isinstance(out, torch.Tensor)
+        return out if self.bias is None else out + self.bias
+
+    def merge_scale(self, scaling: torch.Tensor | None = None) -> float:
+        """The factor on B @ A.
+
+        Args:
+            scaling: value of the trained scaling, where the layer's own is not whole here.
+        """
+        if self.scaling is None:
+            return self.scale
+        return float(torch.tanh(self.scaling.detach() if scaling is None else scaling))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.spec.in_features} -> {self.spec.out_features}, r={whole_shape(self.lora_A)[0]}"
+        )
+
+
+def draw_factors(
+    layer: AdapterLinear, config: AdapterConfig, seed: int, event: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fresh factors A (r, n) and B (m, r), fp32 on the layer's device.
+
+    `kaiming`: A uniform on +-1/sqrt(n), B zero (LoRA; kaiming_uniform with a = sqrt(5)).
+    `balanced`: both uniform with the standard deviations of SwitchLoRA, which give the product
+    (1/r) B A x a third of the variance of x.
+
+    Args:
+        event: 0 at the start, then the number of the restart.
+    """
+    rank, cols = whole_shape(layer.lora_A)
+    rows = whole_shape(layer.lora_B)[0]
+    device = layer.lora_A.device
+
+    def uniform(factor: str, shape: tuple[int, int], bound: float) -> torch.Tensor:
+        stream = Stream(seed, factor, layer.spec.name, event)
+        draw = stream.uniform(0, shape[0] * shape[1], device).view(shape)
+        return draw.mul_(2.0).sub_(1.0).mul_(bound)
+
+    bound_a, bound_b = factor_bounds(config, rows, cols)
+    lora_a = uniform("lora_A", (rank, cols), bound_a)
+    if not bound_b:
+        return lora_a, torch.zeros(rows, rank, device=device)
+    return lora_a, uniform("lora_B", (rows, rank), bound_b)
+
+
+def factor_bounds(config: AdapterConfig, rows: int, cols: int) -> tuple[float, float]:
+    """Elements of A and B are drawn uniform on plus or minus these.
+
+    Args:
+        rows: height m of the projection's weight.
+        cols: its width n.
+    """
+    if config.init == "kaiming":
+        return 1.0 / math.sqrt(cols), 0.0
+    gain = 1.0 / math.sqrt(3.0)  # leaky_relu with a = sqrt(5)
+    std_a = (math.sqrt(rows) * config.rank / cols**1.5) ** 0.25 * math.sqrt(gain)
+    std_b = (config.rank / math.sqrt(rows * cols)) ** 0.25 * math.sqrt(gain)
+    return math.sqrt(3.0) * std_a, math.sqrt(3.0) * std_b
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+    """The projections of a model of which all are `AdapterLinear`s, by full name, in order."""
+    layers = {}
+    for name, layer in projection_layers(model).items():
+        assert isinstance(layer, AdapterLinear)
+        layers[name] = layer
+    return layers
+
+
+AdapterT = TypeVar("AdapterT", bound=AdapterConfig)
+
+
+class AdapterMethod(Method[AdapterT]):
+    """A method whose projections are `AdapterLinear`s."""
+
+    def linear(self, spec: LinearSpec) -> Projection:
+        return AdapterLinear(spec, self.config)
+
+    def initialize(self, layer: Projection, dense: torch.Tensor) -> None:
+        assert isinstance(layer, AdapterLinear)
+        drawn = draw_factors(layer, self.config, self.seed, event=0)
+        # rounded first, so that W absorbs exactly what the forward pass will compute with
+        lora_a, lora_b = (factor.to(self.dtype).float() for factor in drawn)
+        layer.lora_A.copy_(lora_a)
+        layer.lora_B.copy_(lora_b)
+        if layer.scaling is not None:
+            layer.scaling.fill_(1.0)
+        # the wrapped projection computes what the dense weight did
+        layer.weight.copy_(dense - layer.merge_scale() * (lora_b @ lora_a))
+
+    def dense_weight(self, layer: Projection) -> torch.Tensor:
+        assert isinstance(layer, AdapterLinear)
+        product = layer.lora_B.float() @ layer.lora_A.float()
+        return layer.weight.float() + layer.merge_scale() * product

@@ -1,0 +1,76 @@
+"""Factorised projections: where they start, what they compute, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from relora_ds.config.method import LowRankConfig
+from relora_ds.methods.low_rank import FactorLinear, LowRank
+from relora_ds.parallel.linear import LinearSpec
+
+Spec = Callable[..., LinearSpec]
+
+
+def initialised(spec: LinearSpec, dense: torch.Tensor, **settings: Any) -> FactorLinear:
+    method = LowRank(LowRankConfig.model_validate({"name": "low_rank", **settings}), 42, 100)
+    layer = method.linear(spec)
+    assert isinstance(layer, FactorLinear)
+    with torch.no_grad():
+        method.initialize(layer, dense)
+        assert torch.equal(method.dense_weight(layer), layer.lora_B @ layer.lora_A)
+    return layer
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(20, 12), (12, 20), (16, 16)])
+def test_spectral_is_the_best_approximation(spec: Spec, rows: int, cols: int) -> None:
+    dense = torch.randn(rows, cols, generator=torch.Generator().manual_seed(1))
+    layer = initialised(spec(rows, cols), dense, rank=5)
+    values = torch.linalg.svdvals(dense.double())
+    product = layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    # Eckart and Young: no rank-5 matrix is closer than the root of the cut values' squares
+    best = values[5:].square().sum().sqrt()
+    assert float((dense - product).norm() / best) == pytest.approx(1.0, abs=1e-5)
+    for factor in (layer.lora_B.detach().t(), layer.lora_A.detach()):
+        # split evenly: both factors carry the root of the singular values
+        torch.testing.assert_close(
+            factor @ factor.t(), values[:5].float().diag(), atol=1e-5, rtol=0
+        )
+
+
+def test_spectral_signs_are_fixed(spec: Spec) -> None:
+    dense = torch.randn(20, 12, generator=torch.Generator().manual_seed(2))
+    layer, negated = (initialised(spec(), d, rank=6) for d in (dense, -dense))
+    for column in layer.lora_B.detach().t():
+        assert column[column.abs().argmax()] > 0
+    # the left vectors of -W are those of W: only the right ones carry the sign
+    torch.testing.assert_close(negated.lora_B, layer.lora_B, atol=1e-5, rtol=0)
+    torch.testing.assert_close(negated.lora_A, -layer.lora_A, atol=1e-5, rtol=0)
+
+
+def test_xavier(spec: Spec) -> None:
+    rows, cols, rank = 300, 200, 50
+    dense = torch.zeros(rows, cols)
+    layer = initialised(spec(rows, cols), dense, rank=rank, init="xavier")
+    lora_a, lora_b = layer.lora_A.detach(), layer.lora_B.detach()
+    assert float(lora_a.std()) == pytest.approx((2 / (rank + cols)) ** 0.5, rel=0.03)
+    assert float(lora_b.std()) == pytest.approx((2 / (rank + rows)) ** 0.5, rel=0.03)
+    assert abs(float(lora_a.mean())) < 5e-3
+    other = initialised(spec(rows, cols, name="a.k"), dense, rank=rank, init="xavier")
+    assert not torch.equal(other.lora_A, layer.lora_A)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_computes_its_product(spec: Spec, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = initialised(spec(bias=bias), torch.randn(20, 12, generator=generator), rank=3)
+    if layer.bias is not None:
+        layer.bias.data = torch.randn(20, generator=generator)
+    x = torch.randn(2, 4, 12, generator=generator)
+    expected = x @ (layer.lora_B @ layer.lora_A).t() + (0.0 if layer.bias is None else layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    names = {"lora_A", "lora_B"} | ({"bias"} if bias else set())
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == names
