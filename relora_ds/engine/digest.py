@@ -1,0 +1,167 @@
+"""Do the replicas still agree? Cheap enough to ask after every event and every so many steps.
+
+A fault in one rank's memory or arithmetic spreads into the average of all gradients, and nothing in
+the loss shows it. Every tensor that several ranks hold alike is reduced to 64 bits, and these are
+compared; of what is cut over ranks, the working values must be the rounded masters, and frozen
+slices must be the ones that the last edit left behind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from deepspeed import comm
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from relora_ds.engine.base_weight import BaseWeight
+from relora_ds.engine.layout import Layout
+from relora_ds.engine.vector_clock import VectorClock
+from relora_ds.errors import DesyncError
+
+_WIDTH = 4096
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ReplicaDigest:
+    """The comparison for one engine.
+
+    Args:
+        names: every parameter of the model by name.
+        layout: where they and their masters are.
+        bases: what lies beside the edited ones.
+        clocks: step counts of vectors.
+        group: data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, nn.Parameter],
+        layout: Layout,
+        bases: Mapping[nn.Parameter, BaseWeight],
+        clocks: Mapping[nn.Parameter, VectorClock],
+        group: ProcessGroup,
+    ) -> None:
+        self._names = names
+        self._layout = layout
+        self._bases = bases
+        self._clocks = clocks
+        self._group = group
+        self._seals: dict[nn.Parameter, torch.Tensor] = {}
+        self.seal(names.values())
+
+    @torch.no_grad()
+    def seal(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember frozen slices as they are now: no other rank has them to compare with."""
+        if self._layout.weights_cut:
+            for parameter in parameters:
+                if parameter not in self._layout.placements:
+                    self._seals[parameter] = self._fingerprint_of_slice(parameter)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare. A collective call; waits for the device.
+
+        Raises:
+            DesyncError: on every rank, with the first tensor that differs and the ranks concerned.
+        """
+        entries = [*self._replicated(), *self._local()]
+        mine = torch.stack([value.to(self._device()) for _, value in entries])
+        # the largest and, inverted, the smallest in one reduction
+        extremes = torch.cat([mine, ~mine])
+        comm.all_reduce(extremes, op=comm.ReduceOp.MAX, group=self._group)
+        high, low = extremes.chunk(2)
+        wrong = (high != ~low).nonzero()
+        own = torch.tensor([name.endswith(_LOCAL) for name, _ in entries], device=mine.device)
+        if not len(wrong) and not bool((high * own).any()):
+            return
+        everyone = mine.new_empty(comm.get_world_size(self._group) * mine.numel())
+        comm.all_gather_into_tensor(everyone, mine, group=self._group)
+        raise DesyncError(_report([name for name, _ in entries], everyone.view(-1, mine.numel())))
+
+    def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fingerprints of what every rank must hold alike."""
+        for name, parameter in self._names.items():
+            # under stage 3 a gathered copy where there is one; whether there is agrees on all ranks
+            yield name, fingerprint(parameter.data)
+            if not self._layout.weights_cut and parameter in self._bases:
+                for key, tensor in self._bases[parameter].tensors().items():
+                    yield f"{name} ({key})", fingerprint(tensor)
+            if self._layout.partition_group is None and parameter in self._layout.placements:
+                for key in _MOMENTS:
+                    moment = self._layout.optimizer_state(parameter, key)
+                    if moment is not None:
+                        yield f"{name} ({key})", fingerprint(moment)
+            if parameter in self._clocks:
+                for key, tensor in self._clocks[parameter].tensors().items():
+                    yield f"{name} ({key})", fingerprint(tensor)
+
+    def _local(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """1 where this rank disagrees with itself, 0 elsewhere."""
+        for name, parameter in self._names.items():
+            if parameter in self._layout.placements:
+                broken = self._layout.mismatch(parameter)
+            elif parameter in self._seals:
+                broken = self._fingerprint_of_slice(parameter) != self._seals[parameter]
+            else:
+                continue
+            yield name + _LOCAL, broken.to(torch.int64)
+
+    def _fingerprint_of_slice(self, parameter: nn.Parameter) -> torch.Tensor:
+        _, working = self._layout.working(parameter)
+        value = fingerprint(working)
+        if parameter in self._bases:
+            for tensor in self._bases[parameter].tensors().values():
+                value = value * 31 + fingerprint(tensor).to(value.device)
+        return value
+
+    def _device(self) -> torch.device:
+        return next(iter(self._names.values())).device
+
+
+_LOCAL = " (its masters, or the last edit of it)"
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """64 bits of a tensor's content, as an int64 scalar on its device, without waiting for it.
+
+    Two sums over rows and columns of 64-bit words, each with weights of its own, modulo 2^64: a
+    change of any one word always shows.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    words = flat.view(_INTEGERS[flat.element_size()])
+    per_word = 8 // words.element_size()
+    body = words.numel() // (_WIDTH * per_word) * _WIDTH * per_word
+    total = _weighted(words[body:].to(torch.int64))
+    if body:
+        aligned = words[:body]
+        if aligned.data_ptr() % 8 or aligned.storage_offset() % per_word:
+            aligned = aligned.clone()
+        table = aligned.view(torch.int64).view(-1, _WIDTH)
+        total = total * 31 + _weighted(table.sum(0)) * 17 + _weighted(table.sum(1))
+    return total
+
+
+def _weighted(values: torch.Tensor) -> torch.Tensor:
+    # odd weights: a single change is never lost modulo 2^64
+    weights = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
+    return (values * (weights * -7046029254386353131 | 1)).sum()
+
+
+def _report(names: list[str], everyone: torch.Tensor) -> str:
+    """Describe the first tensor that is wrong; `everyone` is (ranks, tensors)."""
+    for index, name in enumerate(names):
+        values = everyone[:, index].tolist()
+        usual = 0 if name.endswith(_LOCAL) else Counter(values).most_common(1)[0][0]
+        ranks = [rank for rank, value in enumerate(values) if value != usual]
+        if ranks:
+            return (
+                f"rank {', '.join(map(str, ranks))} disagrees with the others on "
+                f"{name.removesuffix(_LOCAL)}, or with itself: its memory or arithmetic is at "
+                "fault, or it runs other code; check the machine and resume from the last "
+                "checkpoint"
+            )
+    raise AssertionError("called without a difference")

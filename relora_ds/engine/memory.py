@@ -1,0 +1,145 @@
+"""What the tensors of a training step take up, measured on the live engine during its first step.
+
+Every figure is a sum over distinct storages, so that views and shared buffers count once. What a
+kernel allocates and frees within one operation is not seen this way: on a CUDA device the
+allocator's peak minus the rest is reported for it, on a host there is no such counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from relora_ds.parallel.linear import Projection
+
+# Where DeepSpeed 0.19.8 keeps gradients between backward and step; no stage has all of them
+_GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")
+
+
+class Storages:
+    """Bytes of distinct storages."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+
+    def add(self, tensors: Iterable[torch.Tensor | None]) -> Storages:
+        """Count tensors whose storage is not known yet."""
+        for tensor in tensors:
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                self._sizes[storage.data_ptr()] = storage.nbytes()
+        return self
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._sizes
+
+    @property
+    def bytes(self) -> int:
+        """Their sum."""
+        return sum(self._sizes.values())
+
+
+class MemoryMeter:
+    """Measures the first update of an engine by component, and stays out of the way afterwards.
+
+    Args:
+        model: as DeepSpeed holds it.
+        optimizer: the client optimizer.
+        wrapper: DeepSpeed's optimizer.
+        kept: tensors that store frozen weights beside the working ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        wrapper: Any,
+        kept: Iterable[Mapping[str, torch.Tensor]],
+    ) -> None:
+        self._model, self._optimizer, self._wrapper = model, optimizer, wrapper
+        self._kept = [tensor for tensors in kept for tensor in tensors.values()]
+        self._gradients = self._activations = 0
+        self.measured: dict[str, int] | None = None
+        """Bytes by component, once the first update is done: `weights`, `indices`, `gradients`,
+        `states`, `activations` (of one micro-batch), on a CUDA device `transient`."""
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self.after_backward())
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Wraps a forward pass."""
+        if self.measured is not None or self._activations:
+            return nullcontext()
+        known = Storages().add(self._weights()).add(self._model.buffers())
+        saved = Storages()
+        layers = [module for module in self._model.modules() if isinstance(module, Projection)]
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            # by identity too: at stage 3 a parameter's gathered storage exists for a moment only
+            own = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+            fresh = tensor.layout == torch.strided and not own
+            fresh = fresh and tensor not in known and tensor not in saved
+            # a layer may have begun to hold it in this very pass
+            if fresh and not any(tensor is held for layer in layers for held in layer.held()):
+                self._activations = saved.add([tensor]).bytes
+            return tensor
+
+        return saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def after_backward(self) -> None:
+        """Look at the gradients between the last backward pass and the update, and within it."""
+        if self.measured is None:
+            found = Storages().add(p.grad for p in self._model.parameters())
+            found.add(owner.grad for owner in self._owners())
+            for name in _GRADIENTS:
+                found.add(_tensors(getattr(self._wrapper, name, None)))
+            self._gradients = max(self._gradients, found.bytes)
+
+    def finish(self) -> None:
+        """The first update is done: the optimizer has its states."""
+        if self.measured is not None:
+            return
+        self._hook.remove()
+        weights = Storages().add(self._weights()).add(self._kept)
+        states = Storages().add(_tensors([dict(s) for s in self._optimizer.state.values()]))
+        states.add(owner for owner in self._owners() if owner not in weights)
+        self.measured = {
+            "weights": weights.bytes,
+            "indices": Storages().add(self._model.buffers()).bytes,
+            "gradients": self._gradients,
+            "states": states.bytes,
+            "activations": self._activations,
+        }
+        device = next(self._model.parameters()).device
+        if device.type == "cuda":
+            rest = sum(self.measured.values())
+            self.measured["transient"] = torch.cuda.max_memory_allocated(device) - rest
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        for parameter in self._model.parameters():
+            yield parameter.data
+            # ZeRO stage 3: this rank's slice
+            yield from _tensors(getattr(parameter, "ds_tensor", None))
+
+    def _owners(self) -> Iterator[torch.Tensor]:
+        """What the optimizer steps."""
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
+        # stage 3 empties the groups between steps
+        yield from _tensors(getattr(self._wrapper, "fp32_partitioned_groups_flat", None))
+
+
+def _tensors(node: Any) -> Iterator[torch.Tensor]:
+    """All tensors with elements in nested containers."""
+    if isinstance(node, torch.Tensor):
+        if node.numel():
+            yield node
+    elif isinstance(node, Mapping):
+        for inner in node.values():
+            yield from _tensors(inner)
+    elif isinstance(node, list | tuple):
+        for inner in node:
+            yield from _tensors(inner)

@@ -1,0 +1,100 @@
+"""Host memory of which the processes of a node share one copy.
+
+It lives in an anonymous file (memfd): no name in any directory, no limit but memory, and nothing
+that stays behind when processes die.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+import os
+import socket
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_logger = logging.getLogger(__name__)
+
+
+class NodeMemory:
+    """Zero-filled tensors in memory that grows and is kept until all of them are gone.
+
+    A collective to construct. Afterwards every process of the node asks for the same tensors in the
+    same order, without communication: the file grows to the same size whoever is first.
+
+    Args:
+        shared: False gives each process memory of its own.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self.is_writer = True
+        """Whether this process is the one that fills the tensors."""
+        self._file: int | None = None
+        self._size = 0
+        self._copies = 1
+        if torch.distributed.get_world_size() > 1:
+            self._join(shared)
+        if self._file is not None:
+            # tensors keep their mappings; the file goes with the last of them
+            weakref.finalize(self, os.close, self._file)
+
+    def _join(self, shared: bool) -> None:
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mine = os.memfd_create("relora_ds")
+        everyone: list[tuple[str, int, int]] = [("", 0, 0)] * size
+        torch.distributed.all_gather_object(everyone, (_node(), os.getpid(), mine))
+        here = [number for number, (node, _, _) in enumerate(everyone) if node == _node()]
+        if not shared:
+            os.close(mine)
+            self._copies = len(here)
+            return
+        first = here[0]
+        self.is_writer = first == rank
+        if self.is_writer:
+            self._file = mine
+            return
+        _, process, descriptor = everyone[first]
+        os.close(mine)
+        try:
+            self._file = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
+        except OSError as error:
+            _logger.warning(
+                "process %d's memory cannot be shared (%s): this one keeps a copy of its own",
+                process,
+                error,
+            )
+            self.is_writer = True
+
+    @property
+    def bytes_on_node(self) -> int:
+        """Host memory behind all tensors so far, over all processes of the node."""
+        return self._size * self._copies
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros; pinned where there is a GPU."""
+        size = math.prod(shape) * dtype.itemsize
+        if not size:
+            return torch.zeros(tuple(shape), dtype=dtype)
+        space = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self._file is None:
+            memory = mmap.mmap(-1, space)
+        else:
+            # takes the pages now: without memory this fails, where a later write would be killed;
+            # it never shrinks the file, so it does not matter which process comes first
+            os.posix_fallocate(self._file, self._size, space)
+            memory = mmap.mmap(self._file, space, offset=self._size)
+        self._size += space
+        flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape))
+        if torch.cuda.is_available():
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), space, 0)))
+        return flat.view(tuple(shape))
+
+
+def _node() -> str:
+    """Differs between machines, and between containers that do not see each other's processes."""
+    return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"

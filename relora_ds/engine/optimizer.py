@@ -1,0 +1,68 @@
+"""The client optimizer that DeepSpeed drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from relora_ds.config.schema import OptimizerConfig
+from relora_ds.engine.block_adamw import BlockAdamW
+from relora_ds.engine.vector_adamw import VectorAdamW
+from relora_ds.methods.interface import ParameterGroup
+
+
+def build_optimizer(
+    config: OptimizerConfig, groups: Sequence[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """The configured AdamW over the method's groups.
+
+    Every group carries its `role`, from which the learning rate is set before each update. It
+    starts at zero: DeepSpeed's bf16 stage 0 takes a step on zero gradients when it is built.
+    """
+    settings = {"betas": config.betas, "eps": config.eps}
+    described: list[dict[str, Any]] = [
+        {
+            "params": list(group.parameters),
+            "role": group.role,
+            "lr": 0.0,
+            "weight_decay": config.weight_decay if group.decays else 0.0,
+        }
+        for group in groups
+    ]
+    return _KINDS[config.name](described, settings)
+
+
+def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return VectorAdamW(groups, **settings)
+
+
+def _block_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return BlockAdamW(groups, **settings)
+
+
+def _torch_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, **settings)
+
+
+def _fused_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    # imported here: the first use compiles a kernel
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam(groups, adam_w_mode=True, **settings)
+
+
+def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+
+
+_KINDS: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], torch.optim.Optimizer]] = {
+    "adamw": _vector_adamw,
+    "adamw8bit": _block_adamw,
+    "torch_adamw": _torch_adamw,
+    "fused_adam": _fused_adam,
+    "cpu_adam": _cpu_adam,
+}

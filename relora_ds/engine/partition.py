@@ -1,0 +1,116 @@
+"""Cutting a model over ranks while it is built, one parameter at a time.
+
+Under ZeRO stage 3 no rank ever holds the whole model: a parameter is allocated, filled, cut and
+freed before the next one is allocated.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import parameter_offload
+from torch import nn
+
+from relora_ds.engine.deepspeed_config import zero_stage
+from relora_ds.engine.layout import slice_of
+
+
+@dataclass(frozen=True)
+class DenseSlices:
+    """This rank's slices of the dense model at full precision, cut as ZeRO stage 3 cuts."""
+
+    values: dict[str, torch.Tensor]
+    """Flattened slice of every parameter, fp32 on the CPU, by name; the cutter takes them out."""
+
+    @staticmethod
+    def rest(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """What a parameter is filled with before the cutter adds its slice: zeros."""
+        return torch.zeros(shape)
+
+
+class Cutter:
+    """Cuts parameters into one slice per data-parallel rank.
+
+    Args:
+        deepspeed_config: resolved, of stage 3.
+        dtype: working precision of the slices.
+        slices: dense values that are added to the parameters of the same name. A method's frozen
+            or dense weight is the dense weight plus a term of its own, so the slice is enough.
+        restored: names of trained parameters whose fp32 values are kept for their masters, besides
+            those in `slices`.
+    """
+
+    def __init__(
+        self,
+        deepspeed_config: dict[str, Any],
+        dtype: torch.dtype,
+        slices: DenseSlices | None = None,
+        restored: Collection[str] = (),
+    ) -> None:
+        self._init = _LocalInit(config_dict_or_path=deepspeed_config, dtype=dtype)
+        self._dtype = dtype
+        self._slices = slices
+        self._restored = set(restored) | set(() if slices is None else slices.values)
+        self._exact: dict[nn.Parameter, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str, parameter: nn.Parameter) -> None:
+        """Leave this rank's slice of a filled fp32 parameter in place of the parameter."""
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        start, length = slice_of(parameter.numel(), rank, size)
+        mine = parameter.data.view(-1)[start : start + length]
+        if self._slices is not None and name in self._slices.values:
+            mine.add_(self._slices.values.pop(name).to(mine.device))
+        kept = name in self._restored or not parameter.requires_grad
+        if kept and self._dtype != torch.float32:
+            self._exact[parameter] = mine.clone()
+        parameter.data = parameter.data.to(self._dtype)
+        self._init._convert_to_zero_parameters([parameter])
+        # padding is never read, but DeepSpeed leaves it uninitialised and writes it to checkpoints
+        cast(Any, parameter).ds_tensor.data[length:].zero_()
+
+    def finish(self) -> dict[nn.Parameter, torch.Tensor]:
+        """fp32 values of the slices that the cast to the working precision rounded."""
+        assert self._slices is None or not self._slices.values, sorted(self._slices.values)[:3]
+        return self._exact
+
+
+class _LocalInit(deepspeed.zero.Init):
+    """Every rank draws the same values, so broadcasting the whole model would be for nothing."""
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def release_stage3() -> None:
+    """Drop the global references by which DeepSpeed 0.19.8 keeps a destroyed stage-3 engine alive.
+
+    One parameter that is alive keeps all of them alive, masters and moments too.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # an lru_cache on a private method, keyed by (coordinator, module), inside other decorators
+    cached = functools._lru_cache_wrapper
+    for thing in gc.get_objects():
+        # not isinstance: asking lazy objects for their class makes some of them warn
+        if type(thing) is cached and thing.__module__.startswith("deepspeed.runtime.zero"):
+            thing.cache_clear()
+
+
+def build_cutter(
+    deepspeed_config: dict[str, Any],
+    precision: str,
+    slices: DenseSlices | None = None,
+    restored: Collection[str] = (),
+) -> Cutter | None:
+    """What cuts the model while it is built; None where every rank keeps it whole."""
+    if zero_stage(deepspeed_config) < 3:
+        return None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Cutter(deepspeed_config, dtype, slices, restored)

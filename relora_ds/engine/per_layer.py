@@ -1,0 +1,178 @@
+"""Updates within the backward pass: each gradient is used and freed as soon as it is complete.
+
+With one micro-batch per update no more than one layer's gradients are alive at a time. With
+accumulation the gradients of the earlier micro-batches have to be kept, and the updates happen in
+the last backward pass: one update per global batch, never one per micro-batch. Every process holds
+the whole optimizer state. This stands in for DeepSpeed's engine, which reduces, clips and steps
+after the backward pass; where ZeRO cuts gradients there is no whole gradient to use.
+
+Clipping: the global norm is known only when the last update is over, so each parameter's gradient
+is clipped to a norm of `clip` on its own. A run that never reaches the limit is the same run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.engine.vector_adamw import VectorAdamW
+from relora_ds.errors import CheckpointError
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+"""The name under which DeepSpeed saves a model, so that exports find it."""
+
+
+class Masters:
+    """Marks that the optimizer steps fp32 copies of the parameters, in the parameters' order."""
+
+
+class PerLayerEngine:
+    """What `TrainEngine` needs of a DeepSpeed engine, for per-layer updates at stage 0.
+
+    Args:
+        model: filled, in fp32; cast and moved.
+        optimizer: over the model's parameters; it is given masters where the model is cast.
+        resolved: DeepSpeed dictionary, for accumulation, clipping and precision.
+        device: where the process computes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        resolved: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        assert isinstance(optimizer, VectorAdamW), "the configuration was checked"
+        self.module = model.to(device)
+        self.device = device
+        self.data_parallel_group = torch.distributed.group.WORLD
+        self.before_update: Callable[[], None] = lambda: None
+        """Called while the gradient that is used next is alive."""
+        self._optimizer = optimizer
+        self._accumulation = int(resolved["gradient_accumulation_steps"])
+        self._clip = float(resolved["gradient_clipping"])
+        self._micro_step = 0
+        self._norm_sq: torch.Tensor | None = None
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        if resolved["bf16"]["enabled"]:
+            model.bfloat16()
+            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = [nn.Parameter(p.detach().float()) for p in parameters]
+            self.optimizer: Any = Masters()
+        else:
+            self.optimizer = optimizer
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._updater(number, index))
+            for number, parameters in enumerate(groups)
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's loss on a micro-batch."""
+        return self.module(tokens)
+
+    def train(self) -> None:
+        """Put the model into training mode."""
+        self.module.train()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch is the last one of an update."""
+        return self._micro_step == self._accumulation - 1
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a micro-batch, and at the boundary all updates."""
+        if self.is_gradient_accumulation_boundary():
+            self._norm_sq = None
+        (loss / self._accumulation).backward()
+
+    def step(self) -> None:
+        """Close a micro-batch; the updates are done already."""
+        self._micro_step = (self._micro_step + 1) % self._accumulation
+
+    def get_global_grad_norm(self) -> torch.Tensor:
+        """Norm over all gradients of the last update, before any was clipped."""
+        assert self._norm_sq is not None, "asked for before an update"
+        return self._norm_sq.sqrt()
+
+    def _updater(self, group: int, index: int) -> Callable[[torch.Tensor], None]:
+        # the index and not the group: loading an optimizer's state replaces its groups
+        @torch.no_grad()
+        def update(parameter: torch.Tensor) -> None:
+            if not self.is_gradient_accumulation_boundary():
+                return
+            self.before_update()
+            assert parameter.grad is not None
+            settings = self._optimizer.param_groups[group]
+            owner = settings["params"][index]
+            if owner is not parameter:
+                owner.grad = parameter.grad.to(owner.dtype)
+                self.before_update()
+                parameter.grad = None
+            self._reduce_and_clip(owner.grad)
+            self._optimizer.update(owner, settings)
+            owner.grad = None
+            if owner is not parameter:
+                parameter.copy_(owner)
+
+        return update
+
+    def _reduce_and_clip(self, grad: torch.Tensor) -> None:
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            torch.distributed.all_reduce(grad)
+            grad.div_(size)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        square = norm.square()
+        self._norm_sq = square if self._norm_sq is None else self._norm_sq + square
+        if self._clip > 0.0:
+            # the factor that torch and DeepSpeed use, on the device
+            grad.mul_((self._clip / (norm + 1e-6)).clamp(max=1.0))
+
+    def save_checkpoint(self, directory: str, tag: str, **_: Any) -> None:
+        """Model, masters and moments in one file: they are the same on every process."""
+        if torch.distributed.get_rank() == 0:
+            folder = Path(directory) / tag
+            os.makedirs(folder, exist_ok=True)
+            saved = {
+                "module": self.module.state_dict(),
+                "masters": self._masters(),
+                "optimizer": self._optimizer.state_dict(),
+            }
+            torch.save(saved, folder / MODEL_FILE)
+        torch.distributed.barrier()
+
+    def load_checkpoint(self, directory: str, tag: str, **_: Any) -> tuple[str, None]:
+        """Restore what `save_checkpoint` wrote.
+
+        Raises:
+            CheckpointError: it was not written with per-layer updates.
+        """
+        path = Path(directory) / tag / MODEL_FILE
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if "masters" not in saved:
+            raise CheckpointError(
+                f"{path}: was written without train.per_layer_update; resume it as it was"
+            )
+        self.module.load_state_dict(saved["module"])
+        with torch.no_grad():
+            for master, value in zip(self._masters(), saved["masters"], strict=True):
+                master.copy_(value)
+        self._optimizer.load_state_dict(saved["optimizer"])
+        return str(path), None
+
+    def _masters(self) -> Sequence[torch.Tensor]:
+        if not isinstance(self.optimizer, Masters):
+            return []
+        return [p.detach() for group in self._optimizer.param_groups for p in group["params"]]
+
+    def destroy(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        del self.module, self.optimizer, self._optimizer

@@ -1,0 +1,253 @@
+"""`TrainState` on top of a layout: what methods may do to a partitioned run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
+
+import torch
+from deepspeed import comm
+from torch import nn
+
+from relora_ds.engine.base_weight import (
+    BaseWeight,
+    add_product,
+    apply_product,
+    weight_times,
+)
+from relora_ds.engine.communication import recorder
+from relora_ds.engine.layout import Layout, slice_of
+from relora_ds.engine.node_memory import NodeMemory
+from relora_ds.engine.order_statistic import order_statistics
+from relora_ds.engine.vector_clock import Fragment, Stretch, VectorClock
+from relora_ds.methods.interface import MomentShard, TrainState, WeightEdit
+from relora_ds.parallel.shape import whole_shape
+
+Probe = Callable[[], torch.Tensor | None]
+
+
+class ZeroState(TrainState):
+    """Weights, masters and moments, whole or sliced, wherever the layout says they are.
+
+    Args:
+        layout: where working weights, masters and moments are.
+        bases: authoritative store of every frozen weight that may be edited.
+        clocks: clock of every parameter that has one.
+        completed_steps: the optimizer's own count of updates.
+        probe: output of the model on a fixed batch.
+        edited: called with every frozen weight that was edited.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        bases: Mapping[nn.Parameter, BaseWeight],
+        clocks: Mapping[nn.Parameter, VectorClock],
+        completed_steps: Callable[[], int],
+        probe: Probe,
+        edited: Callable[[nn.Parameter], None] = lambda weight: None,
+    ) -> None:
+        self._layout = layout
+        self._bases = bases
+        self._clocks = clocks
+        self._completed_steps = completed_steps
+        self._probe = probe
+        self._node_memory: NodeMemory | None = None
+        self._edited = edited
+        self.bytes_moved = 0
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return whole_shape(parameter)
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        values = self._layout.whole(parameters)
+        if self._layout.weights_cut:
+            # what is kept whole was not gathered; it counts, so that the figure is an upper bound
+            self.bytes_moved += sum(v.numel() * v.element_size() for v in values)
+        return values
+
+    def moments(self, parameter: nn.Parameter) -> MomentShard | None:
+        first = self._layout.optimizer_state(parameter, "exp_avg")
+        second = self._layout.optimizer_state(parameter, "exp_avg_sq")
+        if first is None or second is None:
+            return None
+        return MomentShard(self._layout.placements[parameter].stretch.start, first, second)
+
+    def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        assert value.shape == whole_shape(parameter), (value.shape, whole_shape(parameter))
+        placement = self._layout.placements[parameter]
+        stretch, flat = placement.stretch, value.reshape(-1)
+        # both, or the next step undoes one of them: the master overwrites the working copy
+        placement.master().copy_(flat[stretch.start : stretch.start + stretch.length])
+        start, working = self._layout.working(parameter)
+        working.copy_(flat[start : start + working.numel()])
+        self._layout.write_copies(parameter, value)
+
+    def add_product(
+        self,
+        weight: nn.Parameter,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scale: float,
+        measured: bool = True,
+    ) -> WeightEdit | None:
+        start, working = self._layout.working(weight)
+        add = add_product if measured else apply_product
+        edit = add(self._bases[weight], working, start, left, right, scale)
+        self._layout.drop_copies(weight)
+        self._edited(weight)
+        return edit
+
+    def weight_times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
+        start, working = self._layout.working(weight)
+        out = weight_times(self._bases[weight], working, start, whole_shape(weight)[0], right)
+        if self._layout.weights_cut:
+            self._sum(out)
+        return out
+
+    def total_edits(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
+        if not self._layout.weights_cut:
+            return list(edits)
+        figures = torch.tensor([astuple(edit) for edit in edits], dtype=torch.float64)
+        figures = figures.to(self._device())
+        self._sum(figures)
+        return [WeightEdit(int(row[0]), *row[1:]) for row in figures.tolist()]
+
+    def order_statistics(
+        self, values: Sequence[torch.Tensor], ranks: Sequence[int]
+    ) -> list[torch.Tensor]:
+        return order_statistics(values, ranks, self._sum, self._device())
+
+    def total(self, counts: Sequence[int]) -> list[int]:
+        tensor = torch.tensor(counts, dtype=torch.int64, device=self._device())
+        self._sum(tensor)
+        return tensor.tolist()
+
+    def reset_steps(self, parameter: nn.Parameter) -> int:
+        clock = self._clocks[parameter]
+        clock.restart(self._completed_steps())
+        return clock.count
+
+    def live_vectors(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
+        return self._clocks[parameter].live(self._completed_steps() + ahead)
+
+    def whole_vectors(
+        self,
+        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        stored: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> list[torch.Tensor]:
+        if not self._layout.weights_cut:
+            found = []
+            for factor, index in factors:
+                axis = self._clocks[factor].axis
+                vectors = factor.detach().index_select(axis, index.to(factor.device))
+                found.append(vectors if axis == 0 else vectors.t().contiguous())
+            return [*found, *(part for _, part in stored)]
+        return self._exchange(factors, stored)
+
+    def _exchange(
+        self,
+        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        stored: Sequence[tuple[int, torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """One sum of what every rank has, zeros elsewhere: exact, as no element is on two ranks."""
+        clocks = [self._clocks[factor] for factor, _ in factors]
+        shapes = [
+            (len(index), whole_shape(factor)[1 - clock.axis])
+            for (factor, index), clock in zip(factors, clocks, strict=True)
+        ]
+        shapes += [(len(part), length) for length, part in stored]
+        sizes = [count * length for count, length in shapes]
+        dtype = factors[0][0].dtype
+        wire = torch.zeros(sum(sizes), dtype=dtype, device=self._device())
+        parts = [w.view(shape) for w, shape in zip(wire.split(sizes), shapes, strict=True)]
+        for out, (factor, index) in zip(parts, factors, strict=False):
+            start, working = self._layout.working(factor)
+            fragment = self._fragment(factor, start, 0, working.numel())
+            for part in fragment.vectors(working, index):
+                out[part.asked, part.span] = part.view[part.local]
+        for out, (length, part) in zip(parts[len(factors) :], stored, strict=True):
+            out[:, slice(*self.own_span(length))] = part
+        self._sum(wire)
+        return parts
+
+    def write_vectors(
+        self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        placement = self._layout.placements[parameter]
+        start, working = self._layout.working(parameter)
+        stretch, master = placement.stretch, placement.owner.detach().view(-1)
+        targets = [(master, self._fragment(parameter, *_position(stretch)))]
+        if master.data_ptr() != working.data_ptr():
+            targets.append((working, self._fragment(parameter, start, 0, working.numel())))
+        for flat, fragment in targets:
+            for part in fragment.vectors(flat, index):
+                part.view[part.local] = values[part.asked, part.span].to(flat)
+        self._layout.drop_copies(parameter)
+
+    def reset_vectors(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+        clock, completed = self._clocks[parameter], self._completed_steps()
+        placement, cleared = self._layout.placements[parameter], 0
+        state = self._layout.optimizer.state.get(placement.owner, {})
+        fragment = self._fragment(parameter, *_position(placement.stretch))
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                for part in fragment.vectors(state[key].view(-1), index):
+                    part.view[part.local] = 0.0
+                    cleared += len(part.local) * part.view.shape[1]
+        clock.restart(completed, index)
+        clock.freeze(completed + frozen, index)
+        return cleared
+
+    def _fragment(self, parameter: nn.Parameter, start: int, offset: int, length: int) -> Fragment:
+        clock = self._clocks[parameter]
+        return Fragment(start, offset, length, clock, whole_shape(parameter)[1])
+
+    def own_span(self, length: int) -> tuple[int, int]:
+        if not self._layout.weights_cut:
+            return 0, length
+        group = self._layout.partition_group
+        size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        start, count = slice_of(length, rank, size)
+        return start, start + count
+
+    def node_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._memory().tensor(shape, dtype)
+
+    def writes_node(self) -> bool:
+        return self._memory().is_writer
+
+    def node_bytes(self) -> int:
+        return 0 if self._node_memory is None else self._node_memory.bytes_on_node
+
+    def _memory(self) -> NodeMemory:
+        if self._node_memory is None:
+            self._node_memory = NodeMemory(shared=not self._layout.weights_cut)
+        return self._node_memory
+
+    def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
+        is_main = torch.distributed.get_rank() == 0
+        if self._layout.weights_cut:
+            whole = torch.zeros(len(part), length, dtype=part.dtype, device=self._device())
+            whole[:, slice(*self.own_span(length))] = part.to(whole.device)
+            self._sum(whole)
+            part = whole
+        return part.cpu() if is_main else None
+
+    def probe(self) -> torch.Tensor | None:
+        with recorder.phase("eval"):
+            return self._probe()
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        """Over the ranks that hold different parts of the moments; replicated ones count once."""
+        if self._layout.partition_group is not None:
+            comm.all_reduce(tensor, group=self._layout.partition_group)
+            self.bytes_moved += tensor.numel() * tensor.element_size()
+
+    def _device(self) -> torch.device:
+        """Where collectives take their tensors: with the parameters, also if moments are not."""
+        return next(iter((*self._layout.placements, *self._bases))).device
+
+
+def _position(stretch: Stretch) -> tuple[int, int, int]:
+    return stretch.start, stretch.offset, stretch.length

@@ -1,0 +1,214 @@
+"""AdamW with exact bias correction per rank vector, on whole parameters or any flat cut of them.
+
+Decoupled weight decay (Loshchilov and Hutter, 2019). It knows nothing of DeepSpeed: a layout tells
+it, per flat tensor, which stretches belong to parameters with a `VectorClock`. Stretches of one age
+go to torch's fused kernel, vectors of different ages to a kernel of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.optim.adamw import adamw
+
+from relora_ds.engine.vector_block import update_block
+from relora_ds.engine.vector_clock import Fragment, VectorClock
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor; DeepSpeed re-wraps flats but keeps their storage."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class VectorAdamW(torch.optim.Optimizer):
+    """AdamW whose persistent state is `exp_avg`, `exp_avg_sq` and one scalar `step` per tensor.
+
+    `fragments` maps the storage of each flat tensor to its clocked fragments, in order of offset.
+    While it is None (before the layout is known) every element follows the scalar step.
+
+    Args:
+        params: tensors or parameter groups; a group may set `lr` and `weight_decay`.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the bias-corrected second moment.
+        weight_decay: decoupled decay; frozen vectors do not decay.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+        self.fragments: dict[int, list[Fragment]] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update of every tensor that has a gradient.
+
+        Raises:
+            KeyError: a flat tensor is not the one that the layout was built for.
+        """
+        assert closure is None, "a closure would run between ZeRO's reduction and the update"
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        """One update of one tensor of a group from its gradient, within `torch.no_grad`."""
+        assert p.grad is not None
+        fragments = [] if self.fragments is None else self.fragments[storage_key(p)]
+        self._update(p, p.grad, fragments, group)
+
+    def _update(
+        self, p: torch.Tensor, grad: torch.Tensor, fragments: list[Fragment], group: dict[str, Any]
+    ) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the host: reading never syncs
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        completed = int(state["step"])
+        state["step"] += 1
+        advance(p, grad, (state["exp_avg"], state["exp_avg_sq"]), fragments, completed, group)
+
+
+def advance(
+    p: torch.Tensor,
+    grad: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    fragments: list[Fragment],
+    completed: int,
+    group: dict[str, Any],
+) -> None:
+    """One AdamW update in place of a tensor and its moments, all of one shape.
+
+    Args:
+        fragments: its clocked fragments, in order of offset.
+        completed: updates of the tensor before this one.
+        group: `lr`, `betas`, `eps` and `weight_decay`.
+    """
+    tensors = _Tensors(*(t.view(-1) for t in (p, grad, *moments)))
+    runs = list(_runs(fragments, completed + 1, p.numel()))
+    mixed = [run for run in runs if isinstance(run, Fragment)]
+    clocks = [fragment.clock for fragment in mixed]
+    for fragment, factors in zip(mixed, _factors(clocks, completed + 1, group, p), strict=True):
+        _update_vectors(tensors, fragment, factors, group["betas"])
+    for run in runs:
+        if not isinstance(run, Fragment):
+            _update_run(tensors, run, group)
+
+
+class _Tensors(NamedTuple):
+    """What an update reads and writes; of equal shape."""
+
+    p: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+def _update_run(tensors: _Tensors, run: _Run, group: dict[str, Any]) -> None:
+    """Elements of one age are plain AdamW: torch's kernel does it in one pass."""
+    start, stop, age = run
+    p, grad, exp_avg, exp_avg_sq = ([tensor[start:stop]] for tensor in tensors)
+    beta1, beta2 = group["betas"]
+    adamw(
+        p,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sqs=[],
+        # the kernel's own count, which it increments
+        state_steps=[torch.full((), age - 1, dtype=torch.float32, device=p[0].device)],
+        fused=p[0].device.type in ("cpu", "cuda"),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _factors(
+    clocks: list[VectorClock], step: int, group: dict[str, Any], like: torch.Tensor
+) -> list[torch.Tensor]:
+    """Four numbers per vector of each clock: `update_block`'s live, decay, slope and shift.
+
+    With c1 = 1 - beta1^t and c2 = 1 - beta2^t, the bias-corrected denominator of the first moment,
+    c1 * (sqrt(v / c2) + eps), is sqrt(v) * (c1 / sqrt(c2)) + eps * c1: two numbers per vector are
+    all that distinguishes it from plain AdamW. Both are divided by the learning rate here.
+    """
+    if not clocks:
+        return []
+    # numpy, for all clocks at once: these are few numbers, and many operations on them
+    live = np.concatenate([clock.live(step - 1).numpy() for clock in clocks])
+    ages = np.concatenate([clock.ages(step).numpy() for clock in clocks]).astype(np.float64)
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    c1, c2 = 1.0 - beta1**ages, 1.0 - beta2**ages
+    moves = live if lr else np.zeros_like(live)
+    # in float64 and rounded once, as scalars would be; infinity: whatever the moment, no update;
+    # a factor of one keeps all bits
+    numbers = (
+        live,
+        np.where(live, 1.0 - lr * group["weight_decay"], 1.0),
+        np.where(moves, c1 / np.sqrt(c2) / (lr or 1.0), 1.0),
+        np.where(moves, c1 * group["eps"] / (lr or 1.0), np.inf),
+    )
+    factors = torch.from_numpy(np.stack(numbers)).to(like)
+    return list(factors.split([clock.count for clock in clocks], dim=1))
+
+
+def _update_vectors(
+    tensors: _Tensors, fragment: Fragment, factors: torch.Tensor, betas: tuple[float, float]
+) -> None:
+    """Vectors of different ages, or of which some are frozen, by the rectangle."""
+    axis = fragment.clock.axis
+    for at, row, col, rows, width in fragment.rectangles:
+        first, count = (row, rows) if axis == 0 else (col, width)
+        along = factors[:, first : first + count].unsqueeze(2 - axis).unbind()
+        views = (tensor[at : at + rows * width].view(rows, width) for tensor in tensors)
+        update_block(*views, *along, beta1=betas[0], beta2=betas[1])
+
+
+_Run = tuple[int, int, int]
+"""First element, end and Adam step of a stretch whose elements all have the same age."""
+
+
+def _runs(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | Fragment]:
+    """Cover the flat tensor with as few runs as possible, and the fragments of mixed ages."""
+    run: _Run | None = None
+    for piece in _pieces(fragments, step, length):
+        if not isinstance(piece, Fragment) and run is not None and piece[2] == run[2]:
+            run = (run[0], piece[1], run[2])
+            continue
+        if run is not None:
+            yield run
+        run = None if isinstance(piece, Fragment) else piece
+        if isinstance(piece, Fragment):
+            yield piece
+    if run is not None:
+        yield run
+
+
+def _pieces(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | Fragment]:
+    at = 0
+    for fragment in fragments:
+        if at < fragment.offset:  # no clock: the flat tensor's own step
+            yield at, fragment.offset, step
+        birth = fragment.clock.common_birth(step - 1)
+        yield fragment if birth is None else (fragment.offset, fragment.end, step - birth)
+        at = fragment.end
+    if at < length:
+        yield at, length, step

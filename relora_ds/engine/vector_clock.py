@@ -1,0 +1,160 @@
+"""Step counts per rank vector, and where the vectors lie in a cut of a flat tensor.
+
+Adam's step is one scalar per flat tensor under ZeRO. A method that resets the moments of a vector
+needs that vector's own count. Two int32 per vector are enough, and nothing has to be advanced:
+the effective step is `step - born`, and a vector is frozen while `completed steps < thaw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+class VectorClock:
+    """Birth and thaw times of the vectors of one factor, identical on every rank.
+
+    Args:
+        count: number of vectors.
+        axis: 0 if the rows of the parameter are the vectors, 1 if its columns are.
+    """
+
+    def __init__(self, count: int, axis: int) -> None:
+        self.axis = axis
+        self._born = torch.zeros(count, dtype=torch.int32)
+        self._thaw = torch.zeros(count, dtype=torch.int32)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Cache what every optimizer step asks for, so that it costs no tensor operation."""
+        self._same_birth = bool((self._born == self._born[0]).all())
+        self._first_birth = int(self._born[0])
+        self._last_thaw = int(self._thaw.max())
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+        return self._born.numel()
+
+    def restart(self, completed: int, index: torch.Tensor | None = None) -> None:
+        """Let the bias correction of vectors `index` (default: all) begin anew."""
+        if index is None:
+            self._born.fill_(completed)
+        else:
+            self._born[index] = completed
+        self.refresh()
+
+    def freeze(self, until: int, index: torch.Tensor) -> None:
+        """Keep vectors `index` from training until `until` steps are completed."""
+        self._thaw[index] = until
+        self.refresh()
+
+    def live(self, completed: int) -> torch.Tensor:
+        """Which vectors are trained by the update after `completed` steps. Bool, (count,)."""
+        return self._thaw <= completed
+
+    def ages(self, step: int) -> torch.Tensor:
+        """Effective Adam step of each vector at update number `step`. Int32, (count,)."""
+        return step - self._born
+
+    def common_birth(self, completed: int) -> int | None:
+        """The birth that all vectors share, or None if they differ or one of them is frozen."""
+        frozen = self._last_thaw > completed
+        return self._first_birth if self._same_birth and not frozen else None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Both times as live int32 tensors; call `refresh` after writing to them."""
+        return {"born": self._born, "thaw": self._thaw}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a parameter, as a live view into a flat tensor."""
+
+    view: torch.Tensor
+    """(rows, cols) of the rectangle."""
+    row: int
+    """Row of its top-left element in the full parameter."""
+    col: int
+    """Column of the same element."""
+
+    def along(self, values: torch.Tensor, axis: int) -> torch.Tensor:
+        """One value per vector of the full parameter, shaped to broadcast over the view."""
+        if axis == 0:
+            return values[self.row : self.row + self.view.shape[0]].unsqueeze(1)
+        return values[self.col : self.col + self.view.shape[1]].unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class VectorPart:
+    """A part of some vectors, in a live view of which the vectors are rows."""
+
+    view: torch.Tensor
+    """(vectors, elements)."""
+    local: torch.Tensor
+    """Rows of the view that are meant."""
+    asked: torch.Tensor
+    """Which of the vectors asked for these are."""
+    span: slice
+    """Elements of each vector that the view holds."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements [start, start + length) of a flattened parameter, lying at `offset` in a flat."""
+
+    start: int
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the first element behind it in the flat tensor."""
+        return self.offset + self.length
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The stretch as a live 1-D view."""
+        return flat.narrow(0, self.offset, self.length)
+
+
+@dataclass(frozen=True)
+class Fragment(Stretch):
+    """A stretch of a parameter whose vectors have a clock; `cols` is the length of its rows."""
+
+    clock: VectorClock
+    cols: int
+
+    @cached_property
+    def rectangles(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        """At most three of (offset in the flat, row, column, rows, width): tail of a row, whole
+        rows, head of a row."""
+        found, at, end = [], self.start, self.start + self.length
+        while at < end:
+            row, col = divmod(at, self.cols)
+            whole = col == 0 and end - at >= self.cols
+            rows = (end - at) // self.cols if whole else 1
+            width = self.cols if whole else min(self.cols - col, end - at)
+            found.append((self.offset + at - self.start, row, col, rows, width))
+            at += rows * width
+        return tuple(found)
+
+    def blocks(self, flat: torch.Tensor) -> Iterator[Block]:
+        """The rectangles as live views."""
+        for at, row, col, rows, width in self.rectangles:
+            yield Block(flat.narrow(0, at, rows * width).view(rows, width), row, col)
+
+    def vectors(self, flat: torch.Tensor, index: torch.Tensor) -> Iterator[VectorPart]:
+        """What the fragment holds of vectors `index`, int64 on the CPU, as at most three parts."""
+        axis = self.clock.axis
+        for block in self.blocks(flat):
+            first, across = (block.row, block.col)[:: 1 if axis == 0 else -1]
+            view = block.view if axis == 0 else block.view.t()
+            asked = ((index >= first) & (index < first + view.shape[0])).nonzero().flatten()
+            if len(asked):
+                local = (index[asked] - first).to(flat.device)
+                yield VectorPart(
+                    view, local, asked.to(flat.device), slice(across, across + view.shape[1])
+                )
