@@ -1,0 +1,78 @@
+"""Scoring a saved model on a token file, in one process and in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_ds.config.method import FullConfig
+from relora_ds.config.schema import DataConfig, TrainConfig
+from relora_ds.data.batches import ValidationBatches
+from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.tokens import TokenFile
+from relora_ds.errors import ConfigError
+from relora_ds.methods.full import Full
+from relora_ds.model.llama import Llama
+from relora_ds.train.build import build_model
+from relora_ds.train.evaluate import perplexity, validation_loss
+from relora_ds.train.export import DenseModel
+
+_DEFAULT_SEQ_LENGTH = 2048
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, data: str, seq_length: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Token-weighted mean loss over non-overlapping windows of a token file.
+
+    Args:
+        checkpoint: a checkpoint of ours or a Hugging Face directory.
+        data: token file prefix, or `builtin` for the builtin validation set whose vocabulary is the
+            model's.
+        seq_length: tokens per window; default: that of the run, or the model's longest up to 2048.
+        batch_size: windows per forward pass.
+
+    Returns:
+        `loss` in nats, `perplexity`, and `tokens`, the number of targets.
+
+    Raises:
+        ConfigError: the windows are longer than the model allows.
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the token file cannot be used with the model.
+    """
+    dense = DenseModel(checkpoint)
+    limit = dense.architecture.max_position_embeddings
+    seq_length = seq_length or dense.seq_length or min(limit, _DEFAULT_SEQ_LENGTH)
+    if not 0 < seq_length <= limit or batch_size < 1:
+        raise ConfigError(
+            f"seq-length {seq_length} and batch-size {batch_size}: the model takes 1 to {limit} "
+            "tokens, and a batch at least one sequence"
+        )
+    file = _open(data, dense.architecture.vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = dict(dense.weights())
+    train = TrainConfig(
+        steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
+    )
+    model: Llama = build_model(
+        dense.architecture,
+        Full(FullConfig(name="full"), seed=0, steps=1),
+        train,
+        lambda name, shape: weights[name],
+        device,
+    )
+    batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
+    loss, tokens = validation_loss(model, batches, device, distributed=False)
+    return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+
+
+def _open(data: str, vocab_size: int) -> TokenFile:
+    if data == "builtin":
+        corpus = open_corpus(DataConfig(source="builtin", builtin_vocab_size=vocab_size))
+        assert corpus.valid is not None
+        return corpus.valid
+    file = TokenFile(data)
+    Corpus((), (), file, None).check_vocabulary(vocab_size)
+    return file

@@ -1,0 +1,199 @@
+"""The training loop. It names no method and knows no stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.data.batches import TrainingBatches, ValidationBatches
+from relora_ds.data.source import Corpus
+from relora_ds.engine.communication import recorder
+from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.distributed import mean_over_ranks
+from relora_ds.errors import DivergenceError, PreemptedError
+from relora_ds.methods.interface import Event
+from relora_ds.methods.registry import Phase
+from relora_ds.model.llama import Llama
+from relora_ds.parallel.topology import Topology
+from relora_ds.train.checkpoint import CheckpointStore, TrainerState
+from relora_ds.train.evaluate import perplexity, validation_loss
+from relora_ds.train.stop import StopSignal
+from relora_ds.train.telemetry.memory import max_allocated_bytes
+from relora_ds.train.telemetry.meter import ThroughputMeter
+from relora_ds.train.telemetry.telemetry import Telemetry
+
+
+@dataclass
+class Trainer:
+    """What lasts for a whole run, over its phases."""
+
+    config: RunConfig
+    architecture: ModelConfig
+    topology: Topology
+    zero_stage: int
+    corpus: Corpus
+    train_data: TrainingBatches
+    valid_data: ValidationBatches | None
+    telemetry: Telemetry
+    checkpoints: CheckpointStore
+    stop: StopSignal
+    final: dict[str, Any]
+    """Last value of each metric, for the summary."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update trains on, over all ranks."""
+        return self.config.train.global_batch_size * self.config.train.seq_length
+
+    def run_phase(
+        self, phase: Phase, engine: TrainEngine, meter: ThroughputMeter, completed: int
+    ) -> None:
+        """Train from `completed` updates to the end of the phase.
+
+        Raises:
+            DivergenceError: loss or gradient norm is not finite.
+            DesyncError: the processes no longer hold the same run.
+            PreemptedError: a signal asked to stop; a checkpoint was saved.
+        """
+        losses: list[torch.Tensor] = []
+        for step in range(completed, phase.last_step):
+            recorder.begin_step()
+            rates = self._learning_rates(phase, step)
+            engine.set_learning_rates(rates)
+            with recorder.phase("event"):
+                before = phase.method.before_step(
+                    engine.state, engine.model, step - phase.first_step
+                )
+            loss, norm = engine.train_step(self.train_data.micro_batches(step))
+            losses.append(loss)
+            done = step + 1
+            with recorder.phase("event"):
+                after = phase.method.after_step(engine.state, engine.model, done - phase.first_step)
+            if before or after or _is_due(done, self.config.train.digest_every):
+                engine.check_replicas()
+            meter.step()
+            metrics = self._event_metrics(done, before, after)
+            stopping = self.stop.agreed()
+            last = done == self.config.train.steps
+            saves = stopping or last or _is_due(done, self.config.checkpoint.every)
+            if metrics or saves or last or _is_due(done, self.config.log.every):
+                with recorder.phase("eval"):
+                    metrics |= phase.method.figures(engine.state, engine.model)
+                metrics |= self._step_metrics(losses, norm, rates, meter)
+                metrics["memory/max_allocated_bytes"] = max_allocated_bytes(engine.device)
+                losses = []
+            with meter.paused():
+                if last or _is_due(done, self.config.eval.every):
+                    metrics |= self._evaluate(engine)
+                if metrics:
+                    self._report(done, metrics)
+                if saves:
+                    self.save(phase, engine, done)
+            if stopping and not last:
+                raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
+
+    def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
+        factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
+        return {"dense": factor * self.config.optimizer.lr, "adapter": factor * phase.adapter_lr}
+
+    def _step_metrics(
+        self,
+        losses: list[torch.Tensor],
+        norm: torch.Tensor,
+        rates: dict[str, float],
+        meter: ThroughputMeter,
+    ) -> dict[str, Any]:
+        """Figures of the last step; its loss alone, so that a resumed run reports the same number.
+
+        Waits for the device.
+
+        Raises:
+            DivergenceError: on every rank, a loss since the last report is not finite anywhere.
+        """
+        # one reduction for the report and for whether any loss since the last one was not finite
+        loss, total = mean_over_ranks(torch.stack([losses[-1], torch.stack(losses).sum()])).tolist()
+        if not math.isfinite(total) or not math.isfinite(float(norm)):
+            raise DivergenceError(
+                f"the training loss is {loss} and the gradient norm {float(norm)}: lower the "
+                "learning rates or lengthen the warm-up, and resume from the last checkpoint"
+            )
+        moved = recorder.step_bytes()
+        return {
+            "train/loss": loss,
+            "train/lr": rates["dense"],
+            "train/adapter_lr": rates["adapter"],
+            "train/grad_norm": float(norm),
+            "communication/bytes_per_step": moved.payload,
+            "communication/wire_bytes_per_step": round(moved.wire),
+            **meter.read(),
+        }
+
+    def _event_metrics(self, done: int, *events: Event | None) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        for event in events:
+            if event is None:
+                continue
+            metrics |= {
+                "method/event": event.kind,
+                "method/function_drift": event.function_drift,
+                "method/moments_reset_fraction": event.moments_reset_fraction,
+                **event.details,
+            }
+            self.telemetry.event(done, _describe(event))
+        return metrics
+
+    def _evaluate(self, engine: TrainEngine) -> dict[str, Any]:
+        if self.valid_data is None:
+            return {}
+        assert isinstance(engine.model, Llama)
+        with recorder.phase("eval"):
+            loss, _ = validation_loss(engine.model, self.valid_data, engine.device)
+        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+
+    def _report(self, done: int, metrics: dict[str, Any]) -> None:
+        line = {"tokens": done * self.tokens_per_step, **metrics}
+        self.final |= {"step": done, **line}
+        self.telemetry.log(done, line)
+
+    def save(self, phase: Phase, engine: TrainEngine, done: int) -> Path:
+        """Write a checkpoint of everything after `done` updates."""
+        state = TrainerState(
+            step=done,
+            tokens=done * self.tokens_per_step,
+            phase=phase.name,
+            dp_size=self.topology.dp_size,
+            zero_stage=self.zero_stage,
+            method=phase.method.state_dict(),
+            telemetry=dict(self.telemetry.state_dict()),
+            data=list(self.corpus.fingerprints()),
+        )
+        with recorder.phase("checkpoint"):
+            path = self.checkpoints.save(
+                engine, state, self.config, self.architecture, self.corpus.tokenizer
+            )
+        self.telemetry.event(done, f"checkpoint saved to {path}")
+        return path
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _describe(event: Event) -> str:
+    details = "".join(f", {name} {value:.3g}" for name, value in _short(event))
+    return (
+        f"{event.kind}: function drift {event.function_drift:.1e}, "
+        f"{event.moments_reset_fraction:.2%} of the adapters' moments reset{details}"
+    )
+
+
+def _short(event: Event) -> Iterator[tuple[str, float]]:
+    for name, value in event.details.items():
+        yield name.removeprefix("method/").replace("_", " "), value

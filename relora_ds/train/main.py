@@ -1,0 +1,112 @@
+"""The command line of a run: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from relora_ds.config.load import LoadedRun, check_processes, load_run_config
+from relora_ds.errors import CollectiveTimeoutError, ConfigError, ReloraError
+
+_EXAMPLE = """
+example:
+  deepspeed --num_gpus 2 launch/pretrain.py configs/run/quickstart.yaml method.rank=16
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line says.
+
+    Returns:
+        The exit code: 0 done, otherwise that of the error class (see `errors`).
+    """
+    parsed = _parser().parse_intermixed_args(arguments)
+    try:
+        loaded = load_run_config(parsed.run, parsed.overrides)
+        if parsed.dry_run:
+            _dry_run(loaded)
+        else:
+            _run(loaded)
+    except ReloraError as error:
+        return _report(error)
+    return 0
+
+
+def _run(loaded: LoadedRun) -> None:
+    # imported late: a wrong run file is reported before seconds of library imports
+    from relora_ds.engine import distributed
+    from relora_ds.train.run import run
+
+    try:
+        run(loaded)
+    except RuntimeError as error:
+        if not _is_timeout(error):
+            raise
+        raise CollectiveTimeoutError(
+            f"a collective did not finish in {loaded.config.train.timeout_minutes:g} minutes: "
+            f"another rank is dead, stuck, or took another path; see logs/rank_*.log ({error})"
+        ) from error
+    finally:
+        distributed.stop()
+
+
+def _dry_run(loaded: LoadedRun) -> None:
+    from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
+    from relora_ds.train.preflight import dry_run
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_processes(loaded, processes)
+    resolved = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, processes)
+    if _rank() == 0:
+        console = Console()
+        for warning in loaded.warnings:
+            console.print(f"warning: {warning}", highlight=False)
+        dry_run(loaded, resolved, console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description="Pre-train a LLaMA under DeepSpeed.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN.yaml", help="run description")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override any key, as method.rank=64"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="validate, print the parameter table and stop; allocates nothing",
+    )
+    # launchers append it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _report(error: ReloraError) -> int:
+    """One line per problem: from rank 0 for what every rank finds, from the rank concerned else."""
+    if isinstance(error, ConfigError):
+        if _rank() == 0:
+            for problem in error.problems:
+                sys.stderr.write(f"error: {problem}\n")
+    else:
+        logging.getLogger(__name__).error("rank %d: %s", _rank(), error)
+        if not logging.getLogger().handlers or _rank() != 0:
+            sys.stderr.write(f"error: rank {_rank()}: {error}\n")
+    return error.exit_code
+
+
+def _is_timeout(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,76 @@
+"""Which files a checkpoint consists of, and proof that they are the ones that were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from relora_ds.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 20
+
+
+def write_manifest(directory: Path) -> None:
+    """Record size and SHA-256 of every file below `directory`, and force all of them to disk."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _sync(path)
+        files[str(path.relative_to(directory))] = {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n")
+    _sync(manifest)
+
+
+def verify_manifest(directory: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing, or a file is not what was written.
+    """
+    path = directory / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); the checkpoint is incomplete: resume from another "
+            "with checkpoint.resume=PATH"
+        ) from error
+    for name, expected in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file}: missing; copy the whole checkpoint or resume from another one"
+            )
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{file}: {size} bytes, but {expected['bytes']} were written; the file is "
+                "truncated: resume from another checkpoint with checkpoint.resume=PATH"
+            )
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(
+                f"{file}: the content changed since it was written (SHA-256 differs); resume from "
+                "another checkpoint with checkpoint.resume=PATH"
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,310 @@
+"""One run from its description to its results, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
+from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
+from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.engine import distributed
+from relora_ds.engine.communication import recorder
+from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.partition import DenseSlices, build_cutter
+from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
+from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.model.flops import flops_per_token, parameter_counts
+from relora_ds.model.init import InitialWeights
+from relora_ds.model.llama import Llama
+from relora_ds.parallel.topology import Topology
+from relora_ds.train.build import DenseSource, build_model
+from relora_ds.train.checkpoint import (
+    CheckpointStore,
+    TrainerState,
+    read_method_state,
+    verify_on_main,
+)
+from relora_ds.train.export import DenseModel, export_hf
+from relora_ds.train.loop import Trainer
+from relora_ds.train.memory_report import closed_form, memory_figures, storage_plan
+from relora_ds.train.resume import check_resume, choose_checkpoint, set_aside_earlier_run
+from relora_ds.train.stop import StopSignal
+from relora_ds.train.telemetry.logs import configure_logging
+from relora_ds.train.telemetry.meter import ThroughputMeter
+from relora_ds.train.telemetry.peak import peak_flops
+from relora_ds.train.telemetry.plot import plot_run
+from relora_ds.train.telemetry.sink import Status
+from relora_ds.train.telemetry.summary import write_summary
+from relora_ds.train.telemetry.telemetry import Telemetry
+from relora_ds.train.transition import take_dense_weights
+
+_logger = logging.getLogger(__name__)
+_PROBE_TOKENS = 128
+
+
+def run(loaded: LoadedRun) -> None:
+    """Train, evaluate, checkpoint and export what the run file describes.
+
+    Raises:
+        ReloraError: see the classes in `errors`; each has its exit code.
+    """
+    started_at = datetime.now(UTC)
+    topology = distributed.start(loaded.config.train.timeout_minutes)
+    output_dir = Path(loaded.config.output_dir)
+    configure_logging(output_dir, topology.rank)
+    check_processes(loaded, topology.dp_size)
+    deepspeed_config = resolve_deepspeed_config(
+        loaded.config.deepspeed, loaded.config, topology.dp_size
+    )
+    corpus = open_corpus(loaded.config.data)
+    corpus.check_vocabulary(loaded.architecture.vocab_size)
+    checkpoint, state = _find_start(loaded, topology, zero_stage(deepspeed_config), corpus)
+    trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state)
+    if topology.is_main:
+        for warning in loaded.warnings:
+            _logger.warning(warning)
+        (output_dir / "run.yaml").write_text(dump_run_config(loaded.config))
+    status, reason = "failed", None
+    try:
+        with recorder:
+            _train(trainer, deepspeed_config, checkpoint, state)
+        status = "completed"
+    except PreemptedError as error:
+        status, reason = "preempted", str(error)
+        raise
+    except DivergenceError as error:
+        status, reason = "diverged", str(error)
+        raise
+    finally:
+        trainer.telemetry.close(status)
+        if topology.is_main:
+            _write_results(trainer, status, reason, started_at)
+    distributed.barrier()
+
+
+def _find_start(
+    loaded: LoadedRun, topology: Topology, stage: int, corpus: Corpus
+) -> tuple[Path | None, TrainerState | None]:
+    """The verified checkpoint to resume from, or a clean output directory."""
+    config = loaded.config
+    problem, checkpoint = None, None
+    if topology.is_main:  # one look at the disk: ranks must not disagree
+        try:
+            checkpoint = choose_checkpoint(config)
+        except CheckpointError as error:
+            problem = str(error)
+    problem, checkpoint = distributed.broadcast_object((problem, checkpoint))
+    if problem is not None:
+        raise CheckpointError(problem)
+    if checkpoint is None:
+        if topology.is_main:
+            moved = set_aside_earlier_run(Path(config.output_dir))
+            configure_logging(Path(config.output_dir), topology.rank)
+            if moved is not None:
+                _logger.info("moved the earlier run's results to %s", moved)
+            _logger.info("no checkpoint to resume from: starting at step 0")
+        distributed.barrier()
+        if not topology.is_main:
+            configure_logging(Path(config.output_dir), topology.rank)
+        return None, None
+    verify_on_main(checkpoint, topology.is_main)
+    state = check_resume(
+        checkpoint,
+        config,
+        loaded.architecture.model_dump(mode="json"),
+        stage,
+        topology,
+        list(corpus.fingerprints()),
+    )
+    _logger.info("resuming from %s", checkpoint)
+    return checkpoint, state
+
+
+def _build_trainer(
+    loaded: LoadedRun, topology: Topology, stage: int, corpus: Corpus, state: TrainerState | None
+) -> Trainer:
+    config, train = loaded.config, loaded.config.train
+    output_dir = Path(config.output_dir)
+    place = (train.micro_batch_size, topology.dp_rank, topology.dp_size)
+    train_data = TrainingBatches(
+        corpus.train, corpus.weights, train.seq_length, train.global_batch_size, *place, train.seed
+    )
+    valid_data = None
+    if corpus.valid is not None:
+        batches = config.eval.batches
+        limit = None if batches is None else batches * train.global_batch_size
+        valid_data = ValidationBatches(corpus.valid, train.seq_length, *place, limit)
+    telemetry = Telemetry(
+        config,
+        output_dir,
+        total_steps=train.steps,
+        resume_step=state.step if state else 0,
+        wandb_run_id=state.telemetry.get("wandb_run_id") if state else None,
+        is_main=topology.is_main,
+    )
+    return Trainer(
+        config=config,
+        architecture=loaded.architecture,
+        topology=topology,
+        zero_stage=stage,
+        corpus=corpus,
+        train_data=train_data,
+        valid_data=valid_data,
+        telemetry=telemetry,
+        checkpoints=CheckpointStore(
+            output_dir / "checkpoints", config.checkpoint.keep, topology.is_main
+        ),
+        stop=StopSignal(),
+        final={},
+    )
+
+
+def _train(
+    trainer: Trainer,
+    deepspeed_config: dict[str, Any],
+    checkpoint: Path | None,
+    state: TrainerState | None,
+) -> None:
+    """All phases that are left, each with an engine of its own."""
+    phases = plan_phases(trainer.config)
+    if state is not None:
+        names = [phase.name for phase in phases]
+        phases = phases[names.index(state.phase) :]
+    completed, device = state.step if state else 0, trainer.topology.device
+    weights = _initial_weights(trainer) if state is None else None
+    for number, phase in enumerate(phases):
+        with recorder.phase("setup"):
+            engine = _build_engine(trainer, phase, deepspeed_config, weights)
+            phase.method.attach(engine.state, engine.model)
+            if number == 0 and checkpoint is not None and state is not None:
+                trainer.checkpoints.load(engine, checkpoint)
+                phase.method.load_state_dict(read_method_state(checkpoint, state))
+                distributed.barrier()  # one process of a node may restore what all of them read
+        meter = _build_meter(trainer, engine)
+        trainer.run_phase(phase, engine, meter, completed)
+        plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)
+        expected = closed_form(trainer.config, trainer.architecture, phase.method, plan)
+        trainer.final |= memory_figures(engine.memory.measured, expected)
+        completed = phase.last_step
+        if number + 1 < len(phases):
+            with recorder.phase("setup"):
+                weights = take_dense_weights(
+                    engine, trainer.architecture, phase.method, trainer.config.train
+                )
+            text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
+            trainer.telemetry.event(completed, text, {"method/event": "transition"})
+
+
+def _initial_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """Dense weights to start from, or None for the seed's random draw."""
+    path = trainer.config.train.init_from
+    if path is None:
+        return None
+    model = DenseModel(Path(path))
+    if model.architecture.model_dump() != trainer.architecture.model_dump():
+        raise CheckpointError(
+            f"train.init_from: the model in {path} has another architecture than "
+            f"{trainer.config.model}; use the same one"
+        )
+    return dict(model.weights())
+
+
+def _build_engine(
+    trainer: Trainer,
+    phase: Phase,
+    deepspeed_config: dict[str, Any],
+    weights: dict[str, torch.Tensor] | DenseSlices | None,
+) -> TrainEngine:
+    """A fresh engine for a phase, from dense weights or from the seed's random draw."""
+    train, device = trainer.config.train, trainer.topology.device
+    source: DenseSource
+    slices = whole = None
+    if isinstance(weights, DenseSlices):
+        source, slices = weights.rest, weights
+    elif weights is not None:
+        source, whole = (lambda name, shape: weights[name]), weights
+    else:
+        source = InitialWeights(trainer.architecture, train.seed)
+    cutter = build_cutter(deepspeed_config, train.precision, slices, restored=whole or ())
+    model = build_model(trainer.architecture, phase.method, train, source, device, cutter)
+    probe = _Probe(model, trainer)
+    exact = None if cutter is None else cutter.finish()
+    engine = TrainEngine(model, phase.method, trainer.config, deepspeed_config, probe, exact)
+    if cutter is None and whole is not None:
+        engine.restore_masters(whole)
+    counts = parameter_counts(model)
+    _logger.info(
+        "phase %s: %s trained and %s frozen parameters",
+        phase.name,
+        f"{counts.trainable:,}",
+        f"{counts.frozen:,}",
+    )
+    return engine
+
+
+class _Probe:
+    """Logits of the working model on the first tokens of the validation (or training) file."""
+
+    def __init__(self, model: Llama, trainer: Trainer) -> None:
+        file = trainer.corpus.valid or trainer.corpus.train[0]
+        count = min(_PROBE_TOKENS, trainer.config.train.seq_length)
+        self._tokens = torch.from_numpy(file.window(0, count)).unsqueeze(0)
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        self._model.eval()
+        device = self._model.model.embed_tokens.weight.device
+        return self._model.logits(self._tokens.to(device)).float()
+
+
+def _build_meter(trainer: Trainer, engine: TrainEngine) -> ThroughputMeter:
+    train = trainer.config.train
+    device = engine.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return ThroughputMeter(
+        trainer.tokens_per_step,
+        flops_per_token(engine.model, train.seq_length),
+        peak_flops(name, train.precision),
+        num_devices=trainer.topology.world_size,
+    )
+
+
+def _write_results(
+    trainer: Trainer, status: Status, reason: str | None, started_at: datetime
+) -> None:
+    """Plot, export and summary; rank 0 only."""
+    config, output_dir = trainer.config, Path(trainer.config.output_dir)
+    figures = dict(trainer.final)
+    if trainer.valid_data is not None and trainer.corpus.valid is not None:
+        figures["data/unigram_perplexity"] = unigram_perplexity(
+            trainer.corpus.valid, config.train.seq_length, trainer.valid_data.num_sequences
+        )
+    write_summary(
+        output_dir / "summary.json",
+        status=status,
+        figures=figures,
+        config=config,
+        world_size=trainer.topology.world_size,
+        started_at=started_at,
+        data_fingerprints={file.prefix: file.fingerprint for file in trainer.corpus.files},
+        tokenizer_sha256=trainer.corpus.train[0].tokenizer_sha256,
+        reason=reason,
+    )
+    metrics = output_dir / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        plot_run(metrics, output_dir / "plots" / "loss.png")
+    if status == "completed":
+        export_hf(output_dir / "checkpoints", output_dir / "hf", torch.float32)
+        _logger.info(
+            "done: validation perplexity %.2f (unigram %.1f), model in %s",
+            figures.get("eval/perplexity", float("nan")),
+            figures.get("data/unigram_perplexity", float("nan")),
+            output_dir / "hf",
+        )

@@ -1,0 +1,37 @@
+"""Stopping at a step boundary when the scheduler asks for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1; all ranks agree on it at the next step boundary.
+
+    A second signal ends the process at once. Signals reach ranks at different times, so the loop
+    asks `agreed`, a collective, and never acts on its own flag.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        # its own group on the host: the answer must not wait for work queued on a device
+        self._group = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._requested = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. A collective call."""
+        flag = torch.tensor([int(self._requested)])
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())

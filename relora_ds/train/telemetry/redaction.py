@@ -1,0 +1,63 @@
+"""Keeping credentials out of everything that is written or sent.
+
+Two places leak them in practice: a configuration that is uploaded whole, and a log line or
+traceback that quotes an environment variable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "[redacted]"
+
+_SECRET = re.compile(r"(?i)key|token|secret|passw")
+# Words of this field that merely contain "key" or "token": tokenizer, tokens_seen,
+# num_key_value_heads, eos_token_id.
+_INNOCENT = re.compile(r"(?i)tokeni[sz][a-z]*|^tokens(?![a-z])|key_value|token_ids?$")
+# Shorter values, such as "true", occur in ordinary text: masking them would only garble it.
+_SHORTEST_SECRET = 8
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or environment variable of this name holds a credential."""
+    return _SECRET.search(_INNOCENT.sub("", name)) is not None
+
+
+def redact(value: Any) -> Any:
+    """A copy of nested mappings and sequences in which credentials read ``[redacted]``.
+
+    Only text is replaced: a number under a name such as ``max_token`` is a count.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: _mask(item) if is_secret(str(key)) else redact(item) for key, item in value.items()
+        }
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [redact(item) for item in value]
+    return value
+
+
+def _mask(value: Any) -> Any:
+    """`value` with every text in it replaced, however deep."""
+    if isinstance(value, Mapping):
+        return {key: _mask(item) for key, item in value.items()}
+    if isinstance(value, str | bytes):
+        return REDACTED
+    if isinstance(value, Sequence):
+        return [_mask(item) for item in value]
+    return value
+
+
+def secret_values(environ: Mapping[str, str]) -> list[str]:
+    """Values of the environment's credentials, longest first so that none is masked in part."""
+    values = {value for name, value in environ.items() if is_secret(name)}
+    return sorted((v for v in values if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def mask_values(text: str, secrets: Sequence[str]) -> str:
+    """`text` with every occurrence of a secret replaced."""
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    return text

@@ -1,0 +1,132 @@
+"""Where metrics go: the `Sink` protocol, and metrics.jsonl, the sink every run has."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.train.telemetry.atomic import write_atomically
+
+Metric = float | int | str | None
+"""One reported value; None means that it is not known."""
+
+Metrics = Mapping[str, Metric]
+"""Values of one step by name, such as ``train/loss``."""
+
+Status = Literal["completed", "preempted", "diverged", "failed"]
+"""How a run ended."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """A destination of metrics. Steps never decrease; one step may be logged more than once."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record `metrics` of the optimizer step `step` (the number of completed updates)."""
+        ...
+
+    def close(self, status: Status = "completed") -> None:
+        """Write out what is pending and release the destination. Further calls do nothing."""
+        ...
+
+
+def finite_or_none(value: Metric) -> Metric:
+    """`value`, or None where it is NaN or infinite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, ``step`` first, visible as soon as it is logged.
+
+    The lines are strict JSON, which has no NaN and no infinity: both are written as null, so that
+    every parser can read the file. A run that diverged says so in summary.json.
+
+    A resumed run repeats the steps after its checkpoint. Their old lines are dropped first, so the
+    file always holds one series; lines up to and including `resume_step` are kept byte for byte.
+
+    Args:
+        path: the file; its directory is created.
+        resume_step: optimizer step of the checkpoint that the run continues from. 0 starts anew.
+
+    Raises:
+        ConfigError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_after(path, resume_step)
+            self._file = path.open("a", encoding="ascii", buffering=1)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror}; choose an output_dir that can be written"
+            ) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line.
+
+        Raises:
+            ReloraError: the line could not be written, for example because the disk is full.
+        """
+        record = {"step": step} | {name: finite_or_none(value) for name, value in metrics.items()}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            # The unwritten line stays in the buffer: closing would try, and fail, again.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise ReloraError(
+                f"cannot write {self._path}: {error.strerror}; free some space and resume"
+            ) from error
+
+    def close(self, status: Status = "completed") -> None:
+        """Close the file. `status` is not recorded here."""
+        self._file.close()
+
+
+def _drop_after(path: Path, resume_step: int) -> None:
+    """Remove the lines of later steps, and unreadable ones, from an earlier part of the run."""
+    kept = [
+        line
+        for line, record in _parse(path)
+        if resume_step > 0 and record is not None and record["step"] <= resume_step
+    ]
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in file order; unreadable lines are warned about and skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return [record for _, record in _parse(path) if record is not None]
+
+
+def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line without its line end, and its record: None where it is not one.
+
+    A process that is killed may leave its last line torn; anywhere else it means that the file was
+    altered, which deserves a warning but not the loss of the run.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+        except ValueError:
+            record, is_record = None, False
+        if not is_record and number < len(lines):
+            _logger.warning("%s:%d is not a metrics line and is skipped", path, number)
+        yield line, record if is_record else None

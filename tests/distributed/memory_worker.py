@@ -1,0 +1,118 @@
+"""What one update takes up, measured and in closed form, for several methods in one process.
+
+Run by `test_memory.py`; writes figures by case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_ds.config.load import read_model_config
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine import distributed
+from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.partition import build_cutter
+from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.topology import Topology
+from relora_ds.train.build import build_model
+from relora_ds.train.memory_report import closed_form, storage_plan
+from tests.distributed.ranks import ROOT
+
+SMALL = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "lora": {"name": "lora", "rank": 8},
+    "relora": {"name": "relora", "rank": 8},
+    "low_rank": {"name": "low_rank", "rank": 8},
+    "sltrain": {"name": "sltrain", "rank": 8},
+    "sltrain_step": {"name": "sltrain", "rank": 8, "keep_composed": "step"},
+}
+PUBLISHED = {
+    "60m": {"name": "sltrain", "rank": 128, "alpha": 32, "sparsity": 0.03},
+    "130m": {"name": "sltrain", "rank": 256, "alpha": 16, "sparsity": 0.03},
+}
+SEQUENCE = 32
+
+
+def run_config(method: dict[str, Any], precision: str, checkpointing: bool = False) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": "unused",
+            "deepspeed": "unused",
+            "method": method,
+            "train": {
+                "steps": 4,
+                "seq_length": SEQUENCE,
+                "micro_batch_size": 1,
+                "global_batch_size": 2,
+                "precision": precision,
+                "activation_checkpointing": checkpointing,
+            },
+        }
+    )
+
+
+def measure(
+    config: RunConfig, architecture: ModelConfig, stage: int, topology: Topology
+) -> dict[str, Any]:
+    """Both figures after one update of two micro-batches."""
+    phase = plan_phases(config)[-1]
+    resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def source(_: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(shape).uniform_(-0.02, 0.02, generator=generator)
+
+    cutter = build_cutter(resolved, config.train.precision)
+    device = topology.device
+    model = build_model(architecture, phase.method, config.train, source, device, cutter)
+    exact = None if cutter is None else cutter.finish()
+    engine = TrainEngine(model, phase.method, config, resolved, lambda: None, exact)
+    engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
+    tokens = torch.randint(0, architecture.vocab_size, (2, 1, SEQUENCE + 1), generator=generator)
+    engine.train_step(tokens.unbind(0))
+    plan = storage_plan(config, stage, 1, topology.device)
+    expected = closed_form(config, architecture, phase.method, plan)
+    measured = engine.memory.measured
+    engine.train_step(tokens.unbind(0))
+    assert measured is engine.memory.measured, "only the first update is measured"
+    engine.destroy()
+    return {"measured": measured, "expected": expected}
+
+
+def main(output: Path) -> None:
+    topology = distributed.start(5.0)
+    figures = {}
+    for stage in (0, 1, 2, 3):
+        for name, method in METHODS.items():
+            for precision in ("fp32", "bf16"):
+                config = run_config(method, precision)
+                figures[f"{name}/{precision}/{stage}"] = measure(config, SMALL, stage, topology)
+    for name in ("full", "sltrain"):
+        config = run_config(METHODS[name], "bf16", checkpointing=True)
+        figures[f"{name}/checkpointed"] = measure(config, SMALL, 0, topology)
+    for size, method in PUBLISHED.items():
+        architecture = read_model_config(ROOT / f"configs/model/llama_{size}.json")
+        figures[size] = measure(run_config(method, "bf16"), architecture, 0, topology)
+    output.write_text(json.dumps(figures))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,121 @@
+"""Recorded traffic equals the closed form, byte by byte, and torch's profiler, call by call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_ds.config.load import load_run_config
+from relora_ds.engine.traffic import bytes_of, control_payloads, step_payloads
+from relora_ds.methods.registry import plan_phases
+from relora_ds.train.build import meta_model
+from tests.distributed.launcher import metrics, run, write_run
+from tests.distributed.ranks import run_worker
+
+pytestmark = pytest.mark.distributed
+
+WORLD_SIZE = 2
+METHODS, STAGES = ("full", "relora"), (0, 1, 2)
+CASES = [
+    f"{method}/{stage}/{precision}/{accumulation}"
+    for method in METHODS
+    for stage in STAGES
+    for precision in ("fp32", "bf16")
+    for accumulation in (1, 2)
+] + [
+    "no clipping, fp32, stage 0",
+    "no clipping, bf16, stage 1",
+    "to owners",
+    "to owners, stage 1",
+    "no reduce-scatter",
+    "small buckets",
+    "fp32 gradients",
+]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("communication")
+    return run_worker("tests.distributed.communication_worker", WORLD_SIZE, directory)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_bytes_equal_the_closed_form(figures: dict[str, Any], case: str) -> None:
+    found = figures[case]
+    assert found["recorded"] == [found["expected"]] * 2
+    assert found["recorded_bytes"] == [found["expected_bytes"]] * 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_calls_equal_what_gloo_ran(figures: dict[str, Any], case: str) -> None:
+    assert figures[case]["calls"] == figures[case]["profiled"]
+
+
+def test_the_cases_are_complete_and_exercise_padding(figures: dict[str, Any]) -> None:
+    assert {name for name, found in figures.items() if "recorded" in str(found)} == set(CASES)
+    for method in METHODS:
+        elements = figures[f"{method}/2/fp32/1"]["elements"]
+        assert any(count % (2 * WORLD_SIZE) for count in elements)
+
+
+def test_adapters_cut_the_bytes_of_every_stage_by_their_share(figures: dict[str, Any]) -> None:
+    for stage in STAGES:
+        full, relora = (figures[f"{method}/{stage}/fp32/1"] for method in METHODS)
+        share = sum(relora["elements"]) / sum(full["elements"])
+        found = relora["recorded_bytes"][1][0] / full["recorded_bytes"][1][0]
+        assert found == pytest.approx(share, rel=1e-2)
+
+
+def test_every_way_to_a_collective_is_counted_once(figures: dict[str, Any]) -> None:
+    assert figures["aliases"] == {
+        "all_gather world 2 float32 control": [2, 2 * 24],
+        "all_reduce world 2 float32 control": [3, 3 * 12],
+        "all_to_all world 2 float32 control": [1, 24],
+        "barrier world 2 none control": [1, 0],
+        "reduce_scatter world 2 float32 control": [1, 24],
+    }
+
+
+def test_stopping_restores_the_original_functions(figures: dict[str, Any]) -> None:
+    assert figures["restored"]
+    assert figures["silent_when_off"]
+
+
+def test_metrics_hold_the_bytes_of_their_step(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    tiny_run["log"] = {"every": 2}  # steps that are not logged do not pile up
+    tiny_run["checkpoint"] = {"every": 4}
+    path = write_run(tiny_run, tmp_path / "run.yaml")
+    code, output = run([str(path)], processes=WORLD_SIZE)
+    assert code == 0, output
+    loaded = load_run_config(path)
+    train, accumulation = loaded.config.train, 2
+    resolved = {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": loaded.config.optimizer.clip,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": {"enabled": False},
+    }
+    lines = metrics(tmp_path / "run")
+    for phase in plan_phases(loaded.config):
+        model = meta_model(loaded.architecture, phase.method, train)
+        groups = phase.method.parameter_groups(model)
+        elements = [sum(p.numel() for p in group.parameters) for group in groups]
+        expected = bytes_of(
+            step_payloads(elements, resolved, WORLD_SIZE),
+            control_payloads(WORLD_SIZE, logged=True),
+        )
+        for step in range(phase.first_step + 1, phase.last_step + 1):
+            if step in lines:
+                found = lines[step]
+                payload = found["communication/bytes_per_step"] - expected.payload
+                wire = found["communication/wire_bytes_per_step"] - round(expected.wire)
+                if found.get("method/event") == "merge":
+                    # two int64 counts of the reset, and the digest of the replicas
+                    assert 16 < payload < 4096
+                    assert 16 < wire < 4096
+                else:  # evaluation and checkpoints are not the step's
+                    assert payload == wire == 0
+    assert lines[6]["method/event"] == lines[9]["method/event"] == "merge"
+    assert {2, 4, 8, 10} <= lines.keys()

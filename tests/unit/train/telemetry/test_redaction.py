@@ -1,0 +1,79 @@
+"""Which names are credentials, and that their values are replaced wherever they stand."""
+
+from __future__ import annotations
+
+import pytest
+
+from relora_ds.train.telemetry.redaction import (
+    REDACTED,
+    is_secret,
+    mask_values,
+    redact,
+    secret_values,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "api_key",
+        "apiKey",
+        "auth-token",
+        "client_secret",
+        "PASSWORD",
+        "passwd",
+        "api_tokens",
+        "AWS_SECRET_ACCESS_KEY",
+        "tokenizer_token",
+    ],
+)
+def test_credentials_are_recognised(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer",
+        "tokenizer_path",
+        "TOKENIZERS_PARALLELISM",
+        "tokens",
+        "tokens_seen",
+        "rank",
+        "num_key_value_heads",
+        "eos_token_id",
+        "bos_token_ids",
+    ],
+)
+def test_words_of_the_field_are_not_credentials(name: str) -> None:
+    assert not is_secret(name)
+
+
+def test_redaction_reaches_nested_values_and_leaves_the_rest() -> None:
+    config = {
+        "data": {"tokenizer": "data/tokenizer.model", "train": [[1.0, "data/c4"]]},
+        "api_key": "canary",
+        "secrets": {"a": ["canary", 1], "b": {"c": "canary"}},
+        "list": [{"hf_token": "canary"}, "kept"],
+        "max_token": 512,
+        "betas": (0.9, 0.999),
+    }
+    assert redact(config) == {
+        "data": {"tokenizer": "data/tokenizer.model", "train": [[1.0, "data/c4"]]},
+        "api_key": REDACTED,
+        "secrets": {"a": [REDACTED, 1], "b": {"c": REDACTED}},
+        "list": [{"hf_token": REDACTED}, "kept"],
+        "max_token": 512,
+        "betas": [0.9, 0.999],
+    }
+    assert config["api_key"] == "canary", "the original is left alone"
+
+
+def test_values_of_the_environment_are_masked_longest_first() -> None:
+    environ = {"A_KEY": "abcdefgh", "B_TOKEN": "abcdefghijkl", "C_KEY": "true", "HOME": "/root/abc"}
+    secrets = secret_values(environ)
+    assert secrets == ["abcdefghijkl", "abcdefgh"]
+    text = "key=abcdefghijkl, other=abcdefgh, true /root/abc"
+    assert mask_values(text, secrets) == f"key={REDACTED}, other={REDACTED}, true /root/abc"
