@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole CPU test suite: style, types, architecture, unit tests, tests on several ranks.
+#   bash launch/test.sh [pytest arguments]      with arguments, pytest alone runs with them
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+if [ "$#" -gt 0 ]; then exec python -m pytest "$@"; fi
+
+step() {
+  echo "== $*"
+  "$@"
+}
+step ruff check .
+step ruff format --check .
+step lint-imports --no-cache
+step pyright
+step python tools/check_limits.py
+for run in configs/run/*.yaml; do
+  echo "== dry run of $run"
+  python launch/pretrain.py "$run" --dry-run >/dev/null
+done
+step python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not distributed"
+step python -m pytest -q -m "distributed and not slow and not gpu" --durations 5
