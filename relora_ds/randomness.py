@@ -81,6 +81,10 @@ class Stream:
             part.copy_(_shift_right(self.words(start + at, part.numel(), device), 40))
         return out.mul_(2.0**-24)
 
+    def uniform_at(self, index: torch.Tensor) -> torch.Tensor:
+        """The same elements by index, int64 of any shape; fp32 of that shape on its device."""
+        return _shift_right(self._words_at(index), 40).to(torch.float32).mul_(2.0**-24)
+
     def uniform_rows(self, rows: torch.Tensor, width: int, start: int, stop: int) -> torch.Tensor:
         """Columns ``[start, stop)`` of some rows of a matrix whose element (i, j) is element
         ``i * width + j`` of the stream; uniform as `uniform`.
@@ -92,8 +96,7 @@ class Stream:
             fp32, (k, stop - start).
         """
         columns = torch.arange(start, stop, dtype=torch.int64, device=rows.device)
-        words = self._words_at(rows.unsqueeze(1) * width + columns)
-        return _shift_right(words, 40).to(torch.float32).mul_(2.0**-24)
+        return self.uniform_at(rows.unsqueeze(1) * width + columns)
 
     def normal(self, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Elements ``[start, start + count)`` of N(0, 1), fp32: Box-Muller on the word's halves."""

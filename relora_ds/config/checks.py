@@ -8,7 +8,7 @@ skipped while one of its sections is itself invalid, so one report can hold both
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from relora_ds.config.document import Finding
@@ -167,17 +167,44 @@ def precisions_agree(train: TrainConfig) -> Iterator[Finding]:
         )
 
 
-def parallelism_is_available(parallel: ParallelConfig) -> Iterator[Finding]:
-    if parallel.tensor > 1:
-        yield Finding(
-            ("parallel", "tensor"),
-            f"is {parallel.tensor}, but tensor parallelism is not available in this version: use 1",
-        )
+def heads_divide_over_tensor(
+    parallel: ParallelConfig, architecture: ModelConfig
+) -> Iterator[Finding]:
+    size, keys = parallel.tensor, architecture.num_key_value_heads
+    for name, heads in (
+        ("num_attention_heads", architecture.num_attention_heads),
+        ("num_key_value_heads", keys),
+    ):
+        if heads % size:
+            possible = [n for n in range(1, keys + 1) if not keys % n]
+            yield Finding(
+                ("parallel", "tensor"),
+                f"is {size}, but must divide the model's {name} ({heads}): a head is not cut; "
+                f"write {did_you_mean_number(size, possible)}",
+            )
+            return
+
+
+def did_you_mean_number(value: int, possible: Sequence[int]) -> str:
+    """`4 or 8`: the largest possible number below `value` and the smallest above it."""
+    below = [n for n in possible if n < value][-1:]
+    above = [n for n in possible if n > value][:1]
+    return " or ".join(str(n) for n in (*below, *above))
+
+
+def tensor_parallelism_is_supported(
+    parallel: ParallelConfig, train: TrainConfig
+) -> Iterator[Finding]:
     if parallel.sequence:
         yield Finding(
             ("parallel", "sequence"),
-            "is true, but it needs tensor parallelism, which is not available in this version: "
-            "use false",
+            "is true, but sequence parallelism is not available in this version: use false",
+        )
+    if parallel.tensor > 1 and train.per_layer_update:
+        yield Finding(
+            ("train", "per_layer_update"),
+            f"is true, but parallel.tensor is {parallel.tensor}: the norm of a parameter's "
+            "gradient is not known within the backward pass when it is cut; use one of the two",
         )
 
 
@@ -232,7 +259,8 @@ RULES: tuple[Rule, ...] = (
     data_keys_match_source,
     builtin_vocabulary_fits_model,
     precisions_agree,
-    parallelism_is_available,
+    heads_divide_over_tensor,
+    tensor_parallelism_is_supported,
     allowed_changes_are_keys,
 )
 WARNINGS: tuple[Rule, ...] = (warn_of_no_merge, warn_of_unused_settings)

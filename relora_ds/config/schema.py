@@ -121,9 +121,15 @@ class ParallelConfig(Section):
     """How one copy of the model is cut over processes."""
 
     tensor: PositiveInt = 1
-    """Tensor-parallel size."""
+    """Tensor-parallel size: neighbouring processes that share one copy of the model. It divides
+    the numbers of attention heads and of key/value heads; everything else is cut as evenly as it
+    goes, without padding."""
+    low_rank_plan: Literal["auto", "act", "fold"] = "auto"
+    """How the factor that every tensor-parallel process holds whole gets its gradient. `act`: its
+    r activations per token are summed in every backward pass. `fold`: the gradient is summed, once
+    per optimizer step. `auto`: what moves fewer bytes."""
     sequence: bool = False
-    """Sequence parallelism within the tensor-parallel group."""
+    """Sequence parallelism within the tensor-parallel group; not available yet."""
 
 
 class EvalConfig(Section):

@@ -20,11 +20,13 @@ from relora_ds.engine.optimizer import build_optimizer
 from relora_ds.engine.partition import DenseSlices, release_stage3
 from relora_ds.engine.per_layer import PerLayerEngine
 from relora_ds.engine.state import Probe, ZeroState
+from relora_ds.engine.tensor_gradients import TensorGradients, global_norm
 from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
 from relora_ds.engine.vector_clock import Fragment, VectorClock
 from relora_ds.errors import CheckpointError
-from relora_ds.methods.interface import Method
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.parallel.shape import shard_of, whole_shape
+from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
 
 
 class TrainEngine:
@@ -37,6 +39,7 @@ class TrainEngine:
         deepspeed_config: resolved DeepSpeed dictionary.
         probe: output of the working model on a fixed batch; methods report drift with it.
         exact: fp32 slices of parameters that a `Cutter` rounded; emptied.
+        tensor: the group that shares this copy of the model; the model is already cut over it.
     """
 
     def __init__(
@@ -47,14 +50,16 @@ class TrainEngine:
         deepspeed_config: dict[str, Any],
         probe: Probe,
         exact: dict[nn.Parameter, torch.Tensor] | None = None,
+        tensor: TensorParallel = SINGLE,
     ) -> None:
+        self._tensor = tensor
         groups = method.parameter_groups(model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
         self.optimizer = build_optimizer(config.optimizer, groups)
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
             exact = {w: w.detach().clone().view(-1) for w in edited}
-        self._engine: Any = _start(model, self.optimizer, config, deepspeed_config)
+        self._engine: Any = _start(model, self.optimizer, config, deepspeed_config, tensor)
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         self.optimizer.state.clear()
         self.model: nn.Module = self._engine.module
@@ -80,6 +85,7 @@ class TrainEngine:
             self.bases,
             self.clocks,
             self._engine.data_parallel_group,
+            tensor,
         )
         self.state = ZeroState(
             self.layout,
@@ -88,7 +94,12 @@ class TrainEngine:
             self.completed_steps,
             probe,
             lambda weight: self._digest.seal([weight]),
+            tensor,
         )
+        partial = [
+            p for layer in projection_layers(model).values() for p in layer.partial_gradients()
+        ]
+        self._shares = TensorGradients(partial, self.layout, self._engine.optimizer, tensor)
         kept = [base.tensors() for base in self.bases.values()]
         self.memory = MemoryMeter(self.model, self.optimizer, self._engine.optimizer, kept)
         if config.train.per_layer_update:
@@ -137,9 +148,11 @@ class TrainEngine:
                 self._engine.backward(loss)
             losses.append(loss.detach().float())
             self.memory.after_backward()
-            if self._computes_norm and self._is_boundary():
-                norm = self._gradient_norm()
             with recorder.phase("step"):
+                if self._is_boundary():
+                    self._shares.complete()
+                    if self._computes_norm:
+                        norm = self._gradient_norm()
                 self._engine.step()
         self.memory.finish()
         if norm is None:
@@ -148,7 +161,8 @@ class TrainEngine:
 
     @torch.no_grad()
     def exact_parameters(self) -> dict[str, torch.Tensor]:
-        """Every parameter at the precision it is kept, fp32 on the CPU, the same on every rank.
+        """Every parameter at the precision it is kept, fp32 on the CPU, the same on every
+        data-parallel rank; of what tensor parallelism cuts, this rank's part.
 
         Masters are put together from the ranks' slices, one parameter at a time: a transition
         between phases may gather, a merge never does.
@@ -167,10 +181,15 @@ class TrainEngine:
     @torch.no_grad()
     def restore_masters(self, values: Mapping[str, torch.Tensor]) -> None:
         """Give masters the bits that the cast to the working precision took, where `values` has
-        them: a master starts as a copy of the working weight."""
+        them: a master starts as a copy of the working weight.
+
+        Args:
+            values: uncut.
+        """
         for name, parameter in self.model.named_parameters():
             if name in values and parameter in self.layout.placements:
-                self.state.write(parameter, values[name].to(self.device))
+                shard, value = shard_of(parameter), values[name].to(self.device)
+                self.state.write(parameter, value if shard is None else shard.part(value))
 
     def _restore_slices(self, exact: dict[nn.Parameter, torch.Tensor]) -> None:
         """The same from this rank's slices, where `exact` has trained parameters."""
@@ -262,13 +281,7 @@ class TrainEngine:
         return self._engine.is_gradient_accumulation_boundary()
 
     def _gradient_norm(self) -> torch.Tensor:
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-            for _, group in self.groups
-            for p in group
-            if p.grad is not None
-        ]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return global_norm([p for _, group in self.groups for p in group], self._tensor)
 
 
 def _start(
@@ -276,13 +289,18 @@ def _start(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     deepspeed_config: dict[str, Any],
+    tensor: TensorParallel,
 ) -> Any:
     """DeepSpeed's engine, or what stands in for it."""
     if config.train.per_layer_update:
         device = next(model.parameters()).device
         return PerLayerEngine(model, optimizer, deepspeed_config, device)
     return deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config,
+        dist_init_required=False,
+        mpu=None if tensor.size == 1 else ModelParallelUnit(),
     )[0]
 
 

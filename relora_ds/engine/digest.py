@@ -9,7 +9,7 @@ slices must be the ones that the last edit left behind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from deepspeed import comm
@@ -20,6 +20,8 @@ from relora_ds.engine.base_weight import BaseWeight
 from relora_ds.engine.layout import Layout
 from relora_ds.engine.vector_clock import VectorClock
 from relora_ds.errors import DesyncError
+from relora_ds.parallel.shape import shard_of
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 _WIDTH = 4096
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,6 +37,7 @@ class ReplicaDigest:
         bases: what lies beside the edited ones.
         clocks: step counts of vectors.
         group: data-parallel ranks.
+        tensor: the tensor-parallel group, whose ranks hold some parameters alike.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class ReplicaDigest:
         bases: Mapping[nn.Parameter, BaseWeight],
         clocks: Mapping[nn.Parameter, VectorClock],
         group: ProcessGroup,
+        tensor: TensorParallel = SINGLE,
     ) -> None:
         self._names = names
         self._layout = layout
         self._bases = bases
         self._clocks = clocks
         self._group = group
+        self._tensor = tensor
         self._seals: dict[nn.Parameter, torch.Tensor] = {}
         self.seal(names.values())
 
@@ -68,19 +73,57 @@ class ReplicaDigest:
         Raises:
             DesyncError: on every rank, with the first tensor that differs and the ranks concerned.
         """
-        entries = [*self._replicated(), *self._local()]
+        problem = self._compare([*self._replicated(), *self._local()], self._group)
+        if self._tensor.group is not None:
+            within = self._compare([*self._shared()], self._tensor.group)
+            problem = self._agree(problem or within)
+        if problem is not None:
+            raise DesyncError(problem)
+
+    def _agree(self, problem: str | None) -> str | None:
+        """The first problem that any rank has, so that all of them stop."""
+        found = torch.tensor(int(problem is not None), device=self._device())
+        for group in (self._group, self._tensor.group):
+            comm.all_reduce(found, op=comm.ReduceOp.MAX, group=group)
+        if not int(found):
+            return None
+        problems: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+        return next(text for text in problems if text is not None)
+
+    def _compare(
+        self, entries: Sequence[tuple[str, torch.Tensor]], group: ProcessGroup
+    ) -> str | None:
+        """What differs between the ranks of a group, if anything does."""
         mine = torch.stack([value.to(self._device()) for _, value in entries])
         # the largest and, inverted, the smallest in one reduction
         extremes = torch.cat([mine, ~mine])
-        comm.all_reduce(extremes, op=comm.ReduceOp.MAX, group=self._group)
+        comm.all_reduce(extremes, op=comm.ReduceOp.MAX, group=group)
         high, low = extremes.chunk(2)
         wrong = (high != ~low).nonzero()
         own = torch.tensor([name.endswith(_LOCAL) for name, _ in entries], device=mine.device)
         if not len(wrong) and not bool((high * own).any()):
-            return
-        everyone = mine.new_empty(comm.get_world_size(self._group) * mine.numel())
-        comm.all_gather_into_tensor(everyone, mine, group=self._group)
-        raise DesyncError(_report([name for name, _ in entries], everyone.view(-1, mine.numel())))
+            return None
+        everyone = mine.new_empty(comm.get_world_size(group) * mine.numel())
+        comm.all_gather_into_tensor(everyone, mine, group=group)
+        ranks = torch.distributed.get_process_group_ranks(group)
+        found = everyone.view(-1, mine.numel())
+        return _report([name for name, _ in entries], found, ranks)
+
+    def _shared(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fingerprints of what the ranks of a tensor-parallel group hold alike: the same slices of
+        uncut parameters, of their moments, and all clocks."""
+        for name, parameter in self._names.items():
+            if shard_of(parameter) is None:
+                yield name, fingerprint(self._layout.working(parameter)[1])
+                if parameter in self._layout.placements:
+                    for key in _MOMENTS:
+                        moment = self._layout.optimizer_state(parameter, key)
+                        if moment is not None and moment.dtype.itemsize > 1:
+                            yield f"{name} ({key})", fingerprint(moment)
+            if parameter in self._clocks:
+                for key, tensor in self._clocks[parameter].tensors().items():
+                    yield f"{name} ({key})", fingerprint(tensor)
 
     def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Fingerprints of what every rank must hold alike."""
@@ -151,15 +194,20 @@ def _weighted(values: torch.Tensor) -> torch.Tensor:
     return (values * (weights * -7046029254386353131 | 1)).sum()
 
 
-def _report(names: list[str], everyone: torch.Tensor) -> str:
-    """Describe the first tensor that is wrong; `everyone` is (ranks, tensors)."""
+def _report(names: list[str], everyone: torch.Tensor, ranks: Sequence[int]) -> str:
+    """Describe the first tensor that is wrong.
+
+    Args:
+        everyone: (ranks, tensors).
+        ranks: global numbers of the ranks.
+    """
     for index, name in enumerate(names):
         values = everyone[:, index].tolist()
         usual = 0 if name.endswith(_LOCAL) else Counter(values).most_common(1)[0][0]
-        ranks = [rank for rank, value in enumerate(values) if value != usual]
-        if ranks:
+        odd = [rank for rank, value in zip(ranks, values, strict=True) if value != usual]
+        if odd:
             return (
-                f"rank {', '.join(map(str, ranks))} disagrees with the others on "
+                f"rank {', '.join(map(str, odd))} disagrees with the others on "
                 f"{name.removesuffix(_LOCAL)}, or with itself: its memory or arithmetic is at "
                 "fault, or it runs other code; check the machine and resume from the last "
                 "checkpoint"

@@ -28,26 +28,28 @@ class NodeMemory:
 
     Args:
         shared: False gives each process memory of its own.
+        part: processes share with those that give the same number.
     """
 
-    def __init__(self, shared: bool) -> None:
+    def __init__(self, shared: bool, part: int = 0) -> None:
         self.is_writer = True
         """Whether this process is the one that fills the tensors."""
         self._file: int | None = None
         self._size = 0
         self._copies = 1
         if torch.distributed.get_world_size() > 1:
-            self._join(shared)
+            self._join(shared, part)
         if self._file is not None:
             # tensors keep their mappings; the file goes with the last of them
             weakref.finalize(self, os.close, self._file)
 
-    def _join(self, shared: bool) -> None:
+    def _join(self, shared: bool, part: int) -> None:
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = os.memfd_create("relora_ds")
+        place = f"{_node()} {part}"
         everyone: list[tuple[str, int, int]] = [("", 0, 0)] * size
-        torch.distributed.all_gather_object(everyone, (_node(), os.getpid(), mine))
-        here = [number for number, (node, _, _) in enumerate(everyone) if node == _node()]
+        torch.distributed.all_gather_object(everyone, (place, os.getpid(), mine))
+        here = [number for number, (other, _, _) in enumerate(everyone) if other == place]
         if not shared:
             os.close(mine)
             self._copies = len(here)

@@ -19,6 +19,7 @@ from torch import nn
 
 from relora_ds.engine.deepspeed_config import zero_stage
 from relora_ds.engine.layout import slice_of
+from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Cutter:
             or dense weight is the dense weight plus a term of its own, so the slice is enough.
         restored: names of trained parameters whose fp32 values are kept for their masters, besides
             those in `slices`.
+        tensor: what a parameter was cut over before; its other ranks have slices of their own.
     """
 
     def __init__(
@@ -52,8 +54,15 @@ class Cutter:
         dtype: torch.dtype,
         slices: DenseSlices | None = None,
         restored: Collection[str] = (),
+        tensor: TensorParallel = SINGLE,
     ) -> None:
-        self._init = _LocalInit(config_dict_or_path=deepspeed_config, dtype=dtype)
+        self._group = tensor.data_group
+        self._init = _LocalInit(
+            config_dict_or_path=deepspeed_config,
+            dtype=dtype,
+            data_parallel_group=self._group,
+            mpu=None if tensor.size == 1 else ModelParallelUnit(),
+        )
         self._dtype = dtype
         self._slices = slices
         self._restored = set(restored) | set(() if slices is None else slices.values)
@@ -62,7 +71,8 @@ class Cutter:
     @torch.no_grad()
     def __call__(self, name: str, parameter: nn.Parameter) -> None:
         """Leave this rank's slice of a filled fp32 parameter in place of the parameter."""
-        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank = torch.distributed.get_rank(self._group)
+        size = torch.distributed.get_world_size(self._group)
         start, length = slice_of(parameter.numel(), rank, size)
         mine = parameter.data.view(-1)[start : start + length]
         if self._slices is not None and name in self._slices.values:
@@ -108,9 +118,10 @@ def build_cutter(
     precision: str,
     slices: DenseSlices | None = None,
     restored: Collection[str] = (),
+    tensor: TensorParallel = SINGLE,
 ) -> Cutter | None:
     """What cuts the model while it is built; None where every rank keeps it whole."""
     if zero_stage(deepspeed_config) < 3:
         return None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Cutter(deepspeed_config, dtype, slices, restored)
+    return Cutter(deepspeed_config, dtype, slices, restored, tensor)

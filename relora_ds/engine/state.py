@@ -21,7 +21,8 @@ from relora_ds.engine.node_memory import NodeMemory
 from relora_ds.engine.order_statistic import order_statistics
 from relora_ds.engine.vector_clock import Fragment, Stretch, VectorClock
 from relora_ds.methods.interface import MomentShard, TrainState, WeightEdit
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 Probe = Callable[[], torch.Tensor | None]
 
@@ -36,6 +37,7 @@ class ZeroState(TrainState):
         completed_steps: the optimizer's own count of updates.
         probe: output of the model on a fixed batch.
         edited: called with every frozen weight that was edited.
+        tensor: the tensor-parallel group whose ranks hold other parts.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class ZeroState(TrainState):
         completed_steps: Callable[[], int],
         probe: Probe,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
+        tensor: TensorParallel = SINGLE,
     ) -> None:
+        self._tensor = tensor
         self._layout = layout
         self._bases = bases
         self._clocks = clocks
@@ -57,7 +61,7 @@ class ZeroState(TrainState):
         self.bytes_moved = 0
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        return whole_shape(parameter)
+        return full_shape(parameter)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         values = self._layout.whole(parameters)
@@ -71,7 +75,10 @@ class ZeroState(TrainState):
         second = self._layout.optimizer_state(parameter, "exp_avg_sq")
         if first is None or second is None:
             return None
-        return MomentShard(self._layout.placements[parameter].stretch.start, first, second)
+        shard = shard_of(parameter)
+        counted = shard is not None or self._tensor.rank == 0
+        start = self._layout.placements[parameter].stretch.start
+        return MomentShard(start, first, second, shard, counted)
 
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         assert value.shape == whole_shape(parameter), (value.shape, whole_shape(parameter))
@@ -106,22 +113,35 @@ class ZeroState(TrainState):
         return out
 
     def total_edits(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
-        if not self._layout.weights_cut:
+        if not self._layout.weights_cut and self._tensor.size == 1:
             return list(edits)
         figures = torch.tensor([astuple(edit) for edit in edits], dtype=torch.float64)
         figures = figures.to(self._device())
-        self._sum(figures)
+        if self._layout.weights_cut:
+            self._sum(figures)
+        self.sum_over_parts(figures)
         return [WeightEdit(int(row[0]), *row[1:]) for row in figures.tolist()]
 
     def order_statistics(
         self, values: Sequence[torch.Tensor], ranks: Sequence[int]
     ) -> list[torch.Tensor]:
-        return order_statistics(values, ranks, self._sum, self._device())
+        return order_statistics(values, ranks, self._sum_moments, self._device())
 
     def total(self, counts: Sequence[int]) -> list[int]:
         tensor = torch.tensor(counts, dtype=torch.int64, device=self._device())
-        self._sum(tensor)
+        self._sum_moments(tensor)
         return tensor.tolist()
+
+    def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
+        if self._tensor.size > 1:
+            self._tensor.sum(value)
+            self.bytes_moved += value.numel() * value.element_size()
+        return value
+
+    def _sum_moments(self, tensor: torch.Tensor) -> None:
+        """Over all ranks that hold moments; the caller leaves out all copies but one."""
+        self._sum(tensor)
+        self.sum_over_parts(tensor)
 
     def reset_steps(self, parameter: nn.Parameter) -> int:
         clock = self._clocks[parameter]
@@ -222,11 +242,12 @@ class ZeroState(TrainState):
 
     def _memory(self) -> NodeMemory:
         if self._node_memory is None:
-            self._node_memory = NodeMemory(shared=not self._layout.weights_cut)
+            shared = not self._layout.weights_cut
+            self._node_memory = NodeMemory(shared, part=self._tensor.rank)
         return self._node_memory
 
     def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
-        is_main = torch.distributed.get_rank() == 0
+        is_main = torch.distributed.get_rank(self._tensor.data_group) == 0
         if self._layout.weights_cut:
             whole = torch.zeros(len(part), length, dtype=part.dtype, device=self._device())
             whole[:, slice(*self.own_span(length))] = part.to(whole.device)

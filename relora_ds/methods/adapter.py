@@ -6,6 +6,7 @@ Shapes: x (T, n), W (m, n), A (r, n), B (m, r), y (T, m).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,16 @@ from torch import nn
 from relora_ds.config.method import AdapterConfig
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.parallel.linear import LinearSpec, Projection
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
 from relora_ds.randomness import Stream
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+InnerSum = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+"""What completes the (T, r) products that the gradients of A and of B are made of."""
 
 
 class _AdapterProduct(torch.autograd.Function):
@@ -23,6 +32,10 @@ class _AdapterProduct(torch.autograd.Function):
 
     The (T, r) product x A^T is computed again in the backward pass, which costs 2 T r n operations
     and saves T r elements per projection. W is frozen: no gradient of its size is ever formed.
+
+    Over tensor-parallel ranks y and the gradient of x are shares of a sum that the caller forms.
+    The factor that every rank holds whole gets a share of its gradient too, unless `inner_sum`
+    says to complete the (T, r) product that it is made of: dy B for A, x A^T for B.
     """
 
     @staticmethod
@@ -33,9 +46,10 @@ class _AdapterProduct(torch.autograd.Function):
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scale: float,
+        inner_sum: InnerSum,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scale = scale
+        ctx.scale, ctx.inner_sum = scale, inner_sum
         rows = x.reshape(-1, x.shape[-1])
         out = rows @ weight.t()
         out.addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scale)
@@ -50,11 +64,12 @@ class _AdapterProduct(torch.autograd.Function):
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_inner, lora_a).view_as(x)
+        sum_a, sum_b = ctx.inner_sum
         if ctx.needs_input_grad[2]:
-            grad_a = grad_inner.t() @ rows
+            grad_a = sum_a(grad_inner).t() @ rows
         if ctx.needs_input_grad[3]:
-            grad_b = (grad.t() @ (rows @ lora_a.t())).mul_(ctx.scale)
-        return grad_x, None, grad_a, grad_b, None
+            grad_b = (grad.t() @ sum_b(rows @ lora_a.t())).mul_(ctx.scale)
+        return grad_x, None, grad_a, grad_b, None, None
 
 
 class AdapterLinear(Projection):
@@ -69,18 +84,41 @@ class AdapterLinear(Projection):
         self.weight = nn.Parameter(torch.empty(rows, cols), requires_grad=False)
         self.lora_A = nn.Parameter(torch.empty(rank, cols))
         self.lora_B = nn.Parameter(torch.empty(rows, rank))
-        self.bias = nn.Parameter(torch.empty(rows)) if spec.bias else None
+        self.bias = self.allocate_bias()
         self.scaling = nn.Parameter(torch.empty(1)) if config.trainable_scaling else None
         self.scale = 1.0 if config.trainable_scaling else config.scale
+        self._inner_sum: InnerSum = (_as_it_is, _as_it_is)
+        if self._sums_activations():
+            both = spec.tensor.sum, _as_it_is
+            self._inner_sum = both if spec.style == "column" else (both[1], both[0])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., n) -> (..., m)."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         lora_b = self.lora_B
         if self.scaling is not None:
             lora_b = lora_b * torch.tanh(self.scaling)
-        out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale)
+        parts = (x, self.weight, self.lora_A, lora_b)
+        out = _AdapterProduct.apply(*parts, self.scale, self._inner_sum)
         assert isinstance(out, torch.Tensor)
-        return out if self.bias is None else out + self.bias
+        return out
+
+    def cut_dims(self) -> dict[str, int]:
+        column = self.spec.style == "column"
+        return {"weight": 0, "lora_B": 0} if column else {"weight": 1, "lora_A": 1}
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        if self.spec.tensor.size == 1:
+            return []
+        column, complete = self.spec.style == "column", self._sums_activations()
+        partial = [] if complete else [self.lora_A if column else self.lora_B]
+        # B is a part of itself in a column projection, and so is what sigma's gradient is summed of
+        if self.scaling is not None and (column or not complete):
+            partial.append(self.scaling)
+        return partial
+
+    def _sums_activations(self) -> bool:
+        spec = self.spec
+        whole = spec.in_features if spec.style == "column" else spec.out_features
+        return spec.tensor.sums_activations(whole)
 
     def merge_scale(self, scaling: torch.Tensor | None = None) -> float:
         """The factor on B @ A.
@@ -101,7 +139,7 @@ class AdapterLinear(Projection):
 def draw_factors(
     layer: AdapterLinear, config: AdapterConfig, seed: int, event: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh factors A (r, n) and B (m, r), fp32 on the layer's device.
+    """Fresh factors A (r, n) and B (m, r), fp32 on the layer's device: the part that it holds.
 
     `kaiming`: A uniform on +-1/sqrt(n), B zero (LoRA; kaiming_uniform with a = sqrt(5)).
     `balanced`: both uniform with the standard deviations of SwitchLoRA, which give the product
@@ -110,20 +148,20 @@ def draw_factors(
     Args:
         event: 0 at the start, then the number of the restart.
     """
-    rank, cols = whole_shape(layer.lora_A)
-    rows = whole_shape(layer.lora_B)[0]
+    rows, cols = layer.spec.out_features, layer.spec.in_features
     device = layer.lora_A.device
 
-    def uniform(factor: str, shape: tuple[int, int], bound: float) -> torch.Tensor:
+    def uniform(factor: str, parameter: nn.Parameter, bound: float) -> torch.Tensor:
+        if not bound:
+            return torch.zeros(whole_shape(parameter), device=device)
+        shape, shard = full_shape(parameter), shard_of(parameter)
         stream = Stream(seed, factor, layer.spec.name, event)
-        draw = stream.uniform(0, shape[0] * shape[1], device).view(shape)
-        return draw.mul_(2.0).sub_(1.0).mul_(bound)
+        draw = stream.uniform(0, shape.numel(), device).view(shape)
+        draw = draw.mul_(2.0).sub_(1.0).mul_(bound)
+        return draw if shard is None else shard.part(draw)
 
     bound_a, bound_b = factor_bounds(config, rows, cols)
-    lora_a = uniform("lora_A", (rank, cols), bound_a)
-    if not bound_b:
-        return lora_a, torch.zeros(rows, rank, device=device)
-    return lora_a, uniform("lora_B", (rows, rank), bound_b)
+    return uniform("lora_A", layer.lora_A, bound_a), uniform("lora_B", layer.lora_B, bound_b)
 
 
 def factor_bounds(config: AdapterConfig, rows: int, cols: int) -> tuple[float, float]:

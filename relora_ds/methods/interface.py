@@ -18,7 +18,8 @@ from torch import nn
 from relora_ds.config.base import Section
 from relora_ds.methods.schedule import Schedule
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import TensorShard, shard_of, whole_shape
+from relora_ds.randomness import Stream
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,22 @@ class MomentShard:
     """This rank's stretch of one parameter's Adam moments, as live 1-D views of equal length."""
 
     start: int
-    """Index of the first element in the flattened full parameter."""
+    """Index of the first element in the flattened parameter, or in the `shard` of it."""
     exp_avg: torch.Tensor
     """First moment."""
     exp_avg_sq: torch.Tensor
     """Second moment."""
+    shard: TensorShard | None = None
+    """The part of the parameter that `start` counts in; None where that is the whole."""
+    counted: bool = True
+    """Whether this is the one of several identical copies that sums over ranks count."""
+
+    def uniform(self, stream: Stream) -> torch.Tensor:
+        """The stream's values for these elements, by their place in the full parameter; fp32."""
+        count, device = self.exp_avg.numel(), self.exp_avg.device
+        if self.shard is None:
+            return stream.uniform(self.start, count, device)
+        return stream.uniform_at(self.shard.flat_index(self.start, count).to(device))
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,9 @@ class Event:
 class TrainState(ABC):
     """The partitioned state of a run, through verbs that work at every ZeRO stage.
 
-    Verbs are called on every data-parallel rank, in the same order, inside `torch.no_grad`, and
-    only between optimizer steps.
+    Verbs are called on every rank, in the same order, inside `torch.no_grad`, and only between
+    optimizer steps. Where tensor parallelism cuts a parameter, "whole" below means this rank's
+    part of it; what ZeRO makes of that part is hidden.
     """
 
     bytes_moved: int
@@ -87,7 +100,7 @@ class TrainState(ABC):
 
     @abstractmethod
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Full shape of a parameter, also where only a slice of it is here."""
+        """Full shape of a parameter, also where only a part of it is here."""
 
     @abstractmethod
     def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
@@ -161,7 +174,11 @@ class TrainState(ABC):
 
     @abstractmethod
     def total(self, counts: Sequence[int]) -> list[int]:
-        """Sums of integers over the ranks that share the partitioned moments."""
+        """Sums of integers over all ranks that hold moments which are counted."""
+
+    @abstractmethod
+    def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a small tensor over the ranks that hold other rows of the same weights."""
 
     @abstractmethod
     def reset_steps(self, parameter: nn.Parameter) -> int:
@@ -291,16 +308,21 @@ class Method(Generic[ConfigT]):
         return layer.weight.detach().float()
 
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
-        """Trainable parameters by role and decay. Projections count as adapters."""
+        """Trainable parameters by role and decay. Projections count as adapters.
+
+        What tensor parallelism cuts is apart from what it does not: the flat tensors that ZeRO
+        makes of a group must be cut alike on all ranks that hold the same parameters.
+        """
         projections = {
             id(p) for layer in projection_layers(model).values() for p in layer.parameters()
         }
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 role = "adapter" if id(parameter) in projections else "dense"
-                groups.setdefault((role, self.decays(name, parameter)), []).append(parameter)
-        return [ParameterGroup(role, decays, group) for (role, decays), group in groups.items()]
+                key = role, self.decays(name, parameter), shard_of(parameter) is None
+                groups.setdefault(key, []).append(parameter)
+        return [ParameterGroup(role, decays, found) for (role, decays, _), found in groups.items()]
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies to a trained parameter: to matrices, not to vectors."""

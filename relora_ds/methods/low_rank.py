@@ -22,11 +22,18 @@ class FactorLinear(Projection):
         super().__init__(spec)
         self.lora_A = nn.Parameter(torch.empty(rank, spec.in_features))
         self.lora_B = nn.Parameter(torch.empty(spec.out_features, rank))
-        self.bias = nn.Parameter(torch.empty(spec.out_features)) if spec.bias else None
+        self.bias = self.allocate_bias()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., n) -> (..., m)."""
-        return F.linear(F.linear(x, self.lora_A), self.lora_B, self.bias)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    def cut_dims(self) -> dict[str, int]:
+        return {"lora_B": 0} if self.spec.style == "column" else {"lora_A": 1}
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        if self.spec.tensor.size == 1:
+            return []
+        return [self.lora_A if self.spec.style == "column" else self.lora_B]
 
     def extra_saved(self) -> int:
         return whole_shape(self.lora_A)[0]

@@ -70,7 +70,7 @@ def _count_non_zero(state: TrainState, shards: Mapping[str, MomentShard | None])
     here = sum(
         int(shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero())
         for shard in shards.values()
-        if shard is not None
+        if shard is not None and shard.counted
     )
     return state.total([here])[0]
 
@@ -83,10 +83,7 @@ def _random_masks(
         none = torch.zeros_like(shard.exp_avg, dtype=torch.bool)
         return none, none
     first, second = (
-        Stream(seed, f"reset.{moment}", name, event).uniform(
-            shard.start, shard.exp_avg.numel(), shard.exp_avg.device
-        )
-        >= config.fraction
+        shard.uniform(Stream(seed, f"reset.{moment}", name, event)) >= config.fraction
         for moment in _MOMENTS
     )
     # a joint mask is one draw: the intersection of two would keep (1 - p)^2 instead of 1 - p
@@ -108,7 +105,8 @@ def _magnitude_masks(
     for name, parameter in parameters.items():
         shard, count = shards[name], state.shape(parameter).numel()
         for moment in _MOMENTS:
-            values.append(torch.empty(0) if shard is None else getattr(shard, moment))
+            absent = shard is None or not shard.counted
+            values.append(torch.empty(0) if absent else getattr(shard, moment))
             ranks.append(math.floor(fraction * (count - 1)) + 1)
     thresholds = iter(state.order_statistics(values, ranks))
     masks = {}

@@ -17,7 +17,7 @@ from relora_ds.methods.sparse_linear import (
 )
 from relora_ds.methods.sparse_support import column_type, draw_support, support_size
 from relora_ds.parallel.linear import LinearSpec, Projection
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import TensorShard, whole_shape
 from relora_ds.randomness import Stream
 
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -40,7 +40,7 @@ class SparseLowRankLinear(Projection):
         self.lora_A = nn.Parameter(torch.empty(rank, cols))
         self.lora_B = nn.Parameter(torch.empty(rows, rank))
         self.values = nn.Parameter(torch.empty(count))
-        self.bias = nn.Parameter(torch.empty(rows)) if spec.bias else None
+        self.bias = self.allocate_bias()
         self.register_buffer("row_starts", torch.zeros(rows + 1, dtype=torch.int32))
         self.register_buffer("columns", torch.zeros(count, dtype=column_type(cols)))
         self.scale = config.resolved_scale
@@ -48,15 +48,52 @@ class SparseLowRankLinear(Projection):
         self._keeps_composed = config.keep_composed == "step"
         self._composed: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., n) -> (..., m)."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         if self._keeps_composed and self._composed is None:
             with torch.no_grad():
                 self._composed = self._compose()
         form = SparseForm(self.scale, self._gradient, keep=self.recomputed)
         out = SparseLowRankProduct.apply(x, *self._parts(), self._composed, form)
         assert isinstance(out, torch.Tensor)
-        return out if self.bias is None else out + self.bias
+        return out
+
+    def cut_dims(self) -> dict[str, int]:
+        return {"lora_B": 0} if self.spec.style == "column" else {"lora_A": 1}
+
+    def shards(self) -> dict[str, TensorShard]:
+        return super().shards() | {"values": TensorShard(self.values.shape, 0, self._own_values())}
+
+    def cut_over_ranks(self) -> None:
+        own = self._own_values()
+        super().cut_over_ranks()
+        spec, starts = self.spec, self.row_starts
+        if isinstance(own, range):
+            self.columns = self.columns[own.start : own.stop].clone()
+            if spec.style == "column":  # whole rows
+                first, last = spec.tensor.span(spec.out_features)
+                self.row_starts = starts[first : last + 1] - starts[first]
+            return
+        first, _ = spec.tensor.span(spec.in_features)
+        # how many of the values before the start of a row are kept
+        self.row_starts = torch.searchsorted(own, starts.long().cpu()).to(starts)
+        self.columns = self.columns[own.to(starts.device)] - first
+
+    def _own_values(self) -> range | torch.Tensor:
+        """Which of the uncut layer's values lie in this rank's part of the matrix."""
+        spec = self.spec
+        if self.columns.is_meta:  # where they lie is not known: shares of their number
+            return range(*spec.tensor.span(self.columns.numel()))
+        if spec.style == "column":
+            first, last = spec.tensor.span(spec.out_features)
+            return range(int(self.row_starts[first]), int(self.row_starts[last]))
+        first, last = spec.tensor.span(spec.in_features)
+        columns = self.columns.cpu()
+        return ((columns >= first) & (columns < last)).nonzero().flatten()
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        if self.spec.tensor.size == 1:
+            return []
+        return [self.lora_A if self.spec.style == "column" else self.lora_B]
 
     def drop_composed(self) -> None:
         """Forget the composed weight: the factors or values have changed."""
@@ -66,12 +103,14 @@ class SparseLowRankLinear(Projection):
         return () if self._composed is None else (self._composed,)
 
     def held_elements(self) -> int:
-        return self.spec.out_features * self.spec.in_features if self._keeps_composed else 0
+        return self._dense_elements() if self._keeps_composed else 0
 
     def scratch_bytes(self, working: int) -> int:
         # W or its gradient, one after the other, and the positions of the support
-        dense = self.spec.out_features * self.spec.in_features
-        return working * dense + 4 * self.columns.numel()
+        return working * self._dense_elements() + 4 * self.columns.numel()
+
+    def _dense_elements(self) -> int:
+        return whole_shape(self.lora_B)[0] * whole_shape(self.lora_A)[1]
 
     def _parts(self) -> _Parts:
         return self.lora_A, self.lora_B, self.values, self.row_starts, self.columns

@@ -27,7 +27,7 @@ from relora_ds.methods.adapter import (
     adapter_layers,
     factor_bounds,
 )
-from relora_ds.methods.candidate_pool import Allocate, CandidatePool
+from relora_ds.methods.candidate_pool import Allocate, CandidatePool, Draw
 from relora_ds.methods.interface import Event, TrainState, WeightEdit
 from relora_ds.methods.switch_figures import SwitchFigures, UpdateRank, refuse_lost_switch
 from relora_ds.methods.switch_plan import (
@@ -38,7 +38,7 @@ from relora_ds.methods.switch_plan import (
     SwitchState,
     switch_counts,
 )
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
 from relora_ds.randomness import Stream
 
 _SIDES = ("A", "B")
@@ -103,33 +103,32 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     def _prepare_layer(
         self, state: TrainState, layer: AdapterLinear, allocate: Allocate, writes: bool
     ) -> _Switched:
-        rows, cols = whole_shape(layer.weight)
-        name, num_slots = layer.spec.name, min(rows, cols)
-        selection = SELECTIONS[self.config.selection](name, self.config.rank, num_slots, self.seed)
+        spec, rank = layer.spec, self.config.rank
+        num_slots = min(spec.out_features, spec.in_features)
+        selection = SELECTIONS[self.config.selection](spec.name, rank, num_slots, self.seed)
+        bounds = factor_bounds(self.config, spec.out_features, spec.in_features)
         pools = []
-        bounds = factor_bounds(self.config, rows, cols)
-        for side, length, bound in zip(_SIDES, (cols, rows), bounds, strict=True):
-            pools.append(self._pool(state, layer, side, num_slots, length, bound, allocate, writes))
+        for side, factor, bound in zip(_SIDES, (layer.lora_A, layer.lora_B), bounds, strict=True):
+            draw, span = self._candidates(state, spec.name, side, factor, bound)
+            pools.append(CandidatePool(num_slots, span, factor, draw, allocate, writes))
         return _Switched(layer, selection, selection.initial(), (pools[0], pools[1]))
 
-    def _pool(
-        self,
-        state: TrainState,
-        layer: AdapterLinear,
-        side: str,
-        num_slots: int,
-        length: int,
-        bound: float,
-        allocate: Allocate,
-        writes: bool,
-    ) -> CandidatePool:
-        stream = Stream(self.seed, f"candidate_{side}", layer.spec.name)
-        start, stop = state.own_span(length)
+    def _candidates(
+        self, state: TrainState, layer: str, side: str, factor: nn.Parameter, bound: float
+    ) -> tuple[Draw, tuple[int, int]]:
+        """How candidates of a factor are drawn, and the span of them that is kept here: of this
+        tensor-parallel rank's part of a vector, what ZeRO leaves to this process."""
+        axis = _SIDES.index(side)
+        shard, width = shard_of(factor), full_shape(factor)[1 - axis]
+        first = 0 if shard is None else int(shard.index[0])
+        span = state.own_span(whole_shape(factor)[1 - axis])
+        stream = Stream(self.seed, f"candidate_{side}", layer)
+        start, stop = first + span[0], first + span[1]
 
         def draw(slots: torch.Tensor) -> torch.Tensor:
-            return stream.uniform_rows(slots, length, start, stop).mul_(2.0).sub_(1.0).mul_(bound)
+            return stream.uniform_rows(slots, width, start, stop).mul_(2.0).sub_(1.0).mul_(bound)
 
-        return CandidatePool(num_slots, (start, stop), layer.lora_A, draw, allocate, writes)
+        return draw, span
 
     def before_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
         if step < 1:
@@ -232,14 +231,8 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         if any(item.switched is first for item in work):
             self._pairs.note(first.state.slots)
         # the counterpart of a row of A, n long, is a column of B, m long
-        reset = sum(
-            len(item.plan.vectors[0]) * sum(whole_shape(item.switched.layer.weight))
-            for item in work
-        )
-        elements = sum(
-            self.config.rank * sum(whole_shape(switched.layer.weight))
-            for switched in self._layers.values()
-        )
+        reset = sum(len(item.plan.vectors[0]) * _lengths(item.switched) for item in work)
+        elements = sum(self.config.rank * _lengths(each) for each in self._layers.values())
         self._figures.note_switches(sum(item.plan.count for item in work), reset / elements)
 
     def figures(self, state: TrainState, model: nn.Module) -> dict[str, Any]:
@@ -290,3 +283,8 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
                 while f"{prefix}{len(chunks)}" in state:
                     chunks.append(state[f"{prefix}{len(chunks)}"])
                 pool.load(state[f"{name}.{side}.places"], chunks)
+
+
+def _lengths(switched: _Switched) -> int:
+    """Of a row of A and a column of B together."""
+    return switched.layer.spec.in_features + switched.layer.spec.out_features

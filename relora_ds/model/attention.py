@@ -21,6 +21,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.errors import ConfigError
 from relora_ds.model.rope import rotate
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Attention(nn.Module):
         linear: builds the four projections.
         name: full module name, such as ``model.layers.0.self_attn``.
         backend: ``"auto"``, ``"flash"`` or ``"sdpa"``.
+        tensor: processes that share the heads; their number divides that of the key/value heads.
 
     Raises:
         ConfigError: `backend` is unknown, or is ``"flash"`` and this machine cannot run it. What
@@ -43,19 +45,25 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, linear: LinearFactory, name: str, backend: str = "auto"
+        self,
+        config: ModelConfig,
+        linear: LinearFactory,
+        name: str,
+        backend: str = "auto",
+        tensor: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
+        self.tensor = tensor
         check_backend(backend, config.head_dim)
         self.backend = backend
         self.head_dim = config.head_dim
         self.query_width = config.num_attention_heads * config.head_dim
         width, query, bias = config.hidden_size, self.query_width, config.attention_bias
         kv = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(LinearSpec(f"{name}.q_proj", width, query, bias, "column"))
-        self.k_proj = linear(LinearSpec(f"{name}.k_proj", width, kv, bias, "column"))
-        self.v_proj = linear(LinearSpec(f"{name}.v_proj", width, kv, bias, "column"))
-        self.o_proj = linear(LinearSpec(f"{name}.o_proj", query, width, bias, "row"))
+        self.q_proj = linear(LinearSpec(f"{name}.q_proj", width, query, bias, "column", tensor))
+        self.k_proj = linear(LinearSpec(f"{name}.k_proj", width, kv, bias, "column", tensor))
+        self.v_proj = linear(LinearSpec(f"{name}.v_proj", width, kv, bias, "column", tensor))
+        self.o_proj = linear(LinearSpec(f"{name}.o_proj", query, width, bias, "row", tensor))
 
     def forward(
         self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
@@ -68,6 +76,7 @@ class Attention(nn.Module):
         """
         # -1: a column-parallel projection returns only the heads of this process
         heads = (-1, self.head_dim)
+        x_BSD = self.tensor.copy_to(x_BSD)
         q_BSNH = rotate(self.q_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         v_BSKH = self.v_proj(x_BSD).unflatten(-1, heads)

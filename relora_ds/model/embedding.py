@@ -9,26 +9,49 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.model.loss import linear_cross_entropy
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.model.loss import VocabularySplit, linear_cross_entropy
+from relora_ds.parallel.shape import TensorShard, cut, shard_of, whole_shape
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
-class TokenEmbedding(nn.Module):
+class VocabularyPart(nn.Module):
+    """A module with one `weight` (V, D), of which tensor parallelism leaves some rows here."""
+
+    weight: nn.Parameter
+
+    def __init__(self, vocab_size: int, tensor: TensorParallel) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.tensor = tensor
+
+    def cut_over_ranks(self) -> None:
+        """Leave this rank's rows of a filled weight; one that is tied is cut once."""
+        if shard_of(self.weight) is None:
+            rows = range(*self.tensor.span(self.vocab_size))
+            cut(self.weight, TensorShard(self.weight.shape, 0, rows))
+
+
+class TokenEmbedding(VocabularyPart):
     """Looks up rows of `weight` (V, D), which is allocated, not drawn."""
 
-    def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
+    def __init__(self, vocab_size: int, width: int, tensor: TensorParallel = SINGLE) -> None:
+        super().__init__(vocab_size, tensor)
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 (...) -> (..., D)."""
-        return F.embedding(ids, self.weight)
+        if self.tensor.size == 1:
+            return F.embedding(ids, self.weight)
+        start, stop = self.tensor.span(self.vocab_size)
+        elsewhere = (ids < start) | (ids >= stop)
+        found = F.embedding((ids - start).masked_fill(elsewhere, 0), self.weight)
+        return self.tensor.reduce_from(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def extra_repr(self) -> str:
         return "{} -> {}".format(*whole_shape(self.weight))
 
 
-class LanguageHead(nn.Module):
+class LanguageHead(VocabularyPart):
     """Hidden states to logits, or straight to the loss.
 
     The loss is computed inside this module, not by its caller: under ZeRO stage 3 a weight is whole
@@ -38,10 +61,17 @@ class LanguageHead(nn.Module):
         vocab_size: V.
         width: D.
         weight: shared with the embedding when the two are tied; otherwise allocated, not drawn.
+        tensor: processes that share the vocabulary.
     """
 
-    def __init__(self, vocab_size: int, width: int, weight: nn.Parameter | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        weight: nn.Parameter | None = None,
+        tensor: TensorParallel = SINGLE,
+    ) -> None:
+        super().__init__(vocab_size, tensor)
         if weight is None:
             weight = nn.Parameter(torch.empty(vocab_size, width))
         self.weight = weight
@@ -57,8 +87,24 @@ class LanguageHead(nn.Module):
             divisor: the summed loss is divided by it.
         """
         if targets is None:
-            return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), divisor)
+            return self._whole_logits(F.linear(hidden, self.weight))
+        rows = self.tensor.copy_to(hidden).flatten(0, -2)
+        return linear_cross_entropy(
+            rows, self.weight, targets.flatten(), divisor, vocabulary=self._split()
+        )
+
+    def _split(self) -> VocabularySplit | None:
+        if self.tensor.size == 1:
+            return None
+        return VocabularySplit(self.tensor, *self.tensor.span(self.vocab_size))
+
+    def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits over the whole vocabulary, the same on every rank; for evaluation only."""
+        if self.tensor.size == 1:
+            return logits
+        whole = logits.new_zeros(*logits.shape[:-1], self.vocab_size)
+        whole[..., slice(*self.tensor.span(self.vocab_size))] = logits.detach()
+        return self.tensor.sum(whole)  # every element is on one rank: exact
 
     def extra_repr(self) -> str:
         return "{1} -> {0}".format(*whole_shape(self.weight))

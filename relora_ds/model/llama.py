@@ -24,18 +24,24 @@ from relora_ds.model.mlp import MLP
 from relora_ds.model.norm import RMSNorm
 from relora_ds.model.rope import rotary_tables
 from relora_ds.parallel.linear import LinearFactory, Projection
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: ModelConfig, linear: LinearFactory, name: str, attention: str
+        self,
+        config: ModelConfig,
+        linear: LinearFactory,
+        name: str,
+        attention: str,
+        tensor: TensorParallel,
     ) -> None:
         super().__init__()
         # in the order of HF's parameters
-        self.self_attn = Attention(config, linear, f"{name}.self_attn", attention)
-        self.mlp = MLP(config, linear, f"{name}.mlp")
+        self.self_attn = Attention(config, linear, f"{name}.self_attn", attention, tensor)
+        self.mlp = MLP(config, linear, f"{name}.mlp", tensor)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -56,13 +62,14 @@ class Decoder(nn.Module):
         linear: LinearFactory,
         attention: str,
         activation_checkpointing: bool,
+        tensor: TensorParallel,
     ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, tensor)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, linear, f"model.layers.{i}", attention)
+            DecoderLayer(config, linear, f"model.layers.{i}", attention, tensor)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -102,6 +109,7 @@ class Llama(nn.Module):
         linear: builds each of the seven projections of every layer.
         attention: ``"auto"``, ``"flash"`` or ``"sdpa"``.
         activation_checkpointing: recompute each layer in the backward pass of training.
+        tensor: processes that share this copy of the model.
 
     Raises:
         ConfigError: `attention` is unknown or cannot run here.
@@ -113,12 +121,13 @@ class Llama(nn.Module):
         linear: LinearFactory,
         attention: str = "auto",
         activation_checkpointing: bool = False,
+        tensor: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, linear, attention, activation_checkpointing)
+        self.model = Decoder(config, linear, attention, activation_checkpointing, tensor)
         shared = self.model.embed_tokens.weight if config.tie_word_embeddings else None
-        self.lm_head = LanguageHead(config.vocab_size, config.hidden_size, shared)
+        self.lm_head = LanguageHead(config.vocab_size, config.hidden_size, shared, tensor)
 
     def forward(
         self,

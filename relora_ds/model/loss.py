@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from relora_ds.parallel.tensor import TensorParallel
+
 IGNORE = -100
 """Target that contributes neither loss nor gradient (the value torch uses)."""
 
@@ -34,6 +36,7 @@ def linear_cross_entropy(
     targets_T: torch.Tensor,
     divisor: int = 1,
     rows: int | None = None,
+    vocabulary: VocabularySplit | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[target], divided by `divisor`.
 
@@ -46,16 +49,47 @@ def linear_cross_entropy(
         targets_T: int64 in [0, V), or `IGNORE`.
         divisor: T for the mean over all tokens, 1 for the sum.
         rows: tokens per chunk; default `chunk_rows(V)`.
+        vocabulary: set where `weight_VD` is this rank's rows of the head. The loss is then the same
+            on every rank, and the gradient of the inputs is this rank's share of a sum.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs).
     """
     rows = rows or chunk_rows(weight_VD.shape[0])
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        loss = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, 1.0 / divisor, rows)
+        loss = _LinearCrossEntropy.apply(
+            hidden_TD, weight_VD, targets_T, 1.0 / divisor, rows, vocabulary
+        )
         assert isinstance(loss, torch.Tensor)
         return loss
-    return _run(hidden_TD, weight_VD, targets_T, _Gradients(None, None, 1.0 / divisor), rows)
+    grads = _Gradients(None, None, 1.0 / divisor)
+    return _run(hidden_TD, weight_VD, targets_T, grads, rows, vocabulary)
+
+
+@dataclass(frozen=True)
+class VocabularySplit:
+    """Which columns of the logits this tensor-parallel rank computes: [start, stop)."""
+
+    tensor: TensorParallel
+    start: int
+    stop: int
+
+    def find(self, target_C1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the targets on this rank, 0 where they are on another, and which are here."""
+        here_C1 = (target_C1 >= self.start) & (target_C1 < self.stop)
+        return (target_C1 - self.start).masked_fill(~here_C1, 0), here_C1
+
+    def complete(self, logits_CV: torch.Tensor, target_logit_C1: torch.Tensor) -> torch.Tensor:
+        """log of the sum of exp(logit) over the whole vocabulary, (C, 1), by two all-reduces.
+
+        Args:
+            target_logit_C1: 0 where the target is on another rank; filled in.
+        """
+        top_C1 = self.tensor.max(logits_CV.amax(1, keepdim=True))
+        sums_C1 = (logits_CV - top_C1).exp_().sum(1, keepdim=True)
+        both = self.tensor.sum(torch.stack([sums_C1, target_logit_C1]))
+        target_logit_C1.copy_(both[1])
+        return both[0].log_().add_(top_C1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -69,6 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_T: torch.Tensor,
         scale: float,
         rows: int,
+        vocabulary: VocabularySplit | None,
     ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wide = _wide(weight_VD.dtype)
@@ -77,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None,
             scale,
         )
-        loss = _run(hidden_TD, weight_VD, targets_T, grads, rows)
+        loss = _run(hidden_TD, weight_VD, targets_T, grads, rows, vocabulary)
         weight_grad = None if grads.weight is None else grads.weight.to(weight_VD.dtype)
         ctx.save_for_backward(grads.hidden, weight_grad)
         return loss
@@ -90,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD, weight_VD = (
             None if saved is None else _scaled(saved, grad) for saved in ctx.saved_tensors
         )
-        return hidden_TD, weight_VD, None, None, None
+        return hidden_TD, weight_VD, None, None, None, None
 
 
 def _scaled(saved: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -137,6 +172,7 @@ def _run(
     targets_T: torch.Tensor,
     grads: _Gradients,
     rows: int,
+    vocabulary: VocabularySplit | None,
 ) -> torch.Tensor:
     """The scaled sum of losses; fills `grads` if it wants anything. Runs outside of autograd."""
     wide = _wide(hidden_TD.dtype)
@@ -148,13 +184,23 @@ def _run(
         kept_C1 = (targets_C != IGNORE).unsqueeze(1)
         target_C1 = targets_C.unsqueeze(1).clamp_min(0)  # an ignored token reads column 0, times 0
         logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
-        normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
-        losses_C1 = normaliser_C1 - logits_CV.gather(1, target_C1)
+        here_C1 = None
+        if vocabulary is None:
+            normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
+            target_logit_C1 = logits_CV.gather(1, target_C1)
+        else:
+            target_C1, here_C1 = vocabulary.find(target_C1)
+            target_logit_C1 = logits_CV.gather(1, target_C1) * here_C1
+            normaliser_C1 = vocabulary.complete(logits_CV, target_logit_C1)
+        losses_C1 = normaliser_C1 - target_logit_C1
         losses.append((losses_C1 * kept_C1).sum())
         if wants_grads:
             # in place: softmax minus one-hot overwrites the logits
             logits_CV.sub_(normaliser_C1).exp_()
-            logits_CV.scatter_(1, target_C1, torch.expm1(-losses_C1))  # p - 1 where p = exp(-loss)
+            at_target_C1 = torch.expm1(-losses_C1)  # p - 1 where p = exp(-loss)
+            if here_C1 is not None:
+                at_target_C1 = torch.where(here_C1, at_target_C1, logits_CV.gather(1, target_C1))
+            logits_CV.scatter_(1, target_C1, at_target_C1)
             logits_CV.mul_(kept_C1 * grads.scale)
             grads.add(chunk, logits_CV.to(hidden_TD.dtype), hidden_CD, weight_VD)
     total = torch.stack(losses).sum() if losses else hidden_TD.new_zeros((), dtype=wide)

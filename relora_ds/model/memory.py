@@ -25,7 +25,6 @@ from torch import nn
 
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
-from relora_ds.model.flops import parameter_counts
 from relora_ds.model.mlp import MLP
 from relora_ds.model.norm import RMSNorm
 from relora_ds.parallel.linear import Projection
@@ -47,6 +46,8 @@ class StoragePlan:
     """ZeRO stage."""
     dp_size: int = 1
     """Data-parallel processes."""
+    tensor: int = 1
+    """Tensor-parallel processes; the model is cut over them already."""
     per_layer: bool = False
     """Each parameter is updated within the backward pass and its gradient freed at once."""
     accumulates: bool = False
@@ -72,11 +73,12 @@ def expected_memory(
         tokens: of one micro-batch on one process.
         checkpointing: layers are recomputed in the backward pass.
     """
-    counts = parameter_counts(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     layers = [module for module in model.modules() if isinstance(module, Projection)]
     sharded = plan.dp_size if plan.stage >= 1 else 1
-    weights = plan.working * counts.total + plan.beside_edited * sum(p.numel() for p in edited)
-    states = (plan.master + 2 * plan.moment) * counts.trainable / sharded
+    weights = plan.working * total + plan.beside_edited * sum(p.numel() for p in edited)
+    states = (plan.master + 2 * plan.moment) * trained / sharded
     held = sum(layer.held_elements() for layer in layers)
     scratch = max((layer.scratch_bytes(plan.working) for layer in layers), default=0)
     return {
@@ -130,10 +132,10 @@ def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing
         for layer in attention:
             # q; k and v; attention's output
             keys = layer.k_proj.spec.out_features
-            elements += 4 * width + 2 * layer.query_width + 2 * keys
-            heads += layer.query_width // layer.head_dim
+            elements += 4 * width + 2 * (layer.query_width + keys) // plan.tensor
+            heads += layer.query_width // layer.head_dim // plan.tensor
         for mlp in (module for module in model.modules() if isinstance(module, MLP)):
-            elements += 3 * mlp.down_proj.spec.in_features
+            elements += 3 * mlp.down_proj.spec.in_features // plan.tensor
         elements += sum(layer.extra_saved() for layer in projections)
     norms = sum(isinstance(module, RMSNorm) for module in model.modules())
     norms = 1 if checkpointing else norms

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -40,15 +41,24 @@ class MLP(nn.Module):
         config: architecture.
         linear: builds the three projections.
         name: full module name, such as ``model.layers.0.mlp``.
+        tensor: processes that share the block.
     """
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory, name: str) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        linear: LinearFactory,
+        name: str,
+        tensor: TensorParallel = SINGLE,
+    ) -> None:
         super().__init__()
+        self.tensor = tensor
         width, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column"))
-        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column"))
-        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row"))
+        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column", tensor))
+        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column", tensor))
+        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row", tensor))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
+        x = self.tensor.copy_to(x)
         return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))

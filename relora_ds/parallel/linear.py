@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from relora_ds.parallel.shape import TensorShard, cut
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -20,7 +23,10 @@ class LinearSpec:
         in_features: width of the input.
         out_features: width of the output.
         bias: whether the projection adds a bias.
-        style: the side along which tensor parallelism cuts it.
+        style: the side along which tensor parallelism cuts it. A `column` projection gets the whole
+            input on every rank and returns a part of the output; a `row` projection gets a part of
+            the input and returns the whole output.
+        tensor: the tensor-parallel group that shares it.
     """
 
     name: str
@@ -28,20 +34,66 @@ class LinearSpec:
     out_features: int
     bias: bool
     style: Literal["column", "row"]
+    tensor: TensorParallel = SINGLE
 
 
 class Projection(nn.Module):
     """What stands in for a projection: (..., in_features) -> (..., out_features).
 
-    The parameters are allocated, not drawn: whoever builds the model fills them.
+    The parameters are allocated, not drawn: whoever builds the model fills them, and then lets
+    `cut_over_ranks` take this rank's part of them. A subclass says what it multiplies with in
+    `product`, which is the same on a part as on the whole, and how it is cut in `cut_dims`.
     """
 
+    bias: nn.Parameter | None
     recomputed = False
     """Whether the forward pass is run a second time within the backward pass; the model says so."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
         self.spec = spec
+
+    def allocate_bias(self) -> nn.Parameter | None:
+        """`bias` (out_features,), if the projection has one."""
+        return nn.Parameter(torch.empty(self.spec.out_features)) if self.spec.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features), or this rank's part of either."""
+        out = self.product(x)
+        if self.spec.style == "row":
+            out = self.spec.tensor.reduce_from(out)
+        return out if self.bias is None else out + self.bias
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """What the weights held here contribute to the output, without the bias."""
+        raise NotImplementedError
+
+    def cut_dims(self) -> dict[str, int]:
+        """The dimension along which each parameter is cut; others are the same on every rank."""
+        raise NotImplementedError
+
+    def shards(self) -> dict[str, TensorShard]:
+        """This rank's part of every parameter that is cut, before it is."""
+        named = dict(self.named_parameters(recurse=False))
+        dims = self.cut_dims() | ({"bias": 0} if self.spec.style == "column" else {})
+        shards = {}
+        for name, dim in dims.items():
+            if name in named:
+                shape = named[name].shape
+                shards[name] = TensorShard(shape, dim, range(*self.spec.tensor.span(shape[dim])))
+        return shards
+
+    def cut_over_ranks(self) -> None:
+        """Leave this rank's part of filled parameters and buffers."""
+        shards = self.shards()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in shards:
+                cut(parameter, shards[name])
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        """Parameters that all ranks hold alike and whose gradients here are only shares of a sum:
+        they have to be added up over the tensor-parallel group before they are used."""
+        return []
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """Tensors beyond parameters and buffers that outlive one forward and backward pass."""
@@ -70,11 +122,13 @@ class DenseLinear(Projection):
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
         self.weight = nn.Parameter(torch.empty(spec.out_features, spec.in_features))
-        self.bias = nn.Parameter(torch.empty(spec.out_features)) if spec.bias else None
+        self.bias = self.allocate_bias()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.weight, self.bias)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+    def cut_dims(self) -> dict[str, int]:
+        return {"weight": 0 if self.spec.style == "column" else 1}
 
     def extra_repr(self) -> str:
         return f"{self.spec.in_features} -> {self.spec.out_features}"

@@ -1,12 +1,83 @@
-"""Shapes of parameters that may be cut over processes."""
+"""Shapes of parameters that are cut over processes, and where a cut part lies in the whole.
+
+Two cuts may apply, one inside the other: tensor parallelism leaves a process with a `TensorShard`
+of a parameter, and ZeRO stage 3 leaves it with a slice of that.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 
+@dataclass(frozen=True)
+class TensorShard:
+    """The part of a tensor that one rank of a tensor-parallel group holds.
+
+    Args:
+        whole: shape of the uncut tensor.
+        dim: the dimension that is cut.
+        index: what is held along it: a range of consecutive positions, or int64 positions on the
+            CPU, increasing.
+    """
+
+    whole: torch.Size
+    dim: int
+    index: range | torch.Tensor
+
+    def part(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part of an uncut tensor; a view where the positions are consecutive."""
+        if isinstance(self.index, range):
+            return value.narrow(self.dim, self.index.start, len(self.index))
+        return value.index_select(self.dim, self.index.to(value.device))
+
+    def place(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Write this rank's part to where it belongs in an uncut tensor."""
+        if isinstance(self.index, range):
+            whole.narrow(self.dim, self.index.start, len(self.index)).copy_(part)
+        else:
+            whole.index_copy_(self.dim, self.index.to(whole.device), part.to(whole))
+
+    def flat_index(self, start: int, count: int) -> torch.Tensor:
+        """Where elements [start, start + count) of the flattened part lie in the flattened whole.
+
+        Returns:
+            int64, (count,), on the CPU.
+        """
+        at = torch.arange(start, start + count)
+        behind = self.whole[self.dim + 1 :].numel()
+        width = len(self.index)
+        before, along, rest = at // (behind * width), at // behind % width, at % behind
+        positions = along + self.index.start if isinstance(self.index, range) else self.index[along]
+        return (before * self.whole[self.dim] + positions) * behind + rest
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also where this process holds only a slice of it."""
+    """Shape of what this process's tensor-parallel rank holds, also where ZeRO has cut that."""
     # ZeRO stage 3 leaves an empty placeholder and notes the true shape on the parameter
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def shard_of(parameter: nn.Parameter) -> TensorShard | None:
+    """The part that this process's tensor-parallel rank holds; None if it holds the whole."""
+    return getattr(parameter, "tensor_shard", None)
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter, whoever holds it."""
+    shard = shard_of(parameter)
+    return whole_shape(parameter) if shard is None else shard.whole
+
+
+def cut(parameter: nn.Parameter, shard: TensorShard) -> None:
+    """Leave a shard of a whole parameter in its place, and say so on it."""
+    # a copy: a view would keep the whole tensor alive
+    parameter.data = shard.part(parameter.data).clone(memory_format=torch.contiguous_format)
+    marked = cast(Any, parameter)
+    marked.tensor_shard = shard
+    # DeepSpeed and Megatron count the gradient of any other parameter on the first rank only
+    marked.tensor_model_parallel = True
+    marked.partition_dim, marked.partition_stride = shard.dim, 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from relora_ds.config.schema import RunConfig
+from relora_ds.errors import ConfigError
+from relora_ds.parallel.tensor import SINGLE, TensorParallel, join_tensor_group
 
 
 @dataclass(frozen=True)
@@ -16,24 +20,44 @@ class Topology:
         world_size: number of processes.
         local_rank: rank within the node; also the index of the accelerator.
         device: where this process computes.
+        tensor: its part of one copy of the model.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    tensor: TensorParallel = SINGLE
 
     @property
     def dp_rank(self) -> int:
         """Rank along the data-parallel axis."""
-        return self.rank
+        return self.rank // self.tensor.size
 
     @property
     def dp_size(self) -> int:
         """Copies of the model that see different data."""
-        return self.world_size
+        return self.world_size // self.tensor.size
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes what is written once per run."""
         return self.rank == 0
+
+
+def share_models(topology: Topology, config: RunConfig) -> Topology:
+    """The topology with every `parallel.tensor` neighbours sharing one copy of the model.
+
+    Raises:
+        ConfigError: the number of processes is not a multiple of it.
+    """
+    size, train = config.parallel.tensor, config.train
+    if topology.world_size % size:
+        raise ConfigError(
+            f"parallel.tensor is {size}, but must divide the number of processes "
+            f"({topology.world_size}): start a multiple of {size}, or change it"
+        )
+    copies = topology.world_size // size
+    tokens = train.global_batch_size * train.seq_length // copies
+    plan = config.parallel.low_rank_plan
+    return replace(topology, tensor=join_tensor_group(size, plan, tokens, train.timeout_minutes))

@@ -12,8 +12,10 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import TrainConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.model.embedding import VocabularyPart
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 DenseSource = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Value of a parameter of the dense model: (name, shape) -> fp32 tensor on any device."""
@@ -22,10 +24,22 @@ Cut = Callable[[str, nn.Parameter], None]
 """What leaves a process with its own part of a parameter: (name, filled parameter)."""
 
 
-def meta_model(architecture: ModelConfig, method: Method[Any], train: TrainConfig) -> Llama:
-    """The model's structure without memory."""
+def meta_model(
+    architecture: ModelConfig,
+    method: Method[Any],
+    train: TrainConfig,
+    tensor: TensorParallel = SINGLE,
+) -> Llama:
+    """The model's structure without memory, every parameter whole."""
+    settings = (train.attention, train.activation_checkpointing, tensor)
     with torch.device("meta"):
-        return Llama(architecture, method.linear, train.attention, train.activation_checkpointing)
+        return Llama(architecture, method.linear, *settings)
+
+
+def cut_over_ranks(module: nn.Module) -> None:
+    """Leave this tensor-parallel rank's part of a module whose own parameters are filled."""
+    if isinstance(module, Projection | VocabularyPart):
+        module.cut_over_ranks()
 
 
 @torch.no_grad()
@@ -36,16 +50,20 @@ def build_model(
     source: DenseSource,
     device: torch.device,
     cut: Cut | None = None,
+    tensor: TensorParallel = SINGLE,
 ) -> Llama:
     """A model in fp32 on `device`, every parameter set from the dense weights.
 
-    It grows module by module, so that with `cut` no more than one projection is whole at a time.
+    It grows module by module: where it is cut, no more than one projection is whole at a time. A
+    parameter has its value before it is cut, so that no draw depends on how.
 
     Args:
         source: dense weights: an initial draw, a loaded model, or the end of a warm start.
-        cut: called with every parameter as soon as it has its value; may replace its data.
+        cut: called with every parameter as soon as it has its value; may replace its data. Under
+            tensor parallelism it gets this rank's part.
+        tensor: processes that share the model.
     """
-    model = meta_model(architecture, method, train)
+    model = meta_model(architecture, method, train, tensor)
     projections = projection_layers(model)
     outside = {id(parameter): name for name, parameter in _outside_of(model, projections)}
     made: dict[int, nn.Parameter] = {}
@@ -59,6 +77,8 @@ def build_model(
             spec = module.spec
             dense = source(f"{name}.weight", (spec.out_features, spec.in_features))
             method.initialize(module, dense.to(device, torch.float32))
+        if tensor.size > 1:
+            cut_over_ranks(module)
         if cut is not None:
             for full_name, parameter, _ in fresh:
                 cut(full_name, parameter)

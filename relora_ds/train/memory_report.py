@@ -12,7 +12,8 @@ from relora_ds.engine.block_codes import BLOCK
 from relora_ds.engine.deepspeed_engine import base_precision
 from relora_ds.methods.interface import Method
 from relora_ds.model.memory import StoragePlan, expected_memory
-from relora_ds.train.build import meta_model
+from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.train.build import cut_over_ranks, meta_model
 
 _FP32 = 4
 _BESIDE = {"working": 0, "bf16_residual": 2, "fp32": 4}
@@ -29,6 +30,7 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
         beside_edited=_BESIDE[base_precision(config)],
         stage=stage,
         dp_size=dp_size,
+        tensor=config.parallel.tensor,
         per_layer=train.per_layer_update,
         accumulates=train.global_batch_size > train.micro_batch_size * dp_size,
         host=device.type == "cpu",
@@ -40,7 +42,11 @@ def closed_form(
 ) -> dict[str, int]:
     """Expected bytes per process by component; nothing is allocated."""
     train = config.train
-    model = meta_model(architecture, method, train)
+    # the first rank's part: no other one is larger by more than a row of each matrix
+    model = meta_model(architecture, method, train, TensorParallel(size=plan.tensor))
+    if plan.tensor > 1:
+        for module in model.modules():
+            cut_over_ranks(module)
     return expected_memory(
         model,
         plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.flops import flops_per_token, parameter_counts
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
-from relora_ds.parallel.topology import Topology
+from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.train.build import DenseSource, build_model
 from relora_ds.train.checkpoint import (
     CheckpointStore,
@@ -56,6 +57,10 @@ def run(loaded: LoadedRun) -> None:
     """
     started_at = datetime.now(UTC)
     topology = distributed.start(loaded.config.train.timeout_minutes)
+    topology = share_models(topology, loaded.config)
+    for name, group in (("tp", topology.tensor.group), ("dp", topology.tensor.data_group)):
+        if group is not None:
+            recorder.name_group(group, name)
     output_dir = Path(loaded.config.output_dir)
     configure_logging(output_dir, topology.rank)
     check_processes(loaded, topology.dp_size)
@@ -195,7 +200,11 @@ def _train(
         if number + 1 < len(phases):
             with recorder.phase("setup"):
                 weights = take_dense_weights(
-                    engine, trainer.architecture, phase.method, trainer.config.train
+                    engine,
+                    trainer.architecture,
+                    phase.method,
+                    trainer.config.train,
+                    trainer.topology.tensor,
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
@@ -219,7 +228,7 @@ def _build_engine(
     trainer: Trainer,
     phase: Phase,
     deepspeed_config: dict[str, Any],
-    weights: dict[str, torch.Tensor] | DenseSlices | None,
+    weights: Mapping[str, torch.Tensor] | DenseSlices | None,
 ) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
     train, device = trainer.config.train, trainer.topology.device
@@ -231,11 +240,14 @@ def _build_engine(
         source, whole = (lambda name, shape: weights[name]), weights
     else:
         source = InitialWeights(trainer.architecture, train.seed)
-    cutter = build_cutter(deepspeed_config, train.precision, slices, restored=whole or ())
-    model = build_model(trainer.architecture, phase.method, train, source, device, cutter)
+    tensor = trainer.topology.tensor
+    cutter = build_cutter(deepspeed_config, train.precision, slices, whole or (), tensor)
+    model = build_model(trainer.architecture, phase.method, train, source, device, cutter, tensor)
     probe = _Probe(model, trainer)
     exact = None if cutter is None else cutter.finish()
-    engine = TrainEngine(model, phase.method, trainer.config, deepspeed_config, probe, exact)
+    engine = TrainEngine(
+        model, phase.method, trainer.config, deepspeed_config, probe, exact, tensor
+    )
     if cutter is None and whole is not None:
         engine.restore_masters(whole)
     counts = parameter_counts(model)

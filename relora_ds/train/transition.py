@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,24 +14,74 @@ from relora_ds.config.schema import TrainConfig
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import DenseSlices
 from relora_ds.methods.interface import Method
+from relora_ds.parallel.shape import TensorShard, shard_of
+from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.train.build import dense_weights
 
 _logger = logging.getLogger(__name__)
 
 
+class JoinedWeights(Mapping[str, torch.Tensor]):
+    """Uncut weights, each put together from the ranks of a tensor-parallel group when it is read.
+
+    Reading one is a collective call of the group, and no rank ever holds the whole model.
+
+    Args:
+        parts: this rank's parts, fp32 on the CPU.
+        shards: which parts of the whole they are, where they are not the whole.
+        tensor: the group.
+        device: where its collectives take their tensors.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, torch.Tensor],
+        shards: Mapping[str, TensorShard],
+        tensor: TensorParallel,
+        device: torch.device,
+    ) -> None:
+        self._parts, self._shards, self._tensor, self._device = parts, shards, tensor, device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        part = self._parts[name]
+        if name not in self._shards:
+            return part
+        shard = self._shards[name]
+        whole = torch.zeros(shard.whole, device=self._device)
+        shard.place(part, whole)
+        return self._tensor.sum(whole).cpu()  # every element is on one rank: exact
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts  # the inherited one would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 def take_dense_weights(
-    engine: TrainEngine, architecture: ModelConfig, method: Method[Any], train: TrainConfig
-) -> dict[str, torch.Tensor] | DenseSlices:
+    engine: TrainEngine,
+    architecture: ModelConfig,
+    method: Method[Any],
+    train: TrainConfig,
+    tensor: TensorParallel,
+) -> Mapping[str, torch.Tensor] | DenseSlices:
     """The dense model at full precision, and the engine freed. A collective call.
 
-    Where the weights are cut over ranks, the slices are handed over as they are: nothing is
-    gathered, so the old phase's parameters must be the dense model's.
+    Where ZeRO cuts the weights, the slices are handed over as they are, and where tensor
+    parallelism does, the parts: the old phase's parameters must then be the dense model's.
 
     The new phase builds new modules: hooks of the old engine stay on the old ones, and two engines
     never exist at once.
     """
     weights = engine.exact_slices()
-    if weights is None:
+    if weights is None and tensor.size > 1:
+        found = {n: shard_of(p) for n, p in engine.model.named_parameters()}
+        shards = {name: shard for name, shard in found.items() if shard is not None}
+        weights = JoinedWeights(engine.exact_parameters(), shards, tensor, engine.device)
+    elif weights is None:
         weights = dict(dense_weights(architecture, method, train, engine.exact_parameters()))
     old_model = weakref.ref(engine.model)
     engine.destroy()
