@@ -1,0 +1,170 @@
+"""Every method under tensor and data parallelism at every ZeRO stage, as many ranks as started.
+
+Run by `test_tensor.py`; rank 0 writes figures and whole parameters, which must not depend on how
+the run is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine import distributed
+from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.partition import build_cutter
+from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.model.init import InitialWeights
+from relora_ds.parallel.shape import shard_of
+from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.train.build import build_model
+
+STAGES = (0, 1, 2, 3)
+STEPS, EVENTS = 40, 10
+BATCH, MICRO, SEQUENCE, VOCAB = 8, 2, 12, 61
+# neither the vocabulary nor the width of the MLP divides by two
+ARCHITECTURE = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=24,
+    intermediate_size=41,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+    attention_bias=True,
+)
+_RELORA = {"name": "relora", "rank": 3, "alpha": 6, "merge_every": EVENTS}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "lora": {"name": "lora", "rank": 3, "alpha": 6, "trainable_scaling": True},
+    "relora": _RELORA | {"restart_warmup_steps": 2},
+    "relora_random": _RELORA | {"restart_warmup_steps": 2, "reset": {"mode": "random"}},
+    "relora_magnitude": _RELORA | {"restart_warmup_steps": 2, "reset": {"mode": "magnitude"}},
+    "switchlora": {"name": "switchlora", "rank": 6, "interval": 4, "freeze_steps": 2},
+    "sltrain": {"name": "sltrain", "rank": 3, "alpha": 6, "sparsity": 0.1},
+}
+
+
+def run_config(method: str, plan: str = "fold", tensor: int = 1) -> RunConfig:
+    return RunConfig.model_validate_json(
+        json.dumps(
+            {
+                "output_dir": "unused",
+                "model": "unused",
+                "deepspeed": "unused",
+                "method": METHODS[method],
+                "train": {
+                    "steps": STEPS,
+                    "seq_length": SEQUENCE,
+                    "micro_batch_size": MICRO,
+                    "global_batch_size": BATCH,
+                    "precision": "fp32",
+                },
+                # a small eps turns rounding into updates where a gradient is nearly zero
+                "optimizer": {"eps": 1e-3, "weight_decay": 0.1, "clip": 0.3},
+                "schedule": {"warmup_steps": 2},
+                "parallel": {"tensor": tensor, "low_rank_plan": plan},
+            }
+        )
+    )
+
+
+def batch(step: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(step)
+    return torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=draw)
+
+
+def build(stage: int, config: RunConfig, topology: Topology) -> tuple[Phase, TrainEngine]:
+    phase, tensor = plan_phases(config)[-1], topology.tensor
+    draw = InitialWeights(ARCHITECTURE, config.train.seed)
+    source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}}
+    resolved = resolve_deepspeed_config(source, config, topology.dp_size)
+    cutter = build_cutter(resolved, config.train.precision, tensor=tensor)
+    device, method = topology.device, phase.method
+    model = build_model(ARCHITECTURE, method, config.train, draw, device, cutter, tensor)
+
+    @torch.no_grad()
+    def probe() -> torch.Tensor:
+        return model.logits(batch(0)[:1, :-1]).float()
+
+    exact = None if cutter is None else cutter.finish()
+    return phase, TrainEngine(model, method, config, resolved, probe, exact, tensor)
+
+
+def train(phase: Phase, engine: TrainEngine, topology: Topology) -> dict[str, Any]:
+    found: dict[str, Any] = {"losses": [], "norms": [], "events": []}
+    with torch.no_grad():
+        phase.method.attach(engine.state, engine.model)
+    for step in range(STEPS):
+        factor = phase.method.lr_multiplier(step, phase.schedule)
+        engine.set_learning_rates({"dense": factor * 2e-2, "adapter": factor * 3e-2})
+        with torch.no_grad():
+            phase.method.before_step(engine.state, engine.model, step)
+        tokens = batch(step)
+        starts = range(topology.dp_rank * MICRO, BATCH, MICRO * topology.dp_size)
+        loss, norm = engine.train_step([tokens[at : at + MICRO] for at in starts])
+        with torch.no_grad():
+            event = phase.method.after_step(engine.state, engine.model, step + 1)
+        found["losses"].append(float(distributed.mean_over_ranks(loss.clone())))
+        found["norms"].append(float(norm))
+        if event is not None:
+            found["events"].append([event.kind, event.moments_reset_fraction, event.function_drift])
+    engine.check_replicas()
+    with torch.no_grad():
+        figures = phase.method.figures(engine.state, engine.model)
+    found["switched"] = figures.get("method/switched_vectors", 0)
+    found["rank"] = figures.get("method/effective_rank", 0.0)
+    return found
+
+
+@torch.no_grad()
+def whole(engine: TrainEngine, parameter: nn.Parameter, topology: Topology) -> torch.Tensor:
+    """A parameter put together from all ranks."""
+    part, shard = engine.layout.whole([parameter])[0].float(), shard_of(parameter)
+    if shard is None:
+        return part.clone()
+    full = torch.zeros(shard.whole)
+    shard.place(part, full)
+    return topology.tensor.sum(full)
+
+
+def cells(world: Topology) -> list[tuple[int, str, str, int]]:
+    """(tensor-parallel size, method, plan, stage) of everything this many ranks run."""
+    if world.world_size == 1:
+        return [(1, method, "fold", 0) for method in METHODS]
+    sizes = (1, 2) if world.world_size == 2 else (2,)
+    every = [(t, m, "fold", s) for t in sizes for m in METHODS for s in STAGES]
+    plans = [(2, m, "act", s) for m in ("lora", "relora", "switchlora") for s in (0, 2)]
+    return every + (plans if world.world_size == 2 else [])
+
+
+def main(output: Path) -> None:
+    world = distributed.start(5.0)
+    figures: dict[str, Any] = {}
+    parameters: dict[str, dict[str, torch.Tensor]] = {}
+    for size, method, plan, stage in cells(world):
+        config = run_config(method, plan, size)
+        topology = share_models(world, config)
+        phase, engine = build(stage, config, topology)
+        cell = f"{method}/{plan}/{stage}/tp{size}"
+        figures[cell] = train(phase, engine, topology)
+        named = engine.model.named_parameters()
+        parameters[cell] = {name: whole(engine, p, topology) for name, p in named}
+        engine.destroy()
+    if world.is_main:
+        torch.save(parameters, output.with_suffix(".pt"))
+        output.write_text(json.dumps(figures))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
