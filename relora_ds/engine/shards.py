@@ -12,17 +12,36 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from relora_ds.errors import CheckpointError
 
-_MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
-_OPTIMIZER = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+_MODEL = "zero_pp_rank_{}_mp_rank_{:02d}_model_states.pt"
+_OPTIMIZER = "*zero_pp_rank_{}_mp_rank_{:02d}_optim_states.pt"
+_WHOLE = "mp_rank_{:02d}_model_states.pt"
 
 
 def is_cut(directory: Path) -> bool:
     """Whether the checkpoint's weights are cut over ranks, as at stage 3."""
-    return (directory / _MODEL.format(0)).is_file()
+    return (directory / _MODEL.format(0, 0)).is_file()
 
 
-def read_cut_parameters(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every parameter of the model, whole, as the forward pass used it: in `dtype`, on the CPU.
+def read_parameters(
+    directory: Path, dtype: torch.dtype, tensor_rank: int
+) -> dict[str, torch.Tensor]:
+    """Every parameter that a tensor-parallel rank holds, as the forward pass used it, on the CPU.
+
+    They are taken from the module's state: DeepSpeed's own converter leaves out frozen weights at
+    stage 1. Only tensors and plain containers are unpickled.
+
+    Raises:
+        CheckpointError: a shard is missing or cannot be read.
+    """
+    if is_cut(directory):
+        return read_cut_parameters(directory, dtype, tensor_rank)
+    return _load(directory / _WHOLE.format(tensor_rank))["module"]
+
+
+def read_cut_parameters(
+    directory: Path, dtype: torch.dtype, tensor_rank: int = 0
+) -> dict[str, torch.Tensor]:
+    """The same from the slices of a checkpoint at stage 3, in `dtype`.
 
     Trained parameters are put together from the ranks' masters, frozen ones from their slices.
     Only tensors and plain containers are unpickled.
@@ -30,15 +49,16 @@ def read_cut_parameters(directory: Path, dtype: torch.dtype) -> dict[str, torch.
     Raises:
         CheckpointError: a shard is missing or cannot be read.
     """
-    ranks = [int(m.group(1)) for p in directory.iterdir() if (m := _RANK.fullmatch(p.name))]
+    pattern = re.compile(_MODEL.format(r"(\d+)", tensor_rank).replace(".pt", r"\.pt"))
+    ranks = [int(m.group(1)) for p in directory.iterdir() if (m := pattern.fullmatch(p.name))]
     if sorted(ranks) != list(range(len(ranks))):
         raise CheckpointError(f"{directory}: has model states of ranks {sorted(ranks)} only")
-    states = [_load(directory / _MODEL.format(rank)) for rank in sorted(ranks)]
+    states = [_load(directory / _MODEL.format(rank, tensor_rank)) for rank in sorted(ranks)]
     values = {}
     for name, shape in (states[0]["frozen_param_shapes"] or {}).items():
         slices = [state["frozen_param_fragments"][name] for state in states]
         values[name] = _join(slices, shape)
-    flats = [_masters(directory, rank) for rank in sorted(ranks)]
+    flats = [_masters(directory, rank, tensor_rank) for rank in sorted(ranks)]
     at = 0
     for group in states[0]["param_shapes"]:
         for name, shape in group.items():
@@ -48,12 +68,9 @@ def read_cut_parameters(directory: Path, dtype: torch.dtype) -> dict[str, torch.
     return values
 
 
-_RANK = re.compile(re.escape(_MODEL).replace(r"\{\}", r"(\d+)"))
-
-
-def _masters(directory: Path, rank: int) -> torch.Tensor:
+def _masters(directory: Path, rank: int, tensor_rank: int) -> torch.Tensor:
     """A rank's masters of all sub-groups, in the order of `param_shapes`."""
-    found = list(directory.glob(_OPTIMIZER.format(rank)))
+    found = list(directory.glob(_OPTIMIZER.format(rank, tensor_rank)))
     if len(found) != 1:
         raise CheckpointError(
             f"{directory}: holds {len(found)} optimizer shards of rank {rank} instead of one; copy "

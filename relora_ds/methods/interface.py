@@ -307,6 +307,12 @@ class Method(Generic[ConfigT]):
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
 
+    def lay_out(self, layer: Projection) -> None:
+        """Fill what a projection needs to know how it is cut, where its parameters have no memory.
+
+        For most of them the shapes say it all.
+        """
+
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
         """Trainable parameters by role and decay. Projections count as adapters.
 

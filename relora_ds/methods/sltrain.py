@@ -146,6 +146,10 @@ class SLTrain(Method[SLTrainConfig]):
         row_starts, columns = self._support(layer)
         layer.row_starts, layer.columns = row_starts.to(device), columns.to(device)
 
+    def lay_out(self, layer: Projection) -> None:
+        assert isinstance(layer, SparseLowRankLinear)
+        layer.row_starts, layer.columns = self._support(layer)
+
     def dense_weight(self, layer: Projection) -> torch.Tensor:
         assert isinstance(layer, SparseLowRankLinear)
         row_starts, columns = layer.row_starts, layer.columns

@@ -15,6 +15,7 @@ from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.model.embedding import VocabularyPart
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.shape import TensorShard, shard_of
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 DenseSource = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -40,6 +41,20 @@ def cut_over_ranks(module: nn.Module) -> None:
     """Leave this tensor-parallel rank's part of a module whose own parameters are filled."""
     if isinstance(module, Projection | VocabularyPart):
         module.cut_over_ranks()
+
+
+def tensor_shards(
+    architecture: ModelConfig, method: Method[Any], train: TrainConfig, rank: int, size: int
+) -> dict[str, TensorShard]:
+    """Which part of every parameter that is cut a tensor-parallel rank holds, by name."""
+    model = meta_model(architecture, method, train, TensorParallel(rank, size))
+    for module in model.modules():
+        if isinstance(module, Projection):
+            method.lay_out(module)
+        cut_over_ranks(module)
+    every = model.named_parameters(remove_duplicate=False)
+    found = {name: shard_of(parameter) for name, parameter in every}
+    return {name: shard for name, shard in found.items() if shard is not None}
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ A checkpoint is written to `step_N.tmp`, described by a manifest, renamed to `st
 named in `latest`. Layout of `checkpoints/`:
 
     latest                          name of the newest complete checkpoint
-    step_N/mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt    DeepSpeed's shards
+    step_N/mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt    DeepSpeed's shards, one
+                                    set per tensor-parallel rank mp_rank_NN
     step_N/side.safetensors         base-weight residuals and vector clocks
     step_N/side_rank_R.safetensors  residuals of rank R's slices, where weights are cut over ranks
     step_N/trainer.json             step, phase, tokens, topology, method state
@@ -12,6 +13,8 @@ named in `latest`. Layout of `checkpoints/`:
     step_N/run.yaml, model.json     the resolved run and its architecture
     step_N/tokenizer.model          if the run has one
     step_N/manifest.json            size and SHA-256 of all of these
+
+Under tensor parallelism side and method files end in _tp_R, one per rank of a copy of the model.
 
 Nothing in a run draws from a global random generator, so there is no generator state to keep: the
 seed and the step are the state, and they also fix the position in the data.
@@ -37,10 +40,12 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.distributed import barrier, broadcast_object, rank
 from relora_ds.errors import CheckpointError
+from relora_ds.parallel.topology import Topology
 from relora_ds.train.manifest import verify_manifest, write_manifest
 
 LATEST = "latest"
-_METHOD = "method.safetensors"
+_METHOD = "method{}.safetensors"
+_SIDE = "side{}.safetensors"
 _SLICES = "side_rank_{}.safetensors"
 _NAME = re.compile(r"step_(\d+)")
 # DeepSpeed drops conversion scripts beside the shards; at stage 1 they silently omit the frozen
@@ -68,6 +73,8 @@ class TrainerState:
     """What continues the curves."""
     data: list[str]
     """Fingerprints of the token files."""
+    tensor_size: int = 1
+    """Tensor-parallel processes; every one has shards of its own."""
 
 
 class CheckpointStore:
@@ -76,13 +83,15 @@ class CheckpointStore:
     Args:
         directory: created when the first checkpoint is saved.
         keep: checkpoints to keep, None for all.
-        is_main: whether this process writes what exists once.
+        topology: which process this is: the first one writes what exists once.
     """
 
-    def __init__(self, directory: Path, keep: int | None, is_main: bool) -> None:
+    def __init__(self, directory: Path, keep: int | None, topology: Topology) -> None:
         self.directory = directory
         self.keep = keep
-        self.is_main = is_main
+        self.is_main = topology.is_main
+        self._part = part_suffix(topology.tensor.rank, topology.tensor.size)
+        self._writes_part = topology.dp_rank == 0
 
     def save(
         self,
@@ -101,16 +110,17 @@ class CheckpointStore:
         barrier()
         engine.save(str(self.directory), staging.name)
         slices = engine.side_slices()
+        tensors = {k: v for k, v in state.method.items() if isinstance(v, torch.Tensor)}
         if slices:
             _save_tensors(slices, staging / _SLICES.format(rank()))
-            barrier()  # the manifest lists all of them
+        if self._writes_part:
+            _save_tensors(engine.side_tensors(), staging / _SIDE.format(self._part))
+            if tensors:
+                _save_tensors(tensors, staging / _METHOD.format(self._part))
+        barrier()  # the manifest lists all of them
         if self.is_main:
             for name in _UNWANTED:
                 (self.directory / name).unlink(missing_ok=True)
-            _save_tensors(engine.side_tensors(), staging / "side.safetensors")
-            tensors = {k: v for k, v in state.method.items() if isinstance(v, torch.Tensor)}
-            if tensors:
-                _save_tensors(tensors, staging / _METHOD)
             plain = {key: v for key, v in state.method.items() if key not in tensors}
             text = json.dumps(asdict(replace(state, method=plain)), indent=1)
             (staging / "trainer.json").write_text(text + "\n")
@@ -144,7 +154,7 @@ class CheckpointStore:
             CheckpointError: DeepSpeed or the method's state does not fit.
         """
         engine.load(str(checkpoint.parent), checkpoint.name)
-        side = load_file(checkpoint / "side.safetensors")
+        side = load_file(checkpoint / _SIDE.format(self._part))
         if engine.side_slices():
             side |= load_file(checkpoint / _SLICES.format(rank()))
         engine.load_side_tensors(side)
@@ -211,9 +221,14 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         ) from error
 
 
-def read_method_state(checkpoint: Path, state: TrainerState) -> dict[str, Any]:
-    """The method's state with its tensors, on the CPU."""
-    path = checkpoint / _METHOD
+def part_suffix(rank: int, size: int) -> str:
+    """What tells the files of tensor-parallel ranks apart."""
+    return "" if size == 1 else f"_tp_{rank}"
+
+
+def read_method_state(checkpoint: Path, state: TrainerState, tensor_rank: int) -> dict[str, Any]:
+    """The method's state with the tensors of a tensor-parallel rank, on the CPU."""
+    path = checkpoint / _METHOD.format(part_suffix(tensor_rank, state.tensor_size))
     return state.method | (load_file(path) if path.is_file() else {})
 
 

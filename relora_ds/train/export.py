@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +11,11 @@ import torch
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.source import read_yaml
-from relora_ds.engine.shards import is_cut, read_cut_parameters
-from relora_ds.errors import CheckpointError
+from relora_ds.engine.shards import read_parameters
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.hf import read_hf, write_hf
-from relora_ds.train.build import dense_weights
+from relora_ds.parallel.shape import TensorShard
+from relora_ds.train.build import dense_weights, tensor_shards
 from relora_ds.train.checkpoint import find_checkpoint, read_trainer_state
 from relora_ds.train.manifest import verify_manifest
 
@@ -59,10 +59,43 @@ class DenseModel:
             for name, value in self._hf.items():
                 yield name, value.float()
             return
-        phase_name = read_trainer_state(self._checkpoint).phase
-        phase = next(phase for phase in plan_phases(self._config) if phase.name == phase_name)
-        values = _module_values(self._checkpoint, self._config.train.precision)
-        yield from dense_weights(self.architecture, phase.method, self._config.train, values)
+        state = read_trainer_state(self._checkpoint)
+        phase = next(phase for phase in plan_phases(self._config) if phase.name == state.phase)
+        train = self._config.train
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        values: Mapping[str, torch.Tensor]
+        if state.tensor_size == 1:
+            values = read_parameters(self._checkpoint, dtype, 0)
+        else:
+            values = join_parts(
+                [read_parameters(self._checkpoint, dtype, r) for r in range(state.tensor_size)],
+                [
+                    tensor_shards(self.architecture, phase.method, train, r, state.tensor_size)
+                    for r in range(state.tensor_size)
+                ],
+            )
+        yield from dense_weights(self.architecture, phase.method, train, values)
+
+
+def join_parts(
+    parts: Sequence[Mapping[str, torch.Tensor]], shards: Sequence[Mapping[str, TensorShard]]
+) -> dict[str, torch.Tensor]:
+    """Whole parameters from those of every tensor-parallel rank.
+
+    Args:
+        parts: by name, one mapping per rank. What is not a parameter is left out: buffers follow
+            from the parameters' shapes and the seed.
+        shards: which part of the whole each one is; what is not among them is whole already.
+    """
+    joined = {}
+    for name, first in parts[0].items():
+        if name in shards[0]:
+            joined[name] = first.new_empty(shards[0][name].whole)
+            for part, own in zip(parts, shards, strict=True):
+                own[name].place(part[name], joined[name])
+        elif first.is_floating_point():
+            joined[name] = first
+    return joined
 
 
 def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -74,20 +107,3 @@ def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     """
     model = DenseModel(checkpoint)
     write_hf(output, model.architecture, model.weights(), model.tokenizer, dtype)
-
-
-def _module_values(checkpoint: Path, precision: str) -> dict[str, torch.Tensor]:
-    """The model's parameters as the forward pass used them.
-
-    They are taken from the module's state: DeepSpeed's own converter leaves out frozen weights at
-    stage 1. Only tensors and plain containers are unpickled.
-    """
-    if is_cut(checkpoint):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return read_cut_parameters(checkpoint, dtype)
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error
-    return state["module"]

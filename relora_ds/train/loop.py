@@ -173,6 +173,7 @@ class Trainer:
             method=phase.method.state_dict(),
             telemetry=dict(self.telemetry.state_dict()),
             data=list(self.corpus.fingerprints()),
+            tensor_size=self.topology.tensor.size,
         )
         with recorder.phase("checkpoint"):
             path = self.checkpoints.save(

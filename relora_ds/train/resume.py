@@ -35,6 +35,7 @@ _FREE = (
     "train.digest_every",
     "train.timeout_minutes",
     "train.init_from",
+    "parallel",
 )
 
 
@@ -102,7 +103,8 @@ def check_resume(
     now = dict(_flat(config.model_dump(mode="json")))
     now |= dict(_flat(architecture, "architecture."))
     for key, before, value in (
-        ("processes", state.dp_size, topology.dp_size),
+        ("data-parallel processes", state.dp_size, topology.dp_size),
+        ("tensor-parallel processes", state.tensor_size, topology.tensor.size),
         ("zero stage", state.zero_stage, stage),
         ("token files", state.data, data),
     ):

@@ -162,9 +162,7 @@ def _build_trainer(
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / "checkpoints", config.checkpoint.keep, topology.is_main
-        ),
+        checkpoints=CheckpointStore(output_dir / "checkpoints", config.checkpoint.keep, topology),
         stop=StopSignal(),
         final={},
     )
@@ -189,7 +187,8 @@ def _train(
             phase.method.attach(engine.state, engine.model)
             if number == 0 and checkpoint is not None and state is not None:
                 trainer.checkpoints.load(engine, checkpoint)
-                phase.method.load_state_dict(read_method_state(checkpoint, state))
+                tensor_rank = trainer.topology.tensor.rank
+                phase.method.load_state_dict(read_method_state(checkpoint, state, tensor_rank))
                 distributed.barrier()  # one process of a node may restore what all of them read
         meter = _build_meter(trainer, engine)
         trainer.run_phase(phase, engine, meter, completed)
