@@ -221,7 +221,7 @@ class TrainEngine:
         if self.layout.weights_cut:
             release_stage3()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
-        del self._digest, self.memory
+        del self._digest, self.memory, self._shares
         self.bases, self.clocks = {}, {}
         gc.collect()
 
