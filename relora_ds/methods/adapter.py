@@ -115,6 +115,9 @@ class AdapterLinear(Projection):
             partial.append(self.scaling)
         return partial
 
+    def summed_activations(self) -> int:
+        return whole_shape(self.lora_A)[0] if self._sums_activations() else 0
+
     def _sums_activations(self) -> bool:
         spec = self.spec
         whole = spec.in_features if spec.style == "column" else spec.out_features

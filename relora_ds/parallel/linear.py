@@ -95,6 +95,10 @@ class Projection(nn.Module):
         they have to be added up over the tensor-parallel group before they are used."""
         return []
 
+    def summed_activations(self) -> int:
+        """Elements per token that the backward pass sums over the tensor-parallel group."""
+        return 0
+
     def held(self) -> tuple[torch.Tensor, ...]:
         """Tensors beyond parameters and buffers that outlive one forward and backward pass."""
         return ()

@@ -8,6 +8,7 @@ projections are made of.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -116,7 +117,10 @@ def join_tensor_group(
     """
     if size == 1:
         return SINGLE
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        # Transformer Engine and Apex are optional, and nothing of them is used here
+        warnings.simplefilter("ignore", UserWarning)
+        from megatron.core import parallel_state, tensor_parallel  # noqa: F401
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

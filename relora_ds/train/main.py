@@ -59,9 +59,10 @@ def _dry_run(loaded: LoadedRun) -> None:
     from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
     from relora_ds.train.preflight import dry_run
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    check_processes(loaded, processes)
-    resolved = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, processes)
+    # a single process speaks for one copy of the model, however many will share it
+    copies = max(1, int(os.environ.get("WORLD_SIZE", "1")) // loaded.config.parallel.tensor)
+    check_processes(loaded, copies)
+    resolved = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
     if _rank() == 0:
         console = Console()
         for warning in loaded.warnings:

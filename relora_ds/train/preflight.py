@@ -10,7 +10,8 @@ from rich.table import Table
 from relora_ds.config.load import LoadedRun
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.flops import flops_per_token, parameter_counts
-from relora_ds.train.build import meta_model
+from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.train.build import cut_over_ranks, meta_model
 
 _ADAM_STATES = 2
 
@@ -28,7 +29,8 @@ def dry_run(run: LoadedRun, deepspeed_config: dict[str, Any], console: Console) 
 
 
 def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
-    model = meta_model(run.architecture, phase.method, run.config.train)
+    tensor = TensorParallel(size=run.config.parallel.tensor)
+    model = meta_model(run.architecture, phase.method, run.config.train, tensor)
     counts = parameter_counts(model)
     table = Table(
         title=f"{phase.name}: steps {phase.first_step + 1} to {phase.last_step}",
@@ -41,6 +43,14 @@ def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
         table.add_row(kind, *_numbers(frozen, trainable))
     table.add_section()
     table.add_row("total", *_numbers(counts.frozen, counts.trainable))
+    size = run.config.parallel.tensor
+    if size > 1:
+        for module in model.modules():
+            cut_over_ranks(module)
+        held = list(model.parameters())
+        trainable = sum(p.numel() for p in held if p.requires_grad)
+        frozen = sum(p.numel() for p in held) - trainable
+        table.add_row(f"one of {size} tensor ranks", *_numbers(frozen, trainable))
     return table
 
 

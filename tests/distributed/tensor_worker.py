@@ -17,9 +17,13 @@ from torch import nn
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
+from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.tensor_traffic import tensor_payloads
+from relora_ds.errors import DesyncError
+from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.shape import shard_of
@@ -83,7 +87,9 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=draw)
 
 
-def build(stage: int, config: RunConfig, topology: Topology) -> tuple[Phase, TrainEngine]:
+def build(
+    stage: int, config: RunConfig, topology: Topology
+) -> tuple[Phase, TrainEngine, dict[str, Any]]:
     phase, tensor = plan_phases(config)[-1], topology.tensor
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}}
@@ -97,21 +103,57 @@ def build(stage: int, config: RunConfig, topology: Topology) -> tuple[Phase, Tra
         return model.logits(batch(0)[:1, :-1]).float()
 
     exact = None if cutter is None else cutter.finish()
-    return phase, TrainEngine(model, method, config, resolved, probe, exact, tensor)
+    engine = TrainEngine(model, method, config, resolved, probe, exact, tensor)
+    return phase, engine, resolved
 
 
-def train(phase: Phase, engine: TrainEngine, topology: Topology) -> dict[str, Any]:
-    found: dict[str, Any] = {"losses": [], "norms": [], "events": []}
+def traffic(
+    engine: TrainEngine, resolved: dict[str, Any], topology: Topology
+) -> dict[str, list[list[Any]]]:
+    """Payloads within the tensor-parallel group, counted and by the closed form."""
+    placements = engine.layout.placements
+    shares = [p for m in projection_layers(engine.model).values() for p in m.partial_gradients()]
+    held = sum(placements[p].stretch.length for p in shares)
+    size, groups = topology.tensor.size, len(engine.groups)
+    expected = tensor_payloads(engine.model, resolved, MICRO * SEQUENCE, size, held, groups)
+    counted = {
+        k: v.payload for k, v in recorder.step_volumes().items() if k.group == "tp" and v.payload
+    }
+    both = {"expected": expected, "counted": counted}
+    return {name: sorted([*kind, sent] for kind, sent in of.items()) for name, of in both.items()}
+
+
+def desync(engine: TrainEngine, topology: Topology) -> str:
+    """What the digest says when one tensor-parallel rank changes a factor by one bit."""
+    layer = projection_layers(engine.model)["model.layers.1.mlp.up_proj"]
+    if topology.rank == 1:
+        factor = next(p for p in layer.parameters() if p.requires_grad and shard_of(p) is None)
+        engine.layout.placements[factor].master().view(torch.int32)[0] += 1
+        engine.layout.working(factor)[1].view(torch.int32)[0] += 1
+    try:
+        engine.check_replicas()
+    except DesyncError as error:
+        return str(error)
+    return ""
+
+
+def train(
+    phase: Phase, engine: TrainEngine, resolved: dict[str, Any], topology: Topology
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"losses": [], "norms": [], "events": [], "traffic": None}
     with torch.no_grad():
         phase.method.attach(engine.state, engine.model)
     for step in range(STEPS):
         factor = phase.method.lr_multiplier(step, phase.schedule)
-        engine.set_learning_rates({"dense": factor * 2e-2, "adapter": factor * 3e-2})
+        engine.set_learning_rates({"dense": factor * 8e-3, "adapter": factor * 1.2e-2})
         with torch.no_grad():
             phase.method.before_step(engine.state, engine.model, step)
+        recorder.begin_step()
         tokens = batch(step)
         starts = range(topology.dp_rank * MICRO, BATCH, MICRO * topology.dp_size)
         loss, norm = engine.train_step([tokens[at : at + MICRO] for at in starts])
+        if topology.tensor.size > 1 and step == 1:
+            found["traffic"] = traffic(engine, resolved, topology)
         with torch.no_grad():
             event = phase.method.after_step(engine.state, engine.model, step + 1)
         found["losses"].append(float(distributed.mean_over_ranks(loss.clone())))
@@ -149,16 +191,21 @@ def cells(world: Topology) -> list[tuple[int, str, str, int]]:
 
 def main(output: Path) -> None:
     world = distributed.start(5.0)
+    recorder.start()
     figures: dict[str, Any] = {}
     parameters: dict[str, dict[str, torch.Tensor]] = {}
     for size, method, plan, stage in cells(world):
         config = run_config(method, plan, size)
         topology = share_models(world, config)
-        phase, engine = build(stage, config, topology)
+        if topology.tensor.group is not None:
+            recorder.name_group(topology.tensor.group, "tp")
+        phase, engine, resolved = build(stage, config, topology)
         cell = f"{method}/{plan}/{stage}/tp{size}"
-        figures[cell] = train(phase, engine, topology)
+        figures[cell] = train(phase, engine, resolved, topology)
         named = engine.model.named_parameters()
         parameters[cell] = {name: whole(engine, p, topology) for name, p in named}
+        if size > 1 and method in ("switchlora", "sltrain"):
+            figures[cell]["desync"] = desync(engine, topology)
         engine.destroy()
     if world.is_main:
         torch.save(parameters, output.with_suffix(".pt"))
