@@ -8,7 +8,7 @@ where ZeRO keeps masters and moments. A method never sees an optimizer, a partit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,8 @@ from relora_ds.config.base import Section
 from relora_ds.methods.schedule import Schedule
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import whole_shape
+
+_GATHERED_BYTES = 32 << 20  # a collective's latency is negligible from here on
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,30 @@ class TrainState(ABC):
         The one verb that gathers, where parameters are cut over ranks: never ask it for a weight
         that is as large as a projection. The values are valid until the next verb that writes.
         """
+
+    def whole_in_turn(
+        self, requests: Sequence[Sequence[nn.Parameter]]
+    ) -> Iterator[list[torch.Tensor]]:
+        """What `whole` returns, for one request after the other, with few exchanges.
+
+        Several requests share a collective, as long as their values stay within some megabytes. The
+        values of a request survive what is written to the parameters of other ones.
+        """
+        batch: list[Sequence[nn.Parameter]] = []
+        held = 0
+        for request in requests:
+            size = sum(self.shape(p).numel() * p.element_size() for p in request)
+            if batch and held + size > _GATHERED_BYTES:
+                yield from self._whole_batch(batch)
+                batch, held = [], 0
+            batch.append(request)
+            held += size
+        yield from self._whole_batch(batch)
+
+    def _whole_batch(self, batch: Sequence[Sequence[nn.Parameter]]) -> Iterator[list[torch.Tensor]]:
+        values = iter(self.whole([parameter for request in batch for parameter in request]))
+        for request in batch:
+            yield [next(values) for _ in request]
 
     @abstractmethod
     def moments(self, parameter: nn.Parameter) -> MomentShard | None:
