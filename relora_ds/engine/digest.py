@@ -62,13 +62,18 @@ class ReplicaDigest:
                     self._seals[parameter] = self._fingerprint_of_slice(parameter)
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, more: Mapping[str, torch.Tensor], event: str | None) -> None:
         """Compare. A collective call; waits for the device.
+
+        Args:
+            more: further tensors by name, which every rank must hold alike.
+            event: what happened last to the weights, for the message.
 
         Raises:
             DesyncError: on every rank, with the first tensor that differs and the ranks concerned.
         """
-        entries = [*self._replicated(), *self._local()]
+        further = [(name, fingerprint(tensor)) for name, tensor in more.items()]
+        entries = [*self._replicated(), *further, *self._local()]
         mine = torch.stack([value.to(self._device()) for _, value in entries])
         # the largest and, inverted, the smallest in one reduction
         extremes = torch.cat([mine, ~mine])
@@ -80,7 +85,8 @@ class ReplicaDigest:
             return
         everyone = mine.new_empty(comm.get_world_size(self._group) * mine.numel())
         comm.all_gather_into_tensor(everyone, mine, group=self._group)
-        raise DesyncError(_report([name for name, _ in entries], everyone.view(-1, mine.numel())))
+        table = everyone.view(-1, mine.numel())
+        raise DesyncError(_report([name for name, _ in entries], table, event))
 
     def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Fingerprints of what every rank must hold alike."""
@@ -151,8 +157,9 @@ def _weighted(values: torch.Tensor) -> torch.Tensor:
     return (values * (weights * -7046029254386353131 | 1)).sum()
 
 
-def _report(names: list[str], everyone: torch.Tensor) -> str:
+def _report(names: list[str], everyone: torch.Tensor, event: str | None) -> str:
     """Describe the first tensor that is wrong; `everyone` is (ranks, tensors)."""
+    after = f", after a {event}" if event else ""
     for index, name in enumerate(names):
         values = everyone[:, index].tolist()
         usual = 0 if name.endswith(_LOCAL) else Counter(values).most_common(1)[0][0]
@@ -160,8 +167,8 @@ def _report(names: list[str], everyone: torch.Tensor) -> str:
         if ranks:
             return (
                 f"rank {', '.join(map(str, ranks))} disagrees with the others on "
-                f"{name.removesuffix(_LOCAL)}, or with itself: its memory or arithmetic is at "
-                "fault, or it runs other code; check the machine and resume from the last "
+                f"{name.removesuffix(_LOCAL)}, or with itself{after}: its memory or arithmetic is "
+                "at fault, or it runs other code; check the machine and resume from the last "
                 "checkpoint"
             )
     raise AssertionError("called without a difference")

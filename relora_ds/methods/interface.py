@@ -358,8 +358,13 @@ class Method(Generic[ConfigT]):
     def figures(self, state: TrainState, model: nn.Module) -> dict[str, Any]:
         """Metrics for a line of the log, since the last one or so far; may wait for the device.
 
-        For what happens too often to be an `Event` of its own. Called on every rank.
+        For what happens too often to be an `Event` of its own: `method/event` names it here if it
+        happened since the last line. Called on every rank.
         """
+        return {}
+
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """State of its own, by name, that must be the same on every rank at every moment."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

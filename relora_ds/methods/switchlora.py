@@ -90,6 +90,9 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         self._rank = UpdateRank(first.layer, self.seed)
         self._rank.start(state)
         self._figures = SwitchFigures()
+        length = whole_shape(first.layer.weight)[1]
+        cut = state.own_span(length) != (0, length)
+        self._own_pools = self.config.candidates == "device" and not cut
         device = first.layer.lora_A.device
         # candidates come from the host while the model computes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -255,6 +258,21 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
             "method/effective_rank": self._rank.measure(state),
             "method/host_bytes_per_node": state.node_bytes(),
         }
+
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """Which candidates are where, and the candidates themselves if every process has its own.
+
+        One that differs elsewhere shows in the factor that it enters.
+        """
+        found = {}
+        for name, switched in self._layers.items():
+            for side, held, pool in zip(_SIDES, switched.state.slots, switched.pools, strict=True):
+                found[f"{name}.{side} (slots)"] = torch.from_numpy(held)
+                found[f"{name}.{side} (places)"] = pool.places()
+                if self._own_pools:
+                    for number, chunk in enumerate(pool.chunks()):
+                        found[f"{name}.{side} (candidates, part {number})"] = chunk
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {

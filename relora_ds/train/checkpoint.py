@@ -5,6 +5,7 @@ named in `latest`. Layout of `checkpoints/`:
 
     latest                          name of the newest complete checkpoint
     step_N/mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt    DeepSpeed's shards
+    step_N/state-*.safetensors      instead of them: every parameter by name, of no topology
     step_N/side.safetensors         base-weight residuals and vector clocks
     step_N/side_rank_R.safetensors  residuals of rank R's slices, where weights are cut over ranks
     step_N/trainer.json             step, phase, tokens, topology, method state
@@ -34,14 +35,20 @@ from safetensors.torch import load_file, save_file
 from relora_ds.config.load import dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.config.source import read_yaml
+from relora_ds.engine.deepspeed_engine import TrainEngine, base_precision
 from relora_ds.engine.distributed import barrier, broadcast_object, rank
+from relora_ds.engine.saved_state import SavedState, open_state, take_inventory
 from relora_ds.errors import CheckpointError
+from relora_ds.methods.registry import plan_phases
+from relora_ds.train.build import meta_model
 from relora_ds.train.manifest import verify_manifest, write_manifest
 
 LATEST = "latest"
 _METHOD = "method.safetensors"
 _SLICES = "side_rank_{}.safetensors"
+COPIED = (_METHOD, "run.yaml", "model.json", "tokenizer.model")
+"""Files that do not depend on how the state is cut."""
 _NAME = re.compile(r"step_(\d+)")
 # DeepSpeed drops conversion scripts beside the shards; at stage 1 they silently omit the frozen
 # weights, and nobody should run code out of a checkpoint: `tools/export_hf.py` converts.
@@ -137,12 +144,19 @@ class CheckpointStore:
             for path in older[: max(0, len(older) + 1 - self.keep)]:
                 shutil.rmtree(path)
 
-    def load(self, engine: TrainEngine, checkpoint: Path) -> None:
-        """Restore an engine of the same phase and topology. A collective call.
+    def load(self, engine: TrainEngine, checkpoint: Path, other: SavedState | None = None) -> None:
+        """Restore an engine of the same phase. A collective call.
+
+        Args:
+            other: the checkpoint's state by name, where it was written by another number of
+                processes or at another ZeRO stage.
 
         Raises:
             CheckpointError: DeepSpeed or the method's state does not fit.
         """
+        if other is not None:
+            engine.load_state(other)
+            return
         engine.load(str(checkpoint.parent), checkpoint.name)
         side = load_file(checkpoint / "side.safetensors")
         if engine.side_slices():
@@ -209,6 +223,34 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         raise CheckpointError(
             f"{checkpoint / 'trainer.json'}: cannot be read ({error}); resume from another one"
         ) from error
+
+
+def read_run(checkpoint: Path) -> tuple[RunConfig, ModelConfig]:
+    """The resolved run and the architecture that a checkpoint belongs to."""
+    config = read_yaml(checkpoint / "run.yaml").data
+    architecture = (checkpoint / "model.json").read_text()
+    return (
+        RunConfig.model_validate_json(json.dumps(config)),
+        ModelConfig.model_validate_json(architecture),
+    )
+
+
+def open_saved_state(checkpoint: Path, config: RunConfig, architecture: ModelConfig) -> SavedState:
+    """The weights and optimizer state of a checkpoint by name, read when they are asked for.
+
+    Args:
+        config: the run's, of which the checkpoint is.
+        architecture: its model.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of an optimizer that cannot be read so.
+    """
+    state = read_trainer_state(checkpoint)
+    phase = next(phase for phase in plan_phases(config) if phase.name == state.phase)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model = meta_model(architecture, phase.method, config.train)
+    inventory = take_inventory(model, phase.method, base_precision(config), dtype)
+    return open_state(checkpoint, inventory, state.zero_stage, state.dp_size)
 
 
 def read_method_state(checkpoint: Path, state: TrainerState) -> dict[str, Any]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_yaml
-from relora_ds.engine.shards import is_cut, read_cut_parameters
-from relora_ds.errors import CheckpointError
+from relora_ds.engine.saved_state import WorkingValues
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.hf import read_hf, write_hf
 from relora_ds.train.build import dense_weights
-from relora_ds.train.checkpoint import find_checkpoint, read_trainer_state
+from relora_ds.train.checkpoint import (
+    find_checkpoint,
+    open_saved_state,
+    read_run,
+    read_trainer_state,
+)
 from relora_ds.train.manifest import verify_manifest
 
 
@@ -43,26 +43,36 @@ class DenseModel:
             self._hf = None
             directory = self._checkpoint = find_checkpoint(path)
             verify_manifest(directory)
-            self.architecture = ModelConfig.model_validate_json(
-                (directory / "model.json").read_text()
-            )
-            self._config = RunConfig.model_validate_json(
-                json.dumps(read_yaml(directory / "run.yaml").data)
-            )
+            self._config, self.architecture = read_run(directory)
             self.seq_length = self._config.train.seq_length
         tokenizer = directory / "tokenizer.model"
         self.tokenizer = tokenizer if tokenizer.is_file() else None
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by its Hugging Face name, fp32 on the CPU."""
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
         if self._hf is not None:
-            for name, value in self._hf.items():
-                yield name, value.float()
-            return
+            return _InFp32(self._hf)
         phase_name = read_trainer_state(self._checkpoint).phase
         phase = next(phase for phase in plan_phases(self._config) if phase.name == phase_name)
-        values = _module_values(self._checkpoint, self._config.train.precision)
-        yield from dense_weights(self.architecture, phase.method, self._config.train, values)
+        saved = open_saved_state(self._checkpoint, self._config, self.architecture)
+        values = WorkingValues(saved)
+        return dense_weights(self.architecture, phase.method, self._config.train, values)
+
+
+class _InFp32(Mapping[str, torch.Tensor]):
+    """Weights of any float type, cast on access."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -73,21 +83,4 @@ def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         ConfigError: the output directory is taken.
     """
     model = DenseModel(checkpoint)
-    write_hf(output, model.architecture, model.weights(), model.tokenizer, dtype)
-
-
-def _module_values(checkpoint: Path, precision: str) -> dict[str, torch.Tensor]:
-    """The model's parameters as the forward pass used them.
-
-    They are taken from the module's state: DeepSpeed's own converter leaves out frozen weights at
-    stage 1. Only tensors and plain containers are unpickled.
-    """
-    if is_cut(checkpoint):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return read_cut_parameters(checkpoint, dtype)
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error
-    return state["module"]
+    write_hf(output, model.architecture, model.weights().items(), model.tokenizer, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import DenseSlices, build_cutter
+from relora_ds.engine.saved_state import SavedState, is_written_state
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.flops import flops_per_token, parameter_counts
@@ -27,6 +29,7 @@ from relora_ds.train.build import DenseSource, build_model
 from relora_ds.train.checkpoint import (
     CheckpointStore,
     TrainerState,
+    open_saved_state,
     read_method_state,
     verify_on_main,
 )
@@ -64,7 +67,7 @@ def run(loaded: LoadedRun) -> None:
     )
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
-    checkpoint, state = _find_start(loaded, topology, zero_stage(deepspeed_config), corpus)
+    checkpoint, state = _find_start(loaded, topology, corpus)
     trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state)
     if topology.is_main:
         for warning in loaded.warnings:
@@ -89,7 +92,7 @@ def run(loaded: LoadedRun) -> None:
 
 
 def _find_start(
-    loaded: LoadedRun, topology: Topology, stage: int, corpus: Corpus
+    loaded: LoadedRun, topology: Topology, corpus: Corpus
 ) -> tuple[Path | None, TrainerState | None]:
     """The verified checkpoint to resume from, or a clean output directory."""
     config = loaded.config
@@ -118,8 +121,6 @@ def _find_start(
         checkpoint,
         config,
         loaded.architecture.model_dump(mode="json"),
-        stage,
-        topology,
         list(corpus.fingerprints()),
     )
     _logger.info("resuming from %s", checkpoint)
@@ -183,7 +184,8 @@ def _train(
             engine = _build_engine(trainer, phase, deepspeed_config, weights)
             phase.method.attach(engine.state, engine.model)
             if number == 0 and checkpoint is not None and state is not None:
-                trainer.checkpoints.load(engine, checkpoint)
+                other = _state_of_other_topology(trainer, checkpoint, state)
+                trainer.checkpoints.load(engine, checkpoint, other)
                 phase.method.load_state_dict(read_method_state(checkpoint, state))
                 distributed.barrier()  # one process of a node may restore what all of them read
         meter = _build_meter(trainer, engine)
@@ -201,8 +203,24 @@ def _train(
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
 
 
-def _initial_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Dense weights to start from, or None for the seed's random draw."""
+def _state_of_other_topology(
+    trainer: Trainer, checkpoint: Path, state: TrainerState
+) -> SavedState | None:
+    """The checkpoint's state by name; None if this run can read the files as they are."""
+    before, now = (
+        (state.dp_size, state.zero_stage),
+        (trainer.topology.dp_size, trainer.zero_stage),
+    )
+    if before == now and not is_written_state(checkpoint):
+        return None
+    _logger.info(
+        "written by %d processes at ZeRO stage %d, continued by %d at stage %d", *before, *now
+    )
+    return open_saved_state(checkpoint, trainer.config, trainer.architecture)
+
+
+def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:
+    """Dense weights to start from, each read on access; or None for the seed's random draw."""
     path = trainer.config.train.init_from
     if path is None:
         return None
@@ -212,14 +230,14 @@ def _initial_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
             f"train.init_from: the model in {path} has another architecture than "
             f"{trainer.config.model}; use the same one"
         )
-    return dict(model.weights())
+    return model.weights()
 
 
 def _build_engine(
     trainer: Trainer,
     phase: Phase,
     deepspeed_config: dict[str, Any],
-    weights: dict[str, torch.Tensor] | DenseSlices | None,
+    weights: Mapping[str, torch.Tensor] | DenseSlices | None,
 ) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
     train, device = trainer.config.train, trainer.topology.device
