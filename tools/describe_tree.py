@@ -30,7 +30,7 @@ def _entries(root: Path) -> Iterator[tuple[str, str]]:
                 yield "  " * depth + f"{path.name}/", _first_line(path / "__init__.py")
             elif path.suffix == ".py" and path.name != "__init__.py":
                 yield "  " * depth + path.name, _first_line(path)
-            elif path.suffix in (".sh", ".sbatch", ".yaml"):
+            elif path.suffix in (".c", ".sh", ".sbatch", ".yaml"):
                 yield "  " * depth + path.name, _first_comment(path)
 
 
@@ -40,8 +40,9 @@ def _first_line(path: Path) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    lines = [line for line in path.read_text().splitlines() if line.startswith("# ")]
-    return lines[0].removeprefix("# ") if lines else ""
+    mark = "// " if path.suffix == ".c" else "# "
+    lines = [line for line in path.read_text().splitlines() if line.startswith(mark)]
+    return lines[0].removeprefix(mark) if lines else ""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ from relora_ds.methods.interface import WeightEdit
 from relora_ds.randomness import Stream
 
 _SAMPLED = 32  # rows that a report looks at
-_BLOCK = 1 << 18  # elements edited at once: bounds the fp32 and float64 temporaries
+# Elements edited at once, which bounds the temporaries: on a CPU they stay in its cache, and are
+# not fresh pages each time; on other devices every block is a few launches.
+_BLOCKS = {"cpu": 1 << 16}
+_LARGE_BLOCK = 1 << 22
 _PROBES = 4
 
 Precision = Literal["working", "bf16_residual", "fp32"]
@@ -163,7 +166,7 @@ def apply_product(
     """The edit of `add_product` without its report: one pass over the slice, nothing waited for."""
     rows, cols = left.shape[0], right.shape[1]
     left32, right32 = left.float() * scale, right.float()
-    step, end = max(1, _BLOCK // cols), start + working.numel()
+    step, end = _block_rows(cols, working.device), start + working.numel()
     # Blocks lie on a grid of the whole weight, not of the slice: the last bit of a product depends
     # on the shape of the multiplication, and must not depend on how the weight is cut.
     for top in range(start // cols // step * step, -(-end // cols), step):
@@ -182,16 +185,21 @@ def weight_times(
         (rows, k), fp32.
     """
     cols, at = right.shape[0], 0
+    block = _block_rows(cols, working.device)
     out = torch.zeros(rows, right.shape[1], dtype=torch.float32, device=working.device)
     while at < working.numel():
         # the tail of a row, blocks of whole rows, the head of a row
         row, col = divmod(start + at, cols)
-        whole = min(max(1, _BLOCK // cols), (working.numel() - at) // cols)
+        whole = min(block, (working.numel() - at) // cols)
         height, width = 1 if col else max(1, whole), min(cols - col, working.numel() - at)
         exact = base.load(working[at : at + height * width], at).view(height, width)
         out[row : row + height].addmm_(exact, right[col : col + width])
         at += height * width
     return out
+
+
+def _block_rows(cols: int, device: torch.device) -> int:
+    return max(1, _BLOCKS.get(device.type, _LARGE_BLOCK) // cols)
 
 
 class _Sample:
@@ -205,19 +213,26 @@ class _Sample:
         touched = range(start // cols, -(-end // cols)) if working.numel() else ()
         self.rows = [row for row in touched if row % stride == 0]
         self._ranges = [(max(start, row * cols), min(end, row * cols + cols)) for row in self.rows]
-        self.mask = torch.zeros(len(self.rows), cols, dtype=torch.float64, device=working.device)
+        # only the first and the last row that a slice touches can be incomplete
+        self._head = self._ranges[0][0] % cols if self.rows else 0
+        self.mask = torch.ones(len(self.rows), cols, dtype=torch.float64, device=working.device)
         """1 where the slice has the element."""
-        for line, (first, last) in zip(self.mask, self._ranges, strict=True):
-            line[first % cols : first % cols + last - first] = 1.0
+        if self.rows:
+            self.mask[0, : self._head] = 0.0
+            self.mask[-1, self._ranges[-1][1] - self.rows[-1] * cols :] = 0.0
 
     def read(self) -> torch.Tensor:
         """Authoritative values (sampled rows, cols), float64, zero where the slice has none."""
         values = torch.zeros_like(self.mask)
-        for line, (first, last) in zip(values, self._ranges, strict=True):
-            at = first - self._start
-            view = self._working[at : at + last - first]
-            line[first % self._cols : first % self._cols + last - first] = self._base.load(view, at)
+        if self.rows:
+            parts = [self._load(first, last) for first, last in self._ranges]
+            read = torch.cat(parts)
+            values.view(-1)[self._head : self._head + read.numel()] = read
         return values
+
+    def _load(self, first: int, last: int) -> torch.Tensor:
+        at = first - self._start
+        return self._base.load(self._working[at : at + last - first], at)
 
 
 @functools.lru_cache(maxsize=8)

@@ -40,11 +40,12 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     state = ZeroState(layout, bases, {}, lambda: 0, lambda: None)
 
     def on_slices() -> None:
-        edits = []
-        for weight, lora_a, lora_b in triples:
-            left, right = state.whole([lora_b, lora_a])
-            edits.append(state.add_product(weight, left, right, _SCALE))
-        state.total_edits(edits)
+        factors = state.whole_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
+        edits = [
+            state.add_product(weight, left, right, _SCALE)
+            for (weight, _, _), (left, right) in zip(triples, factors, strict=True)
+        ]
+        state.total_edits([edit for edit in edits if edit is not None])
 
     def gathered() -> None:
         for triple in triples:

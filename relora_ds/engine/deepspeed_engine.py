@@ -19,6 +19,7 @@ from relora_ds.engine.memory import MemoryMeter
 from relora_ds.engine.optimizer import build_optimizer
 from relora_ds.engine.partition import DenseSlices, release_stage3
 from relora_ds.engine.per_layer import PerLayerEngine
+from relora_ds.engine.saved_state import MOMENTS, SavedState
 from relora_ds.engine.state import Probe, ZeroState
 from relora_ds.engine.tensor_gradients import TensorGradients, global_norm
 from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
@@ -108,13 +109,19 @@ class TrainEngine:
         own_optimizer = self._engine.optimizer is self.optimizer
         self._computes_norm = own_optimizer and not config.train.per_layer_update
 
-    def check_replicas(self) -> None:
+    def check_replicas(
+        self, more: Mapping[str, torch.Tensor] | None = None, event: str | None = None
+    ) -> None:
         """Make sure that all ranks still hold the same run. A collective call.
+
+        Args:
+            more: further tensors by name, which every rank must hold alike.
+            event: what happened last to the weights, for the message.
 
         Raises:
             DesyncError: they do not; names the first tensor and the ranks.
         """
-        self._digest.check()
+        self._digest.check(more or {}, event)
 
     def completed_steps(self) -> int:
         """Updates that the optimizer itself has applied in this phase, skipped ones not counted."""
@@ -233,6 +240,50 @@ class TrainEngine:
         """Restore what `save` wrote, into the same layout."""
         path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
         assert path is not None, "the caller verified that the files are there"
+
+    @torch.no_grad()
+    def load_state(self, saved: SavedState) -> None:
+        """Restore a state that may have been saved with another number of processes or stage.
+
+        Every rank reads its own slices.
+
+        Raises:
+            CheckpointError: the optimizer keeps its moments in another form, or the clocks are of
+                another method.
+        """
+        if type(self.optimizer) not in (VectorAdamW, torch.optim.AdamW):
+            raise CheckpointError(
+                "a checkpoint of other processes or another ZeRO stage can be continued with "
+                "optimizer.name adamw or torch_adamw only: the others keep moments in blocks or "
+                "kernels of their own; resume with the processes and stage it was saved with"
+            )
+        for owner in self.layout.owners() if saved.completed else ():
+            self.optimizer.state[owner] = {
+                "step": torch.tensor(float(saved.completed)),
+                **{key: torch.zeros_like(owner) for key in MOMENTS},
+            }
+        for name, parameter in self.model.named_parameters():
+            start, working = self.layout.working(parameter)
+            if parameter in self.layout.placements:
+                self._load_trained(saved, name, parameter)
+                working.copy_(saved.read("master", name, start, working.numel()))
+            else:
+                exact = saved.frozen(name, start, working.numel()).to(working.device)
+                if parameter in self.bases:
+                    self.bases[parameter].store(working, 0, exact)
+                else:
+                    working.copy_(exact)
+            self.layout.drop_copies(parameter)
+        self.load_side_tensors(saved.clocks | self._base_tensors())
+
+    def _load_trained(self, saved: SavedState, name: str, parameter: nn.Parameter) -> None:
+        placement = self.layout.placements[parameter]
+        start, length = placement.stretch.start, placement.stretch.length
+        placement.master().copy_(saved.read("master", name, start, length))
+        for key in MOMENTS if saved.completed and length else ():
+            own = self.layout.optimizer_state(parameter, key)
+            assert own is not None
+            own.copy_(saved.read(key, name, start, length))
 
     def side_tensors(self) -> dict[str, torch.Tensor]:
         """State that DeepSpeed does not know, the same on every rank, as live tensors by name."""

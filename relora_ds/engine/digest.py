@@ -67,15 +67,21 @@ class ReplicaDigest:
                     self._seals[parameter] = self._fingerprint_of_slice(parameter)
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, more: Mapping[str, torch.Tensor], event: str | None) -> None:
         """Compare. A collective call; waits for the device.
+
+        Args:
+            more: further tensors by name, which every rank must hold alike.
+            event: what happened last to the weights, for the message.
 
         Raises:
             DesyncError: on every rank, with the first tensor that differs and the ranks concerned.
         """
-        problem = self._compare([*self._replicated(), *self._local()], self._group)
+        further = [(name, fingerprint(tensor)) for name, tensor in more.items()]
+        entries = [*self._replicated(), *further, *self._local()]
+        problem = self._compare(entries, self._group, event)
         if self._tensor.group is not None:
-            within = self._compare([*self._shared()], self._tensor.group)
+            within = self._compare([*self._shared()], self._tensor.group, event)
             problem = self._agree(problem or within)
         if problem is not None:
             raise DesyncError(problem)
@@ -92,7 +98,7 @@ class ReplicaDigest:
         return next(text for text in problems if text is not None)
 
     def _compare(
-        self, entries: Sequence[tuple[str, torch.Tensor]], group: ProcessGroup
+        self, entries: Sequence[tuple[str, torch.Tensor]], group: ProcessGroup, event: str | None
     ) -> str | None:
         """What differs between the ranks of a group, if anything does."""
         mine = torch.stack([value.to(self._device()) for _, value in entries])
@@ -108,7 +114,7 @@ class ReplicaDigest:
         comm.all_gather_into_tensor(everyone, mine, group=group)
         ranks = torch.distributed.get_process_group_ranks(group)
         found = everyone.view(-1, mine.numel())
-        return _report([name for name, _ in entries], found, ranks)
+        return _report([name for name, _ in entries], found, ranks, event)
 
     def _shared(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Fingerprints of what the ranks of a tensor-parallel group hold alike: the same slices of
@@ -194,13 +200,17 @@ def _weighted(values: torch.Tensor) -> torch.Tensor:
     return (values * (weights * -7046029254386353131 | 1)).sum()
 
 
-def _report(names: list[str], everyone: torch.Tensor, ranks: Sequence[int]) -> str:
+def _report(
+    names: list[str], everyone: torch.Tensor, ranks: Sequence[int], event: str | None
+) -> str:
     """Describe the first tensor that is wrong.
 
     Args:
         everyone: (ranks, tensors).
         ranks: global numbers of the ranks.
+        event: what happened last to the weights.
     """
+    after = f", after a {event}" if event else ""
     for index, name in enumerate(names):
         values = everyone[:, index].tolist()
         usual = 0 if name.endswith(_LOCAL) else Counter(values).most_common(1)[0][0]
@@ -208,8 +218,8 @@ def _report(names: list[str], everyone: torch.Tensor, ranks: Sequence[int]) -> s
         if odd:
             return (
                 f"rank {', '.join(map(str, odd))} disagrees with the others on "
-                f"{name.removesuffix(_LOCAL)}, or with itself: its memory or arithmetic is at "
-                "fault, or it runs other code; check the machine and resume from the last "
+                f"{name.removesuffix(_LOCAL)}, or with itself{after}: its memory or arithmetic is "
+                "at fault, or it runs other code; check the machine and resume from the last "
                 "checkpoint"
             )
     raise AssertionError("called without a difference")

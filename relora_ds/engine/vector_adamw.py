@@ -7,14 +7,15 @@ go to torch's fused kernel, vectors of different ages to a kernel of ours.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
-from relora_ds.engine.vector_block import update_block
+from relora_ds.engine.vector_block import Rectangle, Tensors, update_block
 from relora_ds.engine.vector_clock import Fragment, VectorClock
 
 
@@ -97,27 +98,18 @@ def advance(
         completed: updates of the tensor before this one.
         group: `lr`, `betas`, `eps` and `weight_decay`.
     """
-    tensors = _Tensors(*(t.view(-1) for t in (p, grad, *moments)))
+    tensors = Tensors(*(t.view(-1) for t in (p, grad, *moments)))
     runs = list(_runs(fragments, completed + 1, p.numel()))
     mixed = [run for run in runs if isinstance(run, Fragment)]
     clocks = [fragment.clock for fragment in mixed]
     for fragment, factors in zip(mixed, _factors(clocks, completed + 1, group, p), strict=True):
-        _update_vectors(tensors, fragment, factors, group["betas"])
+        _update_vectors(tensors, fragment, factors, tuple(group["betas"]))
     for run in runs:
         if not isinstance(run, Fragment):
             _update_run(tensors, run, group)
 
 
-class _Tensors(NamedTuple):
-    """What an update reads and writes; of equal shape."""
-
-    p: torch.Tensor
-    grad: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-
-
-def _update_run(tensors: _Tensors, run: _Run, group: dict[str, Any]) -> None:
+def _update_run(tensors: Tensors, run: _Run, group: dict[str, Any]) -> None:
     """Elements of one age are plain AdamW: torch's kernel does it in one pass."""
     start, stop, age = run
     p, grad, exp_avg, exp_avg_sq = ([tensor[start:stop]] for tensor in tensors)
@@ -153,33 +145,47 @@ def _factors(
     if not clocks:
         return []
     # numpy, for all clocks at once: these are few numbers, and many operations on them
-    live = np.concatenate([clock.live(step - 1).numpy() for clock in clocks])
-    ages = np.concatenate([clock.ages(step).numpy() for clock in clocks]).astype(np.float64)
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    c1, c2 = 1.0 - beta1**ages, 1.0 - beta2**ages
-    moves = live if lr else np.zeros_like(live)
-    # in float64 and rounded once, as scalars would be; infinity: whatever the moment, no update;
-    # a factor of one keeps all bits
-    numbers = (
-        live,
-        np.where(live, 1.0 - lr * group["weight_decay"], 1.0),
-        np.where(moves, c1 / np.sqrt(c2) / (lr or 1.0), 1.0),
-        np.where(moves, c1 * group["eps"] / (lr or 1.0), np.inf),
-    )
-    factors = torch.from_numpy(np.stack(numbers)).to(like)
-    return list(factors.split([clock.count for clock in clocks], dim=1))
+    tensors = [clock.tensors() for clock in clocks]
+    born, thaw = (np.concatenate([each[key].numpy() for each in tensors]) for key in _TIMES)
+    (beta1, beta2), lr, live = group["betas"], group["lr"], thaw < step
+    ages = step - born
+    slopes, corrections = _corrections(beta1, beta2, 1 << int(ages.max()).bit_length())
+    # in float64 and rounded once, as scalars would be; a factor of one keeps all bits
+    factors = np.ones((4, len(ages)))
+    factors[0] = live
+    if group["weight_decay"]:
+        factors[1, live] = 1.0 - lr * group["weight_decay"]
+    if lr:
+        factors[2] = slopes[ages] / lr
+        factors[3] = corrections[ages] * (group["eps"] / lr)
+        factors[3, ~live] = np.inf  # whatever the moment, no update
+    else:
+        factors[3] = np.inf
+    along = torch.from_numpy(factors).to(like)
+    return list(along.split([clock.count for clock in clocks], dim=1))
+
+
+_TIMES = ("born", "thaw")
+
+
+@functools.lru_cache(maxsize=4)
+def _corrections(beta1: float, beta2: float, ages: int) -> tuple[np.ndarray, np.ndarray]:
+    """c1 / sqrt(c2) and c1 for every age below `ages`."""
+    age = np.arange(ages, dtype=np.float64)
+    c1, c2 = 1.0 - beta1**age, 1.0 - beta2**age
+    c2[0] = 1.0  # no vector has the age zero
+    return c1 / np.sqrt(c2), c1
 
 
 def _update_vectors(
-    tensors: _Tensors, fragment: Fragment, factors: torch.Tensor, betas: tuple[float, float]
+    tensors: Tensors, fragment: Fragment, factors: torch.Tensor, betas: tuple[float, float]
 ) -> None:
     """Vectors of different ages, or of which some are frozen, by the rectangle."""
     axis = fragment.clock.axis
     for at, row, col, rows, width in fragment.rectangles:
         first, count = (row, rows) if axis == 0 else (col, width)
-        along = factors[:, first : first + count].unsqueeze(2 - axis).unbind()
-        views = (tensor[at : at + rows * width].view(rows, width) for tensor in tensors)
-        update_block(*views, *along, beta1=betas[0], beta2=betas[1])
+        along = factors[:, first : first + count]
+        update_block(tensors, Rectangle(at, rows, width), along, axis, betas)
 
 
 _Run = tuple[int, int, int]

@@ -1,16 +1,22 @@
 """The AdamW update of a matrix whose rows or columns have coefficients of their own.
 
 torch's fused kernel has one step count per tensor, and a rank vector is strided if it is a column.
-A large matrix therefore goes through a kernel that torch's compiler makes: one pass over memory,
-where the same operations one after the other take seven. Small ones are not worth its compilation.
+One pass over memory needs a kernel: on a CPU a few lines of C, elsewhere what torch's compiler
+makes of the operations.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo import config as dynamo
@@ -20,39 +26,136 @@ _SHAPES = 64
 _logger = logging.getLogger(__name__)
 _COMPILED_FROM = 1 << 15
 """Elements; by the size alone, so that a resumed run computes with the same kernel."""
+_SHARED_FROM = 1 << 18
+"""Elements from which several threads are worth waking."""
+_SOURCE = Path(__file__).with_suffix(".c")
+# contraction would round an element by where its slice ends; errno keeps roots from vectorising
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+
+
+class Tensors(NamedTuple):
+    """What an update reads and writes: flat, contiguous, of equal length."""
+
+    p: torch.Tensor
+    grad: torch.Tensor
+    """Kept."""
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+class Rectangle(NamedTuple):
+    """A matrix that lies in a flat tensor."""
+
+    at: int
+    """Offset of its first element."""
+    rows: int
+    cols: int
 
 
 def update_block(
-    p: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    live: torch.Tensor,
-    decay: torch.Tensor,
-    slope: torch.Tensor,
-    shift: torch.Tensor,
-    *,
-    beta1: float,
-    beta2: float,
+    tensors: Tensors,
+    block: Rectangle,
+    factors: torch.Tensor,
+    axis: int,
+    betas: tuple[float, float],
 ) -> None:
     """p = decay * p - m / (sqrt(v) * slope + shift), after m and v took up live * grad. In place.
 
     Args:
-        p: (rows, cols), as the next three, all contiguous and of one dtype.
-        grad: gradient; kept.
-        exp_avg: first moment m.
-        exp_avg_sq: second moment v.
-        live: (rows, 1) or (1, cols), as the next three; 1, or 0 to ignore the gradient.
-        decay: factor of the weights.
-        slope: bias correction of the root of v, divided by the learning rate.
-        shift: bias-corrected epsilon, divided by it; infinite for no update.
-        beta1: decay rate of m.
-        beta2: decay rate of v.
+        block: the elements to update.
+        factors: (4, vectors), four numbers for each of them. live: 1, or 0 to ignore the gradient;
+            decay: factor of the weights; slope: bias correction of the root of v, divided by the
+            learning rate; shift: bias-corrected epsilon, divided by it, infinite for no update.
+        axis: 0 if the rows are the vectors, 1 if the columns are.
+        betas: decay rates of m and v.
     """
+    p = tensors.p
+    if p.device.type == "cpu" and p.dtype == tensors.grad.dtype == torch.float32:
+        library = _library()
+        if library is not None:
+            return _run(library, tensors, block, factors, axis, betas)
+    at, rows, cols = block
+    matrices = [t[at : at + rows * cols].view(rows, cols) for t in tensors]
+    along = factors.unsqueeze(2 - axis).unbind()
     # a vector that is one element high has another kernel: not worth it either
-    large = p.numel() >= _COMPILED_FROM and min(p.shape) > 1
-    step = _compiled() if large else _step
-    step(p, grad, exp_avg, exp_avg_sq, live, decay, slope, shift, beta1, beta2)
+    large = p.device.type != "cpu" and rows * cols >= _COMPILED_FROM and min(rows, cols) > 1
+    step: Callable[..., None] = _compiled() if large else _step
+    return step(*matrices, *along, *betas)
+
+
+class _Rates(ctypes.Structure):
+    """Rounded from float64 one by one, as torch rounds its scalars."""
+
+    _fields_ = (
+        ("take1", ctypes.c_float),
+        ("beta2", ctypes.c_float),
+        ("take2", ctypes.c_float),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The C kernels for this very processor; None where there is no compiler.
+
+    They are built in less than a second and not kept: nodes that share a directory may differ.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory) / "vector_block.so"
+        command = [os.environ.get("CC", "cc"), *_FLAGS, "-shared", "-fPIC", str(_SOURCE)]
+        try:
+            subprocess.run(
+                [*command, "-o", str(target), "-lm"], check=True, capture_output=True, text=True
+            )
+            library = ctypes.CDLL(str(target))  # stays mapped without its file
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            _logger.warning(
+                "the optimizer's kernel cannot be compiled, its updates take several times as "
+                "long: install a C compiler or set CC (%s)",
+                reason.strip().partition("\n")[0],
+            )
+            return None
+    for kernel in (library.update_rows, library.update_columns):
+        kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_size_t] * 3 + [_Rates]
+        kernel.restype = None
+    return library
+
+
+def _run(
+    library: ctypes.CDLL,
+    tensors: Tensors,
+    block: Rectangle,
+    factors: torch.Tensor,
+    axis: int,
+    betas: tuple[float, float],
+) -> None:
+    """The C kernel, on as many threads as torch uses; a row is computed by one of them."""
+    assert factors.stride(1) == 1
+    kernel = library.update_columns if axis else library.update_rows
+    rates, (at, rows, cols) = _rates(betas), block
+    starts = [t.data_ptr() + 4 * at for t in tensors]
+    vectors, apart = factors.data_ptr(), factors.stride(0)
+
+    def part(first: int, stop: int) -> None:
+        skip, own = 4 * first * cols, vectors if axis else vectors + 4 * first
+        kernel(*(start + skip for start in starts), own, apart, stop - first, cols, rates)
+
+    threads = min(torch.get_num_threads(), rows) if rows * cols >= _SHARED_FROM else 1
+    if threads == 1:
+        part(0, rows)
+        return
+    cuts = [rows * number // threads for number in range(threads + 1)]
+    list(_pool(threads).map(part, cuts[:-1], cuts[1:]))
+
+
+@functools.cache
+def _rates(betas: tuple[float, float]) -> _Rates:
+    return _Rates(1.0 - betas[0], betas[1], 1.0 - betas[1])
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "vector_block")  # ctypes lets go of the interpreter
 
 
 def _step(

@@ -8,7 +8,7 @@ where ZeRO keeps masters and moments. A method never sees an optimizer, a partit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,8 @@ from relora_ds.methods.schedule import Schedule
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import TensorShard, shard_of, whole_shape
 from relora_ds.randomness import Stream
+
+_GATHERED_BYTES = 32 << 20  # a collective's latency is negligible from here on
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,30 @@ class TrainState(ABC):
         The one verb that gathers, where parameters are cut over ranks: never ask it for a weight
         that is as large as a projection. The values are valid until the next verb that writes.
         """
+
+    def whole_in_turn(
+        self, requests: Sequence[Sequence[nn.Parameter]]
+    ) -> Iterator[list[torch.Tensor]]:
+        """What `whole` returns, for one request after the other, with few exchanges.
+
+        Several requests share a collective, as long as their values stay within some megabytes. The
+        values of a request survive what is written to the parameters of other ones.
+        """
+        batch: list[Sequence[nn.Parameter]] = []
+        held = 0
+        for request in requests:
+            size = sum(self.shape(p).numel() * p.element_size() for p in request)
+            if batch and held + size > _GATHERED_BYTES:
+                yield from self._whole_batch(batch)
+                batch, held = [], 0
+            batch.append(request)
+            held += size
+        yield from self._whole_batch(batch)
+
+    def _whole_batch(self, batch: Sequence[Sequence[nn.Parameter]]) -> Iterator[list[torch.Tensor]]:
+        values = iter(self.whole([parameter for request in batch for parameter in request]))
+        for request in batch:
+            yield [next(values) for _ in request]
 
     @abstractmethod
     def moments(self, parameter: nn.Parameter) -> MomentShard | None:
@@ -360,17 +386,40 @@ class Method(Generic[ConfigT]):
     def figures(self, state: TrainState, model: nn.Module) -> dict[str, Any]:
         """Metrics for a line of the log, since the last one or so far; may wait for the device.
 
-        For what happens too often to be an `Event` of its own. Called on every rank.
+        For what happens too often to be an `Event` of its own: `method/event` names it here if it
+        happened since the last line. Called on every rank.
         """
         return {}
 
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """State of its own, by name, that must be the same on every rank at every moment."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot derive from the step number, the same for any number of ranks.
+        """What a resumed run cannot derive from the step number, the same for any number of copies
+        of the model.
 
         Tensors are values of the dictionary itself, and may be live; everything else is plain
         types. Called on every rank; what rank 0 returns is saved.
         """
         return {}
+
+    def join_states(
+        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TensorShard]]
+    ) -> dict[str, Any]:
+        """The state for the whole model from what `state_dict` returned on tensor-parallel ranks.
+
+        Args:
+            states: with their tensors, one per rank.
+            shards: which part of every cut parameter each rank holds.
+        """
+        return states[0]
+
+    def part_of_state(
+        self, state: dict[str, Any], shards: Mapping[str, TensorShard]
+    ) -> dict[str, Any]:
+        """A rank's part of the state for the whole model: the inverse of `join_states`."""
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; called on every rank after `attach`."""

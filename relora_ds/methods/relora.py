@@ -67,7 +67,11 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
         layers = adapter_layers(model)
         before = state.probe()
         started, moved = time.perf_counter(), state.bytes_moved
-        parts = [self._restart(state, layer, number) for layer in layers.values()]
+        factors = state.whole_in_turn([_own_parameters(layer) for layer in layers.values()])
+        parts = [
+            self._restart(state, layer, number, values)
+            for layer, values in zip(layers.values(), factors, strict=True)
+        ]
         edits = dict(zip(layers, state.total_edits(parts), strict=True))
         _refuse_lost_merge(edits)
         merged = time.perf_counter(), state.bytes_moved
@@ -87,13 +91,18 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
         drift = max(_ratio(edit.error_sq, edit.output_sq) for edit in edits.values())
         return Event("merge", drift, fraction, details)
 
-    def _restart(self, state: TrainState, layer: AdapterLinear, number: int) -> WeightEdit:
-        """W += scale * B A, then fresh factors; what they add at once, W absorbs."""
+    def _restart(
+        self, state: TrainState, layer: AdapterLinear, number: int, values: list[torch.Tensor]
+    ) -> WeightEdit:
+        """W += scale * B A, then fresh factors; what they add at once, W absorbs.
+
+        Args:
+            values: of `_own_parameters`, whole.
+        """
         dtype = layer.lora_A.dtype
         # rounded first, so that W absorbs exactly what the forward pass will compute with
         lora_a, lora_b = (f.to(dtype) for f in draw_factors(layer, self.config, self.seed, number))
-        own = [layer.lora_B, layer.lora_A] + ([] if layer.scaling is None else [layer.scaling])
-        left, right, *scaling = state.whole(own)
+        left, right, *scaling = values
         scale = fresh_scale = layer.merge_scale(*scaling)
         if layer.scaling is not None:
             fresh = torch.ones_like(scaling[0])
@@ -122,6 +131,10 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
             for parameter in factors.values():
                 state.reset_steps(parameter)
         return fraction
+
+
+def _own_parameters(layer: AdapterLinear) -> list[nn.Parameter]:
+    return [layer.lora_B, layer.lora_A] + ([] if layer.scaling is None else [layer.scaling])
 
 
 def _ratio(part_sq: float, whole_sq: float) -> float:

@@ -74,8 +74,12 @@ class UpdateRank:
     times a fixed matrix of +-1 with 64 columns: at most 64, and a lower estimate when close to it.
     """
 
+    ENTRY = "update_rank"
+
     def __init__(self, layer: AdapterLinear, seed: int) -> None:
         assert layer.spec.style == "column", "ranks hold whole rows"
+        self.key = f"{layer.spec.name}.{self.ENTRY}"
+        """Of `reference` in a saved state."""
         self._layer = layer
         rows, cols = whole_shape(layer.weight)
         width = min(_SKETCH, cols)

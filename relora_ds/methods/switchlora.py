@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from relora_ds.methods.switch_plan import (
     SwitchState,
     switch_counts,
 )
-from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
+from relora_ds.parallel.shape import TensorShard, full_shape, shard_of, whole_shape
 from relora_ds.randomness import Stream
 
 _SIDES = ("A", "B")
@@ -90,6 +90,9 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         self._rank = UpdateRank(first.layer, self.seed)
         self._rank.start(state)
         self._figures = SwitchFigures()
+        length = whole_shape(first.layer.weight)[1]
+        cut = state.own_span(length) != (0, length)
+        self._own_pools = self.config.candidates == "device" and not cut
         device = first.layer.lora_A.device
         # candidates come from the host while the model computes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -249,12 +252,27 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
             "method/host_bytes_per_node": state.node_bytes(),
         }
 
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """Which candidates are where, and the candidates themselves if every process has its own.
+
+        One that differs elsewhere shows in the factor that it enters.
+        """
+        found = {}
+        for name, switched in self._layers.items():
+            for side, held, pool in zip(_SIDES, switched.state.slots, switched.pools, strict=True):
+                found[f"{name}.{side} (slots)"] = torch.from_numpy(held)
+                found[f"{name}.{side} (places)"] = pool.places()
+                if self._own_pools:
+                    for number, chunk in enumerate(pool.chunks()):
+                        found[f"{name}.{side} (candidates, part {number})"] = chunk
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {
             "cursors": {name: list(s.state.cursors) for name, s in self._layers.items()},
             "switched_vectors": self._figures.switched,
             "pairs": self._pairs.tensor(),
-            "update_rank": self._rank.reference,
+            self._rank.key: self._rank.reference,
         }
         for name, switched in self._layers.items():
             shape = whole_shape(switched.layer.weight)
@@ -269,11 +287,37 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
                         saved[f"{name}.{side}.vectors.{number}"] = whole
         return saved
 
+    def join_states(
+        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TensorShard]]
+    ) -> dict[str, Any]:
+        joined = dict(states[0])
+        for key, first in states[0].items():
+            cut = _cut_of(key, shards[0])
+            if cut is None:
+                continue
+            name, dim = cut
+            shape = list(first.shape)
+            shape[dim] = shards[0][name].whole[shards[0][name].dim]
+            joined[key] = first.new_empty(shape)
+            for state, held in zip(states, shards, strict=True):
+                replace(held[name], dim=dim).place(state[key], joined[key])
+        return joined
+
+    def part_of_state(
+        self, state: dict[str, Any], shards: Mapping[str, TensorShard]
+    ) -> dict[str, Any]:
+        own = dict(state)
+        for key, whole in state.items():
+            cut = _cut_of(key, shards)
+            if cut is not None:
+                own[key] = replace(shards[cut[0]], dim=cut[1]).part(whole)
+        return own
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ahead = None
         self._figures.switched = state["switched_vectors"]
         self._pairs.load(state["pairs"])
-        self._rank.reference.copy_(state["update_rank"])
+        self._rank.reference.copy_(state[self._rank.key])
         for name, switched in self._layers.items():
             first, second = state["cursors"][name]
             switched.state.cursors = first, second
@@ -288,3 +332,19 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
 def _lengths(switched: _Switched) -> int:
     """Of a row of A and a column of B together."""
     return switched.layer.spec.in_features + switched.layer.spec.out_features
+
+
+def _cut_of(key: str, shards: Mapping[str, TensorShard]) -> tuple[str, int] | None:
+    """The parameter that an entry of the saved state is cut like, and along which dimension.
+
+    Parked vectors are rows, cut like the vectors of their factor; the reference of the update's
+    rank has the rows of its weight.
+    """
+    layer, _, what = key.partition("_proj.")
+    if what == UpdateRank.ENTRY:
+        name, dim = f"{layer}_proj.weight", 0
+    elif ".vectors." in what:
+        name, dim = f"{layer}_proj.lora_{what[0]}", 1
+    else:
+        return None
+    return (name, dim) if name in shards else None

@@ -28,6 +28,11 @@ class TensorShard:
     dim: int
     index: range | torch.Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the part."""
+        return torch.Size((*self.whole[: self.dim], len(self.index), *self.whole[self.dim + 1 :]))
+
     def part(self, value: torch.Tensor) -> torch.Tensor:
         """This rank's part of an uncut tensor; a view where the positions are consecutive."""
         if isinstance(self.index, range):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,15 +44,21 @@ def cut_over_ranks(module: nn.Module) -> None:
         module.cut_over_ranks()
 
 
-def tensor_shards(
-    architecture: ModelConfig, method: Method[Any], train: TrainConfig, rank: int, size: int
-) -> dict[str, TensorShard]:
-    """Which part of every parameter that is cut a tensor-parallel rank holds, by name."""
-    model = meta_model(architecture, method, train, TensorParallel(rank, size))
-    for module in model.modules():
-        if isinstance(module, Projection):
-            method.lay_out(module)
-        cut_over_ranks(module)
+def cut_meta_model(
+    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tensor: TensorParallel
+) -> Llama:
+    """The structure without memory that a tensor-parallel rank is left with."""
+    model = meta_model(architecture, method, train, tensor)
+    if tensor.size > 1:
+        for module in model.modules():
+            if isinstance(module, Projection):
+                method.lay_out(module)
+            cut_over_ranks(module)
+    return model
+
+
+def shards_of(model: nn.Module) -> dict[str, TensorShard]:
+    """Which part of every parameter that is cut the model's rank holds, by name."""
     every = model.named_parameters(remove_duplicate=False)
     found = {name: shard_of(parameter) for name, parameter in every}
     return {name: shard for name, shard in found.items() if shard is not None}
@@ -120,49 +127,74 @@ def _allocate(
     return fresh
 
 
-@torch.no_grad()  # as a decorator: a `with` around a yield would leak into the caller
 def dense_weights(
     architecture: ModelConfig,
     method: Method[Any],
     train: TrainConfig,
     values: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> DenseWeights:
     """Every parameter of the dense model that computes what the method's model does, in fp32.
 
     Args:
-        values: value of every parameter of the method's model, by name, on the CPU.
+        values: value of every parameter of the method's model, by name, on the CPU. They are asked
+            for one by one, each when a dense weight that needs it is.
 
     Raises:
         CheckpointError: `values` are of another model.
-
-    Yields:
-        (name, tensor) in Hugging Face's names, one at a time.
     """
-    model = meta_model(architecture, method, train)
-    _assign(model, values)
-    projections = projection_layers(model)
-    for name, layer in projections.items():
-        yield f"{name}.weight", method.dense_weight(layer)
-    for name, parameter in _outside_of(model, projections):
-        yield name, parameter.detach().float()
+    return DenseWeights(meta_model(architecture, method, train), method, values)
 
 
-def _assign(model: Llama, values: Mapping[str, torch.Tensor]) -> None:
-    """Make `values` the parameters of a model without memory, without copying them."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    missing = [name for name in shapes if name not in values]
-    # a tied head is listed once among the parameters and twice in a state dict
-    unexpected = sorted(values.keys() - model.state_dict().keys())
-    reshaped = [n for n in shapes if n in values and values[n].shape != shapes[n]]
-    if missing or unexpected or reshaped:
-        raise CheckpointError(
-            f"the weights are not those of this model: missing {missing[:3]}, unexpected "
-            f"{unexpected[:3]}, of another shape {reshaped[:3]}; use the configuration that they "
-            "were saved with"
-        )
-    model.load_state_dict(dict(values), strict=False, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+class DenseWeights(Mapping[str, torch.Tensor]):
+    """Dense weights by Hugging Face's names, each computed on access: fp32 on the CPU.
+
+    Args:
+        model: the method's, without memory.
+    """
+
+    def __init__(
+        self, model: Llama, method: Method[Any], values: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._method = method
+        self._values = values
+        projections = projection_layers(model)
+        self._layers = {f"{name}.weight": layer for name, layer in projections.items()}
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._names = [*self._layers, *(name for name, _ in _outside_of(model, projections))]
+        missing = [name for name in self._shapes if name not in values]
+        # a tied head is listed once among the parameters and twice in a state dict
+        unexpected = sorted(values.keys() - model.state_dict().keys())
+        if missing or unexpected:
+            raise CheckpointError(
+                f"the weights are not those of this model: missing {missing[:3]}, unexpected "
+                f"{unexpected[:3]}; use the configuration that they were saved with"
+            )
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._layers:
+            return self._value(name).float()
+        layer = copy.deepcopy(self._layers[name])  # without memory, so that nothing stays behind
+        prefix = name.removesuffix("weight")
+        own = {key: self._value(prefix + key) for key, _ in layer.named_parameters()}
+        layer.load_state_dict(own, strict=False, assign=True)
+        return self._method.dense_weight(layer).detach()
+
+    def _value(self, name: str) -> torch.Tensor:
+        value = self._values[name].detach()
+        if value.shape != self._shapes[name]:
+            raise CheckpointError(
+                f"the weights are not those of this model: {name} has the shape "
+                f"{tuple(value.shape)} instead of {tuple(self._shapes[name])}; use the "
+                "configuration that they were saved with"
+            )
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _outside_of(

@@ -6,6 +6,7 @@ named in `latest`. Layout of `checkpoints/`:
     latest                          name of the newest complete checkpoint
     step_N/mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt    DeepSpeed's shards, one
                                     set per tensor-parallel rank mp_rank_NN
+    step_N/state-*.safetensors      instead of them: every parameter by name, of no topology
     step_N/side.safetensors         base-weight residuals and vector clocks
     step_N/side_rank_R.safetensors  residuals of rank R's slices, where weights are cut over ranks
     step_N/trainer.json             step, phase, tokens, topology, method state
@@ -39,14 +40,18 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.distributed import barrier, broadcast_object, rank
+from relora_ds.engine.saved_state import SavedState
 from relora_ds.errors import CheckpointError
+from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.manifest import verify_manifest, write_manifest
 
 LATEST = "latest"
-_METHOD = "method{}.safetensors"
+METHOD_FILE = "method{}.safetensors"
 _SIDE = "side{}.safetensors"
 _SLICES = "side_rank_{}.safetensors"
+COPIED = ("run.yaml", "model.json", "tokenizer.model")
+"""Files that do not depend on how the state is cut."""
 _NAME = re.compile(r"step_(\d+)")
 # DeepSpeed drops conversion scripts beside the shards; at stage 1 they silently omit the frozen
 # weights, and nobody should run code out of a checkpoint: `tools/export_hf.py` converts.
@@ -90,7 +95,7 @@ class CheckpointStore:
         self.directory = directory
         self.keep = keep
         self.is_main = topology.is_main
-        self._part = part_suffix(topology.tensor.rank, topology.tensor.size)
+        self._part = part_suffix(topology.tensor)
         self._writes_part = topology.dp_rank == 0
 
     def save(
@@ -116,7 +121,7 @@ class CheckpointStore:
         if self._writes_part:
             _save_tensors(engine.side_tensors(), staging / _SIDE.format(self._part))
             if tensors:
-                _save_tensors(tensors, staging / _METHOD.format(self._part))
+                _save_tensors(tensors, staging / METHOD_FILE.format(self._part))
         barrier()  # the manifest lists all of them
         if self.is_main:
             for name in _UNWANTED:
@@ -147,12 +152,19 @@ class CheckpointStore:
             for path in older[: max(0, len(older) + 1 - self.keep)]:
                 shutil.rmtree(path)
 
-    def load(self, engine: TrainEngine, checkpoint: Path) -> None:
-        """Restore an engine of the same phase and topology. A collective call.
+    def load(self, engine: TrainEngine, checkpoint: Path, other: SavedState | None = None) -> None:
+        """Restore an engine of the same phase. A collective call.
+
+        Args:
+            other: this tensor-parallel rank's part of the checkpoint's state by name, where it was
+                written by other processes or at another ZeRO stage.
 
         Raises:
             CheckpointError: DeepSpeed or the method's state does not fit.
         """
+        if other is not None:
+            engine.load_state(other)
+            return
         engine.load(str(checkpoint.parent), checkpoint.name)
         side = load_file(checkpoint / _SIDE.format(self._part))
         if engine.side_slices():
@@ -221,15 +233,9 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         ) from error
 
 
-def part_suffix(rank: int, size: int) -> str:
+def part_suffix(tensor: TensorParallel) -> str:
     """What tells the files of tensor-parallel ranks apart."""
-    return "" if size == 1 else f"_tp_{rank}"
-
-
-def read_method_state(checkpoint: Path, state: TrainerState, tensor_rank: int) -> dict[str, Any]:
-    """The method's state with the tensors of a tensor-parallel rank, on the CPU."""
-    path = checkpoint / _METHOD.format(part_suffix(tensor_rank, state.tensor_size))
-    return state.method | (load_file(path) if path.is_file() else {})
+    return "" if tensor.size == 1 else f"_tp_{tensor.rank}"
 
 
 def verify_on_main(checkpoint: Path, is_main: bool) -> None:

@@ -52,7 +52,7 @@ def evaluate_checkpoint(
         )
     file = _open(data, dense.architecture.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = dict(dense.weights())
+    weights = dense.weights()
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )

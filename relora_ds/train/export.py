@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_yaml
-from relora_ds.engine.shards import read_parameters
-from relora_ds.methods.registry import plan_phases
+from relora_ds.engine.saved_state import WorkingValues
 from relora_ds.model.hf import read_hf, write_hf
-from relora_ds.parallel.shape import TensorShard
-from relora_ds.train.build import dense_weights, tensor_shards
-from relora_ds.train.checkpoint import find_checkpoint, read_trainer_state
+from relora_ds.train.build import dense_weights
+from relora_ds.train.checkpoint import find_checkpoint
 from relora_ds.train.manifest import verify_manifest
+from relora_ds.train.saved_run import SavedRun, read_run
 
 
 class DenseModel:
@@ -43,59 +38,34 @@ class DenseModel:
             self._hf = None
             directory = self._checkpoint = find_checkpoint(path)
             verify_manifest(directory)
-            self.architecture = ModelConfig.model_validate_json(
-                (directory / "model.json").read_text()
-            )
-            self._config = RunConfig.model_validate_json(
-                json.dumps(read_yaml(directory / "run.yaml").data)
-            )
+            self._config, self.architecture = read_run(directory)
             self.seq_length = self._config.train.seq_length
         tokenizer = directory / "tokenizer.model"
         self.tokenizer = tokenizer if tokenizer.is_file() else None
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by its Hugging Face name, fp32 on the CPU."""
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
         if self._hf is not None:
-            for name, value in self._hf.items():
-                yield name, value.float()
-            return
-        state = read_trainer_state(self._checkpoint)
-        phase = next(phase for phase in plan_phases(self._config) if phase.name == state.phase)
-        train = self._config.train
-        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        values: Mapping[str, torch.Tensor]
-        if state.tensor_size == 1:
-            values = read_parameters(self._checkpoint, dtype, 0)
-        else:
-            values = join_parts(
-                [read_parameters(self._checkpoint, dtype, r) for r in range(state.tensor_size)],
-                [
-                    tensor_shards(self.architecture, phase.method, train, r, state.tensor_size)
-                    for r in range(state.tensor_size)
-                ],
-            )
-        yield from dense_weights(self.architecture, phase.method, train, values)
+            return _InFp32(self._hf)
+        saved = SavedRun(self._checkpoint, self._config, self.architecture)
+        values = WorkingValues(saved.state())
+        return dense_weights(self.architecture, saved.method, self._config.train, values)
 
 
-def join_parts(
-    parts: Sequence[Mapping[str, torch.Tensor]], shards: Sequence[Mapping[str, TensorShard]]
-) -> dict[str, torch.Tensor]:
-    """Whole parameters from those of every tensor-parallel rank.
+class _InFp32(Mapping[str, torch.Tensor]):
+    """Weights of any float type, cast on access."""
 
-    Args:
-        parts: by name, one mapping per rank. What is not a parameter is left out: buffers follow
-            from the parameters' shapes and the seed.
-        shards: which part of the whole each one is; what is not among them is whole already.
-    """
-    joined = {}
-    for name, first in parts[0].items():
-        if name in shards[0]:
-            joined[name] = first.new_empty(shards[0][name].whole)
-            for part, own in zip(parts, shards, strict=True):
-                own[name].place(part[name], joined[name])
-        elif first.is_floating_point():
-            joined[name] = first
-    return joined
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -106,4 +76,4 @@ def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         ConfigError: the output directory is taken.
     """
     model = DenseModel(checkpoint)
-    write_hf(output, model.architecture, model.weights(), model.tokenizer, dtype)
+    write_hf(output, model.architecture, model.weights().items(), model.tokenizer, dtype)

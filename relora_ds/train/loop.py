@@ -76,16 +76,19 @@ class Trainer:
             done = step + 1
             with recorder.phase("event"):
                 after = phase.method.after_step(engine.state, engine.model, done - phase.first_step)
-            if before or after or _is_due(done, self.config.train.digest_every):
-                engine.check_replicas()
             meter.step()
             metrics = self._event_metrics(done, before, after)
             stopping = self.stop.agreed()
             last = done == self.config.train.steps
             saves = stopping or last or _is_due(done, self.config.checkpoint.every)
-            if metrics or saves or last or _is_due(done, self.config.log.every):
+            logs = metrics or saves or last or _is_due(done, self.config.log.every)
+            if logs:
                 with recorder.phase("eval"):
                     metrics |= phase.method.figures(engine.state, engine.model)
+            event = metrics.get("method/event")
+            if event or _is_due(done, self.config.train.digest_every):
+                engine.check_replicas(phase.method.replicas(), event)
+            if logs:
                 metrics |= self._step_metrics(losses, norm, rates, meter)
                 metrics["memory/max_allocated_bytes"] = max_allocated_bytes(engine.device)
                 losses = []

@@ -9,7 +9,6 @@ from typing import Any
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.source import read_yaml
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.parallel.topology import Topology
 from relora_ds.train.checkpoint import (
     TrainerState,
     find_checkpoint,
@@ -82,15 +81,12 @@ def check_resume(
     checkpoint: Path,
     config: RunConfig,
     architecture: Mapping[str, Any],
-    stage: int,
-    topology: Topology,
     data: list[str],
 ) -> TrainerState:
     """The state to resume, after making sure that it belongs to this run.
 
     Args:
         architecture: the run's model configuration as plain values.
-        stage: the run's ZeRO stage.
         data: fingerprints of the run's token files.
 
     Raises:
@@ -102,13 +98,7 @@ def check_resume(
     saved |= dict(_flat(_read(checkpoint / "model.json"), "architecture."))
     now = dict(_flat(config.model_dump(mode="json")))
     now |= dict(_flat(architecture, "architecture."))
-    for key, before, value in (
-        ("data-parallel processes", state.dp_size, topology.dp_size),
-        ("tensor-parallel processes", state.tensor_size, topology.tensor.size),
-        ("zero stage", state.zero_stage, stage),
-        ("token files", state.data, data),
-    ):
-        saved[key], now[key] = before, value
+    saved["token files"], now["token files"] = state.data, data
     allowed = (*_FREE, *config.checkpoint.allow_change)
     differences = [
         f"  {key}: checkpoint {saved.get(key)!r}, run {now.get(key)!r}"

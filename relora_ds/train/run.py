@@ -18,6 +18,8 @@ from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import DenseSlices, build_cutter
+from relora_ds.engine.saved_state import SavedState, is_written_state
+from relora_ds.engine.tensor_state import PartOfState
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.flops import flops_per_token, parameter_counts
@@ -28,13 +30,13 @@ from relora_ds.train.build import DenseSource, build_model
 from relora_ds.train.checkpoint import (
     CheckpointStore,
     TrainerState,
-    read_method_state,
     verify_on_main,
 )
 from relora_ds.train.export import DenseModel, export_hf
 from relora_ds.train.loop import Trainer
 from relora_ds.train.memory_report import closed_form, memory_figures, storage_plan
 from relora_ds.train.resume import check_resume, choose_checkpoint, set_aside_earlier_run
+from relora_ds.train.saved_run import SavedRun
 from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
@@ -69,7 +71,7 @@ def run(loaded: LoadedRun) -> None:
     )
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
-    checkpoint, state = _find_start(loaded, topology, zero_stage(deepspeed_config), corpus)
+    checkpoint, state = _find_start(loaded, topology, corpus)
     trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state)
     if topology.is_main:
         for warning in loaded.warnings:
@@ -94,7 +96,7 @@ def run(loaded: LoadedRun) -> None:
 
 
 def _find_start(
-    loaded: LoadedRun, topology: Topology, stage: int, corpus: Corpus
+    loaded: LoadedRun, topology: Topology, corpus: Corpus
 ) -> tuple[Path | None, TrainerState | None]:
     """The verified checkpoint to resume from, or a clean output directory."""
     config = loaded.config
@@ -123,8 +125,6 @@ def _find_start(
         checkpoint,
         config,
         loaded.architecture.model_dump(mode="json"),
-        stage,
-        topology,
         list(corpus.fingerprints()),
     )
     _logger.info("resuming from %s", checkpoint)
@@ -186,9 +186,10 @@ def _train(
             engine = _build_engine(trainer, phase, deepspeed_config, weights)
             phase.method.attach(engine.state, engine.model)
             if number == 0 and checkpoint is not None and state is not None:
-                trainer.checkpoints.load(engine, checkpoint)
-                tensor_rank = trainer.topology.tensor.rank
-                phase.method.load_state_dict(read_method_state(checkpoint, state, tensor_rank))
+                saved = SavedRun(checkpoint, trainer.config, trainer.architecture)
+                other = _state_of_other_topology(trainer, saved)
+                trainer.checkpoints.load(engine, checkpoint, other)
+                phase.method.load_state_dict(saved.own_method_state(trainer.topology.tensor))
                 distributed.barrier()  # one process of a node may restore what all of them read
         meter = _build_meter(trainer, engine)
         trainer.run_phase(phase, engine, meter, completed)
@@ -209,8 +210,25 @@ def _train(
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
 
 
-def _initial_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Dense weights to start from, or None for the seed's random draw."""
+def _state_of_other_topology(trainer: Trainer, saved: SavedRun) -> SavedState | None:
+    """This rank's part of the saved state by name; None if it can read the files as they are."""
+    topology, state, tensor = trainer.topology, saved.trainer, trainer.topology.tensor
+    before = state.dp_size, state.tensor_size, state.zero_stage
+    now = topology.dp_size, tensor.size, trainer.zero_stage
+    if before == now and not is_written_state(saved.checkpoint):
+        return None
+    _logger.info(
+        "written by %d x %d processes (data x tensor) at ZeRO stage %d, "
+        "continued by %d x %d at stage %d",
+        *before,
+        *now,
+    )
+    whole = saved.state()
+    return whole if tensor.size == 1 else PartOfState(whole, saved.shards(tensor))
+
+
+def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:
+    """Dense weights to start from, each read on access; or None for the seed's random draw."""
     path = trainer.config.train.init_from
     if path is None:
         return None
@@ -220,7 +238,7 @@ def _initial_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
             f"train.init_from: the model in {path} has another architecture than "
             f"{trainer.config.model}; use the same one"
         )
-    return dict(model.weights())
+    return model.weights()
 
 
 def _build_engine(

@@ -87,8 +87,10 @@ def wire(topology: Topology) -> dict[str, float]:
     layers = projection_layers(engine.model).values()
     factors = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     counted = sum(volume.payload for volume in recorder.volumes().values())
+    gathers = [v.calls for k, v in recorder.volumes().items() if k.operation == "all_gather"]
     engine.destroy()
     return {
+        "gathers": sum(gathers),
         "counted": counted,
         "reported": event.details["method/merge_bytes"] + event.details["method/reset_bytes"],
         "factor_bytes": sum(2 * whole_shape(p).numel() for p in factors),

@@ -18,6 +18,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.errors import DesyncError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import Phase
@@ -145,6 +146,31 @@ def many_events(phase: Phase, engine: TrainEngine) -> dict[str, Any]:
     return {"largest": largest, "total": total, "events": events}
 
 
+def digest(phase: Phase, engine: TrainEngine, topology: Topology) -> dict[str, str]:
+    """One bit changed on rank 1 in everything that a switch edits: what is reported."""
+    names = {n: p for n, p in engine.model.named_parameters() if "layers.1.mlp.up_proj" in n}
+    targets = {n: engine.layout.working(p)[1] for n, p in names.items()}
+    for name, parameter in names.items():
+        if parameter in engine.bases:
+            targets[f"{name} (low)"] = engine.bases[parameter].tensors()["low"]
+        if parameter in engine.clocks:
+            targets[f"{name} (born)"] = engine.clocks[parameter].tensors()["born"]
+    own = phase.method.replicas()
+    targets |= {name: value for name, value in own.items() if "layers.1.mlp.up_proj" in name}
+    found = {}
+    for name, tensor in targets.items():
+        bits = tensor.view(-1).view(torch.int16)
+        bits[3] ^= topology.dp_rank == 1
+        try:
+            engine.check_replicas(phase.method.replicas(), "switch")
+        except DesyncError as error:
+            found[name] = str(error)
+        bits[3] ^= topology.dp_rank == 1
+    engine.check_replicas(phase.method.replicas())
+    assert found.keys() == targets.keys(), targets.keys() - found.keys()
+    return found
+
+
 def resumed(stage: int, config: RunConfig, topology: Topology, directory: Path) -> dict[str, Any]:
     """An interrupted run against one that goes on, with frozen vectors pending at the break."""
     phase, engine = build(stage, config, topology, whole_copies=False)
@@ -190,6 +216,7 @@ def main(output: Path) -> None:
             phase, engine = build(stage, run_config(stage, "bf16", candidates="device"), topology)
             found = train(phase, engine, topology, 0, 20)
             found["replicas"] = common.replicas_differ(engine)
+            found["digest"] = digest(phase, engine, topology)
             found["untrained"] = many_events(phase, engine)
             figures[f"bf16/{stage}"] = found
             engine.destroy()

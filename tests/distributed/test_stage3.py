@@ -38,6 +38,7 @@ def test_options_of_stage_3_change_nothing(figures: dict[str, Any], variant: str
 
 def test_a_merge_moves_the_factors_and_nothing_else(figures: dict[str, Any]) -> None:
     wire = figures["wire"]
+    assert wire["gathers"] == 1  # for all layers: small ones would cost a latency each
     assert wire["reported"] == wire["counted"]
     assert wire["counted"] <= wire["factor_bytes"] + 1024 * wire["layers"]
     for found in figures["losses"].values():

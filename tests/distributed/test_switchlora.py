@@ -56,6 +56,20 @@ def test_frozen_vectors_keep_their_bits(figures: dict[str, Any], stage: int) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_one_changed_bit_of_what_switches_edit_is_found(
+    figures: dict[str, Any], stage: int
+) -> None:
+    found = figures[f"bf16/{stage}"]["digest"]
+    # weight and residual, two factors with their clocks; slots and places of both pools
+    assert len(found) >= 10
+    assert any("candidates" in name for name in found) is (stage < 3)  # cut: no second copy
+    for name, message in found.items():
+        shown = name.removesuffix(" (low)") if stage == 3 else name
+        assert message.startswith(("rank 1 disagrees", "rank 0, 1 disagrees")), message
+        assert f"others on {shown}, or with itself, after a switch:" in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_is_bit_identical_with_frozen_vectors_pending(
     figures: dict[str, Any], stage: int
 ) -> None:

@@ -64,3 +64,20 @@ def test_a_resumed_run_is_bit_identical_with_frozen_vectors_pending(
     weights = dict(DenseModel(checkpoints / f"step_{LAST}").weights())
     resumed = dict(DenseModel(again / "checkpoints" / f"step_{LAST}").weights())
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+
+
+def test_a_lost_bit_ends_the_run_at_the_next_logged_switch(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Logged steps are 4, 8 and 10; the fault happens after 5, and no periodic check is due."""
+    tiny_run["method"] = {"name": "switchlora", "rank": 4, "interval": 10, "descent_rate": 1.0}
+    tiny_run["train"] |= {"steps": LAST, "digest_every": 0}
+    tiny_run["log"]["every"], tiny_run["eval"]["every"] = 4, 0
+    tiny_run["checkpoint"]["every"] = 100
+    description = str(write_run(tiny_run, tmp_path / "run.yaml"))
+    script = "tests/distributed/pretrain_with_fault.py"
+    code, output = run([description], processes=2, script=script)
+    assert code == 6, output
+    assert "disagrees with the others on model.layers.1.mlp.down_proj.weight" in output
+    assert "after a switch" in output
+    assert list(metrics(tmp_path / "run")) == [4]

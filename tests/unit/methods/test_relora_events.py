@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import nn
 
 from relora_ds.engine.base_weight import Precision, Working
 from relora_ds.errors import DivergenceError
+from relora_ds.methods import interface
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Event
 from relora_ds.methods.relora import ReLoRA
@@ -248,3 +249,23 @@ def test_edited_weights_are_the_frozen_ones(relora: Build) -> None:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     edited: list[Any] = method.edited_weights(model)
     assert [id(p) for p in edited] == [id(p) for p in frozen]
+
+
+@pytest.mark.parametrize(("budget", "exchanges"), [(1, 3), (100, 2), (1 << 20, 1)])
+def test_values_are_gathered_in_few_exchanges_of_bounded_size(
+    monkeypatch: pytest.MonkeyPatch, budget: int, exchanges: int
+) -> None:
+    asked: list[int] = []
+
+    class Counting(MemoryState):
+        def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+            asked.append(sum(p.numel() for p in parameters))
+            return super().whole(parameters)
+
+    monkeypatch.setattr(interface, "_GATHERED_BYTES", budget)
+    requests = [[nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))] for _ in range(3)]
+    found = list(Counting().whole_in_turn(requests))
+    assert len(asked) == exchanges
+    assert sum(asked) == 30
+    for values, parameters in zip(found, requests, strict=True):
+        assert all(map(torch.equal, values, parameters))

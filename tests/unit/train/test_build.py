@@ -184,7 +184,7 @@ def test_weights_of_another_model_are_refused(
     }
     for weights in broken.values():
         with pytest.raises(CheckpointError, match=r"down_proj|extra|embed_tokens"):
-            list(dense_weights(architecture, method, TRAIN, weights))
+            dict(dense_weights(architecture, method, TRAIN, weights))
 
 
 def test_a_state_dict_lists_a_tied_head_twice(
@@ -197,18 +197,27 @@ def test_a_state_dict_lists_a_tied_head_twice(
     assert weights.keys() == dense_shapes(architecture).keys()
 
 
-def test_gradients_stay_on_between_the_weights(
-    architecture: ModelConfig, method: Method[Any]
-) -> None:
-    values = parameters_of(build(architecture, method))
-    for _ in dense_weights(architecture, method, TRAIN, values):
-        assert torch.is_grad_enabled()
+def test_weights_are_read_one_by_one(architecture: ModelConfig, method: Method[Any]) -> None:
+    values, read = parameters_of(build(architecture, method)), []
+
+    class Watched(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return super().__getitem__(name)
+
+    weights = dense_weights(architecture, method, TRAIN, Watched(values))
+    assert not read
+    for name, value in weights.items():
+        layer = name.removesuffix("weight")
+        assert all(asked == name or asked.startswith(layer) for asked in read)
+        assert not value.requires_grad
+        read.clear()
 
 
 def test_weights_may_be_bf16(architecture: ModelConfig, method: Method[Any]) -> None:
     values = parameters_of(build(architecture, method))
     rounded = {name: value.bfloat16() for name, value in values.items()}
-    for name, value in dense_weights(architecture, method, TRAIN, rounded):
+    for name, value in dense_weights(architecture, method, TRAIN, rounded).items():
         assert value.dtype == torch.float32
         if name in rounded and "_proj" not in name:
             assert torch.equal(value, rounded[name].float())
