@@ -6,7 +6,7 @@
 # shellcheck shell=bash
 
 project_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$project_root"
+cd "$project_root" || exit
 
 venv="$project_root/.venv"
 stamp="$venv/.requirements.sha256"
@@ -20,10 +20,10 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   fi
   echo "creating the environment in .venv (once, a few minutes)"
   # a stamp is written last, so an interrupted installation is repeated; a broken one is rebuilt
-  [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || {
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
-  }
+  fi
   torch_pin="$(grep -E '^torch==' requirements.txt)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_pin"

@@ -1,4 +1,4 @@
-"""Stopping at a step boundary when the scheduler asks for it."""
+"""Stopping at a step boundary when the scheduler asks for it or the launcher is gone."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from types import FrameType
 
 import torch
 
+from relora_ds.train.launcher_watch import LauncherWatch
+
 
 class StopSignal:
     """Remembers SIGTERM and SIGUSR1; all ranks agree on it at the next step boundary.
 
     A second signal ends the process at once. Signals reach ranks at different times, so the loop
-    asks `agreed`, a collective, and never acts on its own flag.
+    asks `agreed`, a collective, and never acts on its own flag. The loss of a rank's launcher
+    counts as a signal to that rank.
+
+    Args:
+        launcher: what started this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: LauncherWatch) -> None:
+        self._launcher = launcher
         self._requested = False
         # its own group on the host: the answer must not wait for work queued on a device
         self._group = torch.distributed.new_group(backend="gloo")
@@ -32,6 +39,6 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. A collective call."""
-        flag = torch.tensor([int(self._requested)])
+        flag = torch.tensor([int(self._requested or self._launcher.is_gone())])
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
