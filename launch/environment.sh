@@ -37,6 +37,7 @@ fi
 # One thread per rank: several ranks with a thread per core each get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # DeepSpeed guesses its accelerator, with a warning, where there is no GPU.
-if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+if [ -z "${DS_ACCELERATOR:-}" ] &&
+  ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  export DS_ACCELERATOR=cpu
 fi

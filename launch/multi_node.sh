@@ -71,11 +71,14 @@ write_environment "$state_dir/environment"
 # The launcher would read ~/.deepspeed_env and ./.deepspeed_env; an absolute name replaces both.
 export DS_ENV_FILE="$state_dir/environment"
 
-pdsh_path="$(command -v pdsh)" || fail "pdsh is not installed: apt-get install pdsh"
-# pdsh dies with the launcher; the connections that it held then tell the ranks.
+command -v pdsh >/dev/null || fail "pdsh is not installed: apt-get install pdsh"
+# pdsh dies with the launcher and ssh with pdsh: the ranks notice that nobody listens to them.
 mkdir "$state_dir/bin"
-printf '#!/bin/sh\nexec setpriv --pdeathsig TERM -- %s "$@"\n' "$pdsh_path" >"$state_dir/bin/pdsh"
-chmod +x "$state_dir/bin/pdsh"
+for program in pdsh ssh; do
+  printf '#!/bin/sh\nexec setpriv --pdeathsig TERM -- %s "$@"\n' "$(command -v "$program")" \
+    >"$state_dir/bin/$program"
+  chmod +x "$state_dir/bin/$program"
+done
 
 python="$(command -v python)"
 on_nodes "test -x $python -a -f $PWD/launch/pretrain.py" >&2 ||

@@ -5,8 +5,8 @@
 # ends every DeepSpeed job that the user has on those machines, and in both cases the ranks' exit code
 # is lost. So it runs in a session of its own, out of reach of Ctrl-C, and signals go to the ranks.
 #
-#   TERM, INT, USR1   every rank saves a checkpoint at its next step and exits 75; a second signal ends
-#                     them at once
+#   TERM, INT, USR1   every rank saves a checkpoint at its next step and exits 75; another signal, 5 s
+#                     later or more, ends them at once
 #   STOP_GRACE_S      seconds for that, default 300; afterwards the ranks are killed
 #   DRAIN_S           seconds for all ranks to end once one of them has, default 60
 #

@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 _TOOLS = (
     "ip",
@@ -57,11 +58,15 @@ PrintMotd no
 PidFile none
 MaxStartups 100
 """
-# what PID 1 of a host does before it becomes sshd
+# What PID 1 of a host does before it becomes sshd. A start-up file of the shell may take locks
+# (pyenv's does), which a power failure would leave behind for this machine.
 _BOOT = """set -e
 hostname "$1"
 mount --bind "$2/ssh" /etc/ssh
 mount --bind "$2/hosts" /etc/hosts
+for file in /etc/bash.bashrc /root/.bashrc; do
+  [ ! -f "$file" ] || mount --bind /dev/null "$file"
+done
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mkdir /run/sshd
@@ -146,13 +151,24 @@ class Hosts:
         return path
 
     def start(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        output: IO[str] | None = None,
     ) -> subprocess.Popen[str]:
-        """Start a command on a host, in this directory; stdout and stderr come together."""
+        """Start a command on a host, in this directory; its stdout and stderr go to one place.
+
+        Args:
+            name: of the host.
+            command: what to run.
+            environment: all variables that it gets.
+            output: where it writes; a pipe if None.
+        """
         return subprocess.Popen(
             [*self._enter(name), *command],
-            env=None if environment is None else dict(environment),
-            stdout=subprocess.PIPE,
+            env=dict(environment),
+            stdout=subprocess.PIPE if output is None else output,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",

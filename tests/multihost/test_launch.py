@@ -21,13 +21,14 @@ from tests.multihost.hosts import Hosts, missing
 _REASON = missing()
 pytestmark = [
     pytest.mark.multihost,
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
 ]
 
 RANKS = "^[^ ]*python[^ ]* -u launch/pretrain.py"
 EVERYTHING = "launch/pretrain.py|deepspeed.launcher|multi_node.sh|^pdsh"
 SILENCE_S = 60  # until ssh gives an unreachable host up, see launch/multi_node.sh
-SLACK_S = 60
+SLACK_S = 90  # for starts and saves on two busy cores
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def finish(process: subprocess.Popen[str], bound_s: float) -> tuple[int, str]:
 
 
 def wait_for_step(process: subprocess.Popen[str], output_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (output_dir / "metrics.jsonl").is_file() or step > max(metrics(output_dir) or [0]):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run did not start"
@@ -105,7 +106,7 @@ def test_another_host_takes_over_from_a_crashed_one(
         two = hosts.hostfile(host_a=1, host_b=1)
         unbroken = long_run | {"output_dir": str(tmp_path / "unbroken")}
         with launched(hosts, two, unbroken, tmp_path / "unbroken.yaml") as process:
-            code, output = finish(process, 200)
+            code, output = finish(process, 400)
         assert code == 0, output
         wait_for_silence(hosts, 5)
 
@@ -120,7 +121,7 @@ def test_another_host_takes_over_from_a_crashed_one(
         saved = int(latest(long_run).name.removeprefix("step_"))
         others = hosts.hostfile(host_a=1, host_c=1)
         with launched(hosts, others, long_run, tmp_path / "run.yaml") as process:
-            code, output = finish(process, 200)
+            code, output = finish(process, 400)
         assert code == 0, output
         assert f"resuming from {latest(long_run).with_name(f'step_{saved}')}" in output
         assert_same_end(long_run, unbroken, saved)
@@ -175,7 +176,7 @@ def test_sigterm_saves_on_all_hosts_and_keys_stay_at_home(
         long_run["checkpoint"]["allow_change"] = ["train.steps"]
         fewer = hosts.hostfile(host_a=1, host_c=2)
         with launched(hosts, fewer, long_run, tmp_path / "run.yaml") as process:
-            code, output = finish(process, 120)
+            code, output = finish(process, 400)
         assert code == 0, output
         assert max(metrics(Path(long_run["output_dir"]))) == stopped_at + 3
 
