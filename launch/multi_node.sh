@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train on the nodes of a hostfile over pdsh and ssh, from one of them or from outside. Ctrl-C and SIGTERM save a checkpoint first.
+# Train on the nodes of a hostfile over pdsh and ssh, from one of them or from outside.
 #   bash launch/multi_node.sh HOSTFILE RUN.yaml [key=value ...]
+# Ctrl-C and SIGTERM save a checkpoint first.
 #
 # HOSTFILE has one line per node, `name slots=N` with N ranks (GPUs) each. Every node needs ssh without
 # a password, and this directory, its .venv, the data and the output directory at the same paths.

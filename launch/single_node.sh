@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train on this machine: every GPU, or PROCESSES=N ranks (default 2 on CPUs). Ctrl-C and SIGTERM save a checkpoint first.
+# Train on this machine: every GPU, or PROCESSES=N ranks (default 2 on CPUs).
 #   bash launch/single_node.sh RUN.yaml [key=value ...]
+# Ctrl-C and SIGTERM save a checkpoint first.
 #
 # Settings: PROCESSES, MASTER_PORT (default 29500), and those of launch/supervise.sh.
 # Exit code: that of the run, as listed in README.md.

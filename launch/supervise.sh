@@ -1,4 +1,4 @@
-# Sourced by single_node.sh and multi_node.sh: runs a launcher so that it can be stopped and leaves nothing behind.
+# Sourced by single_node.sh and multi_node.sh: runs a launcher that stops when asked and cleans up.
 # shellcheck shell=bash
 #
 # The deepspeed command must not be signalled: on one machine it forgets its ranks, with a hostfile it
