@@ -57,7 +57,8 @@ supervise() { # COMMAND...: returns the ranks' exit code
   local code codes
   deadline=""
   mkfifo "$state_dir/stderr"
-  sed -un -e p -e "s/^pdsh@.*exited with exit code \([0-9]*\)\$/\1/w $state_dir/exits" \
+  sed -un -e p -e "/launch $launch_id: completed\$/w $state_dir/completed" \
+    -e "s/^pdsh@.*exited with exit code \([0-9]*\)\$/\1/w $state_dir/exits" \
     <"$state_dir/stderr" >&2 &
   reader=$!
   # the command dies with this script, even if that is killed
@@ -84,13 +85,16 @@ supervise() { # COMMAND...: returns the ranks' exit code
   wait "$reader" || true
   if [ -n "$(on_nodes "pgrep -f '$ranks'" 2>/dev/null)" ]; then
     say "the launcher left its ranks alone: waiting for them to save a checkpoint"
-    [ "$code" -ne 0 ] || code=1
     deadline=$((SECONDS + ${STOP_GRACE_S:-300}))
     while [ "$SECONDS" -lt "$deadline" ] && [ -n "$(on_nodes "pgrep -f '$ranks'" 2>/dev/null)" ]; do
       sleep 2
     done
   fi
   end_launch
+  if [ "$code" -eq 0 ] && [ ! -s "$state_dir/completed" ]; then
+    say "the launcher ended before the run did" # deepspeed returns 0 when what it started is killed
+    code=1
+  fi
   mapfile -t codes <"$state_dir/exits"
   return "$(root_cause "${codes[@]}" "$code")"
 }

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
             _dry_run(loaded)
         else:
             _run(loaded)
+        if parsed.launch_id is not None and _rank() == 0:
+            sys.stderr.write(f"launch {parsed.launch_id}: completed\n")
     except CollectiveTimeoutError as error:
         _leave(_report(error))
     except ReloraError as error:
@@ -110,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     # launchers append it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    # launch scripts find the processes of one launch by it
+    # launch scripts find the processes of one launch by it, and learn that the run is complete
     parser.add_argument("--launch-id", help=argparse.SUPPRESS)
     return parser
 
