@@ -6,7 +6,7 @@
 # shellcheck shell=bash
 
 project_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$project_root"
+cd "$project_root" || exit
 
 venv="$project_root/.venv"
 stamp="$venv/.requirements.sha256"
@@ -20,10 +20,10 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   fi
   echo "creating the environment in .venv (once, a few minutes)"
   # a stamp is written last, so an interrupted installation is repeated; a broken one is rebuilt
-  [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || {
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
-  }
+  fi
   torch_pin="$(grep -E '^torch==' requirements.txt)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_pin"
@@ -37,6 +37,7 @@ fi
 # One thread per rank: several ranks with a thread per core each get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # DeepSpeed guesses its accelerator, with a warning, where there is no GPU.
-if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+if [ -z "${DS_ACCELERATOR:-}" ] &&
+  ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  export DS_ACCELERATOR=cpu
 fi

@@ -54,7 +54,7 @@ class DesyncError(ReloraError):
 
 
 class CollectiveTimeoutError(ReloraError):
-    """A collective did not finish within the configured time."""
+    """A collective did not finish within the configured time, or a process in it was lost."""
 
     exit_code = 7
 

@@ -12,17 +12,31 @@ from typing import TypeVar
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
+from torch.distributed import distributed_c10d
 
 from relora_ds.parallel.topology import Topology
 
 T = TypeVar("T")
+
+# gloo raises plain RuntimeError with the words of the operating system
+_SIGNS_OF_LOSS = (
+    "timed out",
+    "timeout",
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "no route to host",
+    "connection refused",
+    "network is unreachable",
+)
 
 
 def start(timeout_minutes: float) -> Topology:
     """Join the process group that the launcher describes, or a group of one.
 
     Args:
-        timeout_minutes: a collective that takes longer raises on every rank.
+        timeout_minutes: a collective that takes longer raises on every rank, whatever group it
+            runs in.
 
     Returns:
         This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
@@ -39,7 +53,9 @@ def start(timeout_minutes: float) -> Topology:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    _bound_every_group(timeout)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
@@ -48,6 +64,14 @@ def stop() -> None:
     """Leave the process group; gloo aborts at interpreter exit if nobody does."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def lost_peers(error: RuntimeError) -> bool:
+    """Whether an error means that another process did not answer, or is no longer there."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in _SIGNS_OF_LOSS)
 
 
 def rank() -> int:
@@ -77,6 +101,16 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes, in place."""
     torch.distributed.all_reduce(value)
     return value
+
+
+def _bound_every_group(timeout: timedelta) -> None:
+    """Make `timeout` the default of groups that are created later, by whomever.
+
+    DeepSpeed creates its groups without a timeout, which means torch's default of 10 minutes for
+    NCCL and 30 for gloo, not that of the first group. torch has no public way to change it.
+    """
+    assert callable(distributed_c10d._get_default_timeout)
+    distributed_c10d._get_default_timeout = lambda backend: timeout
 
 
 def _describe_single_process() -> None:

@@ -6,12 +6,16 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 
 from relora_ds.config.load import LoadedRun, check_processes, load_run_config
 from relora_ds.errors import CollectiveTimeoutError, ConfigError, ReloraError
+
+_PRECEDENCE_S = 3  # the deepspeed launcher looks once a second
 
 _EXAMPLE = """
 example:
@@ -32,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
             _dry_run(loaded)
         else:
             _run(loaded)
+        if parsed.launch_id is not None and _rank() == 0:
+            sys.stderr.write(f"launch {parsed.launch_id}: completed\n")
+    except CollectiveTimeoutError as error:
+        _leave(_report(error))
     except ReloraError as error:
         return _report(error)
     return 0
@@ -42,17 +50,34 @@ def _run(loaded: LoadedRun) -> None:
     from relora_ds.engine import distributed
     from relora_ds.train.run import run
 
+    peers_lost = False
     try:
         run(loaded)
     except RuntimeError as error:
-        if not _is_timeout(error):
+        peers_lost = distributed.lost_peers(error)
+        if not peers_lost:
             raise
         raise CollectiveTimeoutError(
-            f"a collective did not finish in {loaded.config.train.timeout_minutes:g} minutes: "
-            f"another rank is dead, stuck, or took another path; see logs/rank_*.log ({error})"
+            f"lost contact with another rank, or waited for it longer than train.timeout_minutes "
+            f"({loaded.config.train.timeout_minutes:g}): it is dead, stuck, unreachable or took "
+            f"another path; see logs/rank_*.log and resume ({error})"
         ) from error
     finally:
-        distributed.stop()
+        if not peers_lost:
+            distributed.stop()
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without talking to the others once more: process groups wait or abort then.
+
+    A peer that failed has an exit code that says more. It leaves first, so that a launcher, which
+    reports the first code it sees, reports that one.
+    """
+    logging.shutdown()
+    time.sleep(_PRECEDENCE_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _dry_run(loaded: LoadedRun) -> None:
@@ -88,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     # launchers append it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    # launch scripts find the processes of one launch by it, and learn that the run is complete
+    parser.add_argument("--launch-id", help=argparse.SUPPRESS)
     return parser
 
 
@@ -102,11 +129,6 @@ def _report(error: ReloraError) -> int:
         if not logging.getLogger().handlers or _rank() != 0:
             sys.stderr.write(f"error: rank {_rank()}: {error}\n")
     return error.exit_code
-
-
-def _is_timeout(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "timed out" in text or "timeout" in text
 
 
 def _rank() -> int:

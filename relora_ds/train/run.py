@@ -33,6 +33,7 @@ from relora_ds.train.checkpoint import (
     verify_on_main,
 )
 from relora_ds.train.export import DenseModel, export_hf
+from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
 from relora_ds.train.memory_report import closed_form, memory_figures, storage_plan
 from relora_ds.train.resume import check_resume, choose_checkpoint, set_aside_earlier_run
@@ -58,6 +59,7 @@ def run(loaded: LoadedRun) -> None:
         ReloraError: see the classes in `errors`; each has its exit code.
     """
     started_at = datetime.now(UTC)
+    launcher = LauncherWatch()
     topology = distributed.start(loaded.config.train.timeout_minutes)
     topology = share_models(topology, loaded.config)
     for name, group in (("tp", topology.tensor.group), ("dp", topology.tensor.data_group)):
@@ -72,7 +74,8 @@ def run(loaded: LoadedRun) -> None:
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
     checkpoint, state = _find_start(loaded, topology, corpus)
-    trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state)
+    stop = StopSignal(launcher)
+    trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state, stop)
     if topology.is_main:
         for warning in loaded.warnings:
             _logger.warning(warning)
@@ -92,7 +95,9 @@ def run(loaded: LoadedRun) -> None:
         trainer.telemetry.close(status)
         if topology.is_main:
             _write_results(trainer, status, reason, started_at)
-    distributed.barrier()
+        if status in ("completed", "preempted"):
+            # a launcher ends the other ranks when one has left: nobody leaves before all are done
+            distributed.barrier()
 
 
 def _find_start(
@@ -132,7 +137,12 @@ def _find_start(
 
 
 def _build_trainer(
-    loaded: LoadedRun, topology: Topology, stage: int, corpus: Corpus, state: TrainerState | None
+    loaded: LoadedRun,
+    topology: Topology,
+    stage: int,
+    corpus: Corpus,
+    state: TrainerState | None,
+    stop: StopSignal,
 ) -> Trainer:
     config, train = loaded.config, loaded.config.train
     output_dir = Path(config.output_dir)
@@ -163,7 +173,7 @@ def _build_trainer(
         valid_data=valid_data,
         telemetry=telemetry,
         checkpoints=CheckpointStore(output_dir / "checkpoints", config.checkpoint.keep, topology),
-        stop=StopSignal(),
+        stop=stop,
         final={},
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.profiler import ProfilerActivity, profile
 
 from relora_ds.config.model import ModelConfig
@@ -31,6 +31,7 @@ from relora_ds.parallel.topology import Topology
 from relora_ds.train.build import build_model
 
 STAGES, PRECISIONS, METHODS, ACCUMULATIONS = (0, 1, 2), ("fp32", "bf16"), ("full", "relora"), (1, 2)
+TIMEOUT_MINUTES = 5.0
 MICRO, SEQUENCE, VOCAB = 2, 8, 61
 # no group's size is a multiple of 4: padding must show
 ARCHITECTURE = ModelConfig(
@@ -158,8 +159,15 @@ def _profiled(profiler: profile) -> dict[str, int]:
     return events
 
 
+def group_timeouts() -> list[float]:
+    """Seconds after which each process group gives up, DeepSpeed's own groups among them."""
+    groups = distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
 def main(output: Path) -> None:
-    topology = distributed.start(5.0)
+    topology = distributed.start(TIMEOUT_MINUTES)
     originals = {name: vars(ProcessGroup).get(name) for name in CALLS}
     early = recorder.volumes()
     figures: dict[str, Any] = {}
@@ -179,6 +187,7 @@ def main(output: Path) -> None:
         figures["fp32 gradients"] = record(
             config, {"stage": 2}, topology, communication_data_type="fp32"
         )
+    figures["group timeouts"] = group_timeouts()
     figures["restored"] = all(vars(ProcessGroup).get(n) is f for n, f in originals.items())
     before = recorder.volumes()
     distributed.barrier()

@@ -11,6 +11,7 @@ from relora_ds.config.load import load_run_config
 from relora_ds.engine.traffic import bytes_of, control_payloads, step_payloads
 from relora_ds.methods.registry import plan_phases
 from relora_ds.train.build import meta_model
+from tests.distributed.communication_worker import TIMEOUT_MINUTES
 from tests.distributed.launcher import metrics, run, write_run
 from tests.distributed.ranks import run_worker
 
@@ -39,6 +40,13 @@ CASES = [
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("communication")
     return run_worker("tests.distributed.communication_worker", WORLD_SIZE, directory)
+
+
+def test_every_group_is_bounded_by_the_run(figures: dict[str, Any]) -> None:
+    """DeepSpeed names no timeout for its groups; torch's own default is 30 minutes."""
+    timeouts = figures["group timeouts"]
+    assert len(timeouts) > 1
+    assert set(timeouts) == {60 * TIMEOUT_MINUTES}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,1 @@
+"""Real launches on several hosts, which are namespaces of this machine."""
