@@ -20,6 +20,7 @@ from relora_ds.config.suggest import did_you_mean
 from relora_ds.engine.deepspeed_keys import (
     BF16_FIXED,
     BF16_KEYS,
+    DATA_TYPE_KEYS,
     REFUSED_KEYS,
     TOP_CHOICES,
     TOP_KEYS,
@@ -73,7 +74,7 @@ def resolve_deepspeed_config(
     else:
         document = read_json(source)
     data = document.data
-    findings = [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data)]
+    findings = [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data, config)]
     values = {**_run_values(config, dp_size), **_bucket_values(trained_elements)}
     if _is_stage_3(data):
         # it replaces torch.nn.functional.linear for the rest of the process; ours saves x alone
@@ -215,10 +216,25 @@ def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Findi
         )
 
 
-def _check_bf16(data: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_bf16(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
     block = data.get("bf16")
     if isinstance(block, dict):
         yield from _check_section("bf16", block, BF16_KEYS, BF16_FIXED)
+    types = data.get("data_types")
+    if not isinstance(types, dict):
+        return
+    yield from _check_section("data_types", types, DATA_TYPE_KEYS, {})
+    given, zero = types.get("grad_accum_dtype"), data.get("zero_optimization")
+    if given in (None, "bf16" if config.train.precision == "bf16" else "fp32"):
+        return  # what DeepSpeed does by itself
+    path = ("data_types", "grad_accum_dtype")
+    stage_1 = isinstance(zero, dict) and _same(zero.get("stage"), 1)
+    if given != "fp32" or not stage_1 or _offloads_optimizer(data):
+        yield Finding(
+            path,
+            f"is {show(given)}, but only fp32 in a bf16 run at zero_optimization.stage 1 without "
+            "offload is supported (DeepSpeed's BF16_Optimizer): change the stage, or remove it",
+        )
 
 
 def _check_section(

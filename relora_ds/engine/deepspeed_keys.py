@@ -17,6 +17,7 @@ TOP_KEYS = {
     "zero_allow_untested_optimizer": "boolean",
     "zero_force_ds_cpu_optimizer": "boolean",
     "bf16": "section",
+    "data_types": "section",
     "communication_data_type": "text",
     "prescale_gradients": "boolean",
     "gradient_predivide_factor": "number",
@@ -43,7 +44,6 @@ REFUSED_KEYS = {
     "fp16": "fp16 overflows where bf16 does not, and is not supported: use train.precision bf16",
     "amp": _OURS.format("train.precision"),
     "torch_autocast": _OURS.format("train.precision"),
-    "data_types": "it selects optimizers with another state layout: remove it",
     "activation_checkpointing": _OURS.format("train.activation_checkpointing"),
     "tensorboard": _OURS.format("log.tensorboard"),
     "wandb": _OURS.format("log.wandb"),
@@ -171,7 +171,12 @@ BF16_KEYS = {
     "bf16_master_weights_and_grads": "boolean",
     "bf16_optimizer_states": "boolean",
 }
+_LOSES = (
+    "masters in bf16 lose every update below half a unit in the last place, and merges and resets "
+    "work on fp32 masters and moments; for less memory take optimizer.name adamw8bit, or offload "
+    "the optimizer at stage 3"
+)
+DATA_TYPE_KEYS = {"grad_accum_dtype": "text"}
 BF16_FIXED: dict[str, tuple[bool | int, str]] = {
-    name: (False, "trained weights have fp32 masters and moments here")
-    for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    name: (False, _LOSES) for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 }

@@ -165,6 +165,13 @@ class FlatPartitions(Layout):
         return Placement(owner, Stretch(start, start - first if length else 0, length))
 
 
+class Bf16Partitions(FlatPartitions):
+    """Stage 1 with gradients added up in fp32: DeepSpeed's `BF16_Optimizer`.
+
+    Its flat tensors are cut like those of stage 1, with whole fp32 gradients beside them.
+    """
+
+
 class PartitionedParameters(Layout):
     """Stage 3: every parameter, frozen ones too, is cut into one equal slice per rank.
 
@@ -273,6 +280,8 @@ def build_layout(
         return MasterCopies(groups, optimizer, None)
     if name == "DeepSpeedZeroOptimizer":
         return FlatPartitions(groups, optimizer, data_parallel_group)
+    if name == "BF16_Optimizer":
+        return Bf16Partitions(groups, optimizer, data_parallel_group)
     if name == "DeepSpeedZeroOptimizer_Stage3":
         return PartitionedParameters(groups, optimizer, data_parallel_group, wrapper)
     raise ConfigError(

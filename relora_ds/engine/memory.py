@@ -18,7 +18,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from relora_ds.parallel.linear import Projection
 
 # Where DeepSpeed 0.19.8 keeps gradients between backward and step; no stage has all of them
-_GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")
+_GRADIENTS = (
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_partitions_flat_buffer",
+    "fp32_groups_gradients_flat",
+)
 
 
 class Storages:

@@ -213,3 +213,21 @@ def test_per_layer_updates_need_whole_gradients(
     for part in (f"is {stage}", "needs 0", "stage 2 or 3 with a small reduce_bucket_size"):
         assert part in problems[0]
     assert zero_stage(resolve_deepspeed_config({}, run, 1)) == 0
+
+
+def test_fp32_sums_of_gradients_need_stage_1_in_bf16(config: RunConfig) -> None:
+    types = {"data_types": {"grad_accum_dtype": "fp32"}}
+    bf16 = config.train.model_copy(update={"precision": "bf16"})
+    rounded = config.model_copy(update={"train": bf16})
+    for stage in range(4):
+        source = {"zero_optimization": {"stage": stage}, **types}
+        if stage == 1:
+            assert resolve_deepspeed_config(source, rounded, 2)["data_types"] == types["data_types"]
+        else:
+            (problem,) = problems_with(source, rounded)
+            assert "data_types.grad_accum_dtype" in problem
+            assert "BF16_Optimizer" in problem
+    source = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp16"}}
+    assert "fp16" in problems_with(source, rounded)[0]
+    bf16_states = {"bf16": {"bf16_master_weights_and_grads": True}}
+    assert "lose every update below half a unit" in problems_with(bf16_states, rounded)[0]

@@ -185,8 +185,8 @@ def test_whole_parameters_and_master_copies() -> None:
 
 
 def test_an_unknown_wrapper_is_refused() -> None:
-    wrapper, optimizer = type("BF16_Optimizer", (), {})(), VectorAdamW([torch.zeros(1)])
-    with pytest.raises(ConfigError, match="BF16_Optimizer"):
+    wrapper, optimizer = type("ZenFlowZeroOptimizer", (), {})(), VectorAdamW([torch.zeros(1)])
+    with pytest.raises(ConfigError, match="ZenFlowZeroOptimizer"):
         build_layout(wrapper, optimizer, [], cast(Any, None))
 
 
