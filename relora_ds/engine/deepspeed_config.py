@@ -98,6 +98,24 @@ def zero_stage(resolved: Mapping[str, Any]) -> int:
     return int(resolved["zero_optimization"]["stage"])
 
 
+def reduces_once(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
+    """Whether gradients have to be held back so that an update reduces them once."""
+    accumulates = int(resolved["gradient_accumulation_steps"]) > 1
+    return config.train.gradient_reduction == "step" and accumulates and zero_stage(resolved) >= 2
+
+
+def reduction_advice(config: RunConfig, resolved: Mapping[str, Any]) -> str | None:
+    """What to say about gradients that are reduced more often than an update needs."""
+    steps = int(resolved["gradient_accumulation_steps"])
+    if zero_stage(resolved) < 2 or steps == 1 or config.train.gradient_reduction == "step":
+        return None
+    return (
+        f"ZeRO stage {zero_stage(resolved)} reduces gradients after each of {steps} micro-batches, "
+        f"{steps} times the bytes of stage 1: train.gradient_reduction: step reduces them once, "
+        "and keeps whole gradients of what is trained in between"
+    )
+
+
 def _run_values(config: RunConfig, dp_size: int) -> dict[KeyPath, _Wanted]:
     train = config.train
     micro, total, clip = train.micro_batch_size, train.global_batch_size, config.optimizer.clip
@@ -191,6 +209,12 @@ def _check_zero(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
 
 
 def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
+    if config.train.gradient_reduction == "step" and not _is_off(zero.get("offload_optimizer")):
+        yield Finding(
+            ("zero_optimization", "offload_optimizer"),
+            "does not go with train.gradient_reduction: step, which keeps gradients on the device: "
+            "use micro_batch, or remove the offload",
+        )
     for key, reason in ZERO_REFUSED.items():
         if key in zero and not _is_off(zero[key]):
             yield Finding(("zero_optimization", key), f"is refused: {reason}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,7 @@ from torch import nn
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.base_weight import KINDS, BaseWeight, Precision
 from relora_ds.engine.communication import recorder
+from relora_ds.engine.deepspeed_config import reduces_once
 from relora_ds.engine.digest import ReplicaDigest
 from relora_ds.engine.layout import Layout, build_layout
 from relora_ds.engine.memory import MemoryMeter
@@ -95,6 +97,7 @@ class TrainEngine:
             self._engine.before_update = self.memory.after_backward
         # DeepSpeed reports none at stage 0 in fp32
         own_optimizer = self._engine.optimizer is self.optimizer
+        self._reduces_once = reduces_once(config, deepspeed_config)
         self._computes_norm = own_optimizer and not config.train.per_layer_update
 
     def check_replicas(self) -> None:
@@ -130,21 +133,36 @@ class TrainEngine:
         """
         self._engine.train()
         losses, norm = [], None
-        for tokens in micro_batches:
-            with recorder.phase("forward"), self.memory.forward():
-                loss = self._engine(tokens.to(self.device, non_blocking=True))
-            with recorder.phase("backward"):
-                self._engine.backward(loss)
-            losses.append(loss.detach().float())
-            self.memory.after_backward()
-            if self._computes_norm and self._is_boundary():
-                norm = self._gradient_norm()
+        with self._one_reduction() if self._reduces_once else nullcontext():
+            for tokens in micro_batches:
+                with recorder.phase("forward"), self.memory.forward():
+                    loss = self._engine(tokens.to(self.device, non_blocking=True))
+                with recorder.phase("backward"):
+                    self._engine.backward(loss)
+                losses.append(loss.detach().float())
+                self.memory.after_backward()
+                if self._computes_norm and self._is_boundary():
+                    norm = self._gradient_norm()
+                if not self._reduces_once:
+                    with recorder.phase("step"):
+                        self._engine.step()
+        if self._reduces_once:
             with recorder.phase("step"):
                 self._engine.step()
         self.memory.finish()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Gradients of the backward passes inside are summed over processes on the way out.
+
+        Anything that lets processes drift apart for several updates, such as averaging adapters
+        every N steps, belongs here too.
+        """
+        with recorder.phase("backward"), self._engine.coalesce_grad_reduction():
+            yield
 
     @torch.no_grad()
     def exact_parameters(self) -> dict[str, torch.Tensor]:
@@ -281,9 +299,13 @@ def _start(
     if config.train.per_layer_update:
         device = next(model.parameters()).device
         return PerLayerEngine(model, optimizer, deepspeed_config, device)
-    return deepspeed.initialize(
+    engine = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )[0]
+    if reduces_once(config, deepspeed_config):
+        # DeepSpeed steps once per update; the loss is still divided by the number of micro-batches
+        engine.set_gradient_accumulation_boundary(True)
+    return engine
 
 
 def base_precision(config: RunConfig) -> Precision:
