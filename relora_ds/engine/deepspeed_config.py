@@ -74,6 +74,7 @@ def resolve_deepspeed_config(
         document = read_json(source)
     data = document.data
     findings = [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data)]
+    findings += _check_hpz(data, config, dp_size)
     values = {**_run_values(config, dp_size), **_bucket_values(trained_elements)}
     if _is_stage_3(data):
         # it replaces torch.nn.functional.linear for the rest of the process; ours saves x alone
@@ -237,6 +238,25 @@ def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Findi
             f"needs optimizer.name adamw or cpu_adam, and it is {config.optimizer.name}: "
             "change it, or remove the offload",
         )
+
+
+def _check_hpz(data: Mapping[str, Any], config: RunConfig, dp_size: int) -> Iterator[Finding]:
+    """A second copy of the weights is cut over this many consecutive processes."""
+    zero = data.get("zero_optimization")
+    size = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
+    if not isinstance(zero, dict) or not isinstance(size, int) or size == 1:
+        return
+    path: KeyPath = ("zero_optimization", "zero_hpz_partition_size")
+    if not _is_stage_3(data):
+        yield Finding(path, f"is {show(size)}, but needs stage 3: change the stage, or remove it")
+    elif size < 1 or dp_size % size:
+        yield Finding(
+            path,
+            f"is {show(size)}, but must divide the {dp_size} processes: give it the processes of "
+            "one node",
+        )
+    elif config.parallel.tensor > 1:
+        yield Finding(path, "does not go with parallel.tensor > 1 in DeepSpeed: remove one of them")
 
 
 def _check_bf16(data: Mapping[str, Any]) -> Iterator[Finding]:

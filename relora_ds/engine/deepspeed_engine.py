@@ -19,7 +19,7 @@ from relora_ds.engine.digest import ReplicaDigest
 from relora_ds.engine.layout import Layout, build_layout
 from relora_ds.engine.memory import MemoryMeter
 from relora_ds.engine.optimizer import build_optimizer
-from relora_ds.engine.partition import DenseSlices, release_stage3
+from relora_ds.engine.partition import DenseSlices, name_hpz_group, release_stage3
 from relora_ds.engine.per_layer import PerLayerEngine
 from relora_ds.engine.state import Probe, ZeroState
 from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
@@ -232,6 +232,8 @@ class TrainEngine:
         """Restore what `save` wrote, into the same layout."""
         path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
         assert path is not None, "the caller verified that the files are there"
+        for parameter in self.model.parameters():
+            self.layout.drop_copies(parameter)
 
     def side_tensors(self) -> dict[str, torch.Tensor]:
         """State that DeepSpeed does not know, the same on every rank, as live tensors by name."""
@@ -302,6 +304,7 @@ def _start(
     engine = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )[0]
+    name_hpz_group()
     if reduces_once(config, deepspeed_config):
         # DeepSpeed steps once per update; the loss is still divided by the number of micro-batches
         engine.set_gradient_accumulation_boundary(True)

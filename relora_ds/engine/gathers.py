@@ -5,7 +5,9 @@ whole, and cut again when it is left. From the second micro-batch on DeepSpeed k
 modules. It then gathers `stage3_prefetch_bucket_size` elements ahead, keeps what is needed again
 within `stage3_max_reuse_distance`, and keeps parameters of at most
 `stage3_param_persistence_threshold` elements whole for all micro-batches of an update. What is
-gathered twice, once or not at all follows from these rules, the sizes and the order alone.
+gathered twice, once or not at all follows from these rules, the sizes and the order alone. With
+`zero_hpz_partition_size` a parameter that was gathered once is kept a second time, cut over the
+processes of a node only: trained ones until the update, frozen ones until a method edits them.
 
 The order is taken from a model without memory, on the meta device, where recomputation in the
 backward pass happens as it does in training.
@@ -14,7 +16,7 @@ backward pass happens as it does in training.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,12 +40,13 @@ class Visit(NamedTuple):
     """`forward` or `backward`: the pass that is under way."""
 
 
-class Gathered(NamedTuple):
-    """Elements of whole parameters, padded to a multiple of the processes."""
+class Gather(NamedTuple):
+    """Where and when parameters are gathered."""
 
-    forward: int
-    backward: int
-    step: int
+    phase: str
+    """`forward`, `backward` or `step`."""
+    near: bool
+    """Among the processes of one node, from hpZ's second copy."""
 
 
 def visits(model: nn.Module) -> list[Visit]:
@@ -79,8 +82,9 @@ def visits(model: nn.Module) -> list[Visit]:
 
 def gathered(
     model: nn.Module, zero: Mapping[str, Any], dp_size: int, micro_batches: int
-) -> Gathered:
-    """Elements that one update gathers once the order of modules is known.
+) -> dict[Gather, int]:
+    """Elements of whole parameters, padded to a multiple of the processes, that one update gathers
+    once the order of modules is known.
 
     The first micro-batch of a run, and the one after a forward pass without a backward one, is
     recorded anew: it keeps and prefetches nothing.
@@ -99,11 +103,10 @@ def gathered(
     # what is left over from one micro-batch to the next is the same from the second on
     passes = [replay.micro_batch() for _ in range(min(micro_batches, 3))]
     passes += [passes[-1]] * (micro_batches - len(passes))
-    return Gathered(
-        sum(each["forward"] for each in passes),
-        sum(each["backward"] for each in passes),
-        replay.step(),
-    )
+    found: Counter[Gather] = Counter({Gather("step", False): replay.step()})
+    for each in passes:
+        found.update(each)
+    return dict(found)
 
 
 class _Coordinator:
@@ -121,7 +124,10 @@ class _Coordinator:
         self._order = [(p, n) for n, m in enumerate(self._entered) for p in _own(m)]
         self._whole: set[nn.Parameter] = set()
         self._kept: dict[tuple[nn.Module, int], set[nn.Parameter]] = {}
-        self._moved = {"forward": 0, "backward": 0}
+        # what has a second copy within the node; DeepSpeed makes it when it cuts a parameter
+        self._has_near = int(zero.get("zero_hpz_partition_size", 1)) > 1
+        self._near = {p for p in model.parameters() if self._has_near}
+        self._moved: Counter[Gather] = Counter()
         self._recording = False
         self._begin()
 
@@ -136,13 +142,14 @@ class _Coordinator:
         self._open: dict[nn.Module, set[nn.Parameter]] = {}
 
     def step(self) -> int:
-        """An optimizer's step cuts everything and gathers what persists."""
+        """An optimizer's step cuts everything and gathers what persists, from all processes."""
         self._whole = set(self._persistent)
+        self._near = {p for p in self._near if not p.requires_grad}
         return sum(self._padded(p) for p in self._whole)
 
-    def micro_batch(self, recording: bool = False) -> dict[str, int]:
+    def micro_batch(self, recording: bool = False) -> Counter[Gather]:
         """Elements gathered in its forward and its backward pass."""
-        self._moved = {"forward": 0, "backward": 0}
+        self._moved = Counter()
         self._recording = recording
         self._begin()
         for visit in self._visits:
@@ -191,7 +198,7 @@ class _Coordinator:
             if parameter not in self._whole:
                 self._whole.add(parameter)
                 self._in_use += parameter.numel()
-                self._moved[phase] += self._padded(parameter)
+                self._moved[Gather(phase, parameter in self._near)] += self._padded(parameter)
 
     def _leave(self, visit: Visit) -> None:
         module = visit.module
@@ -226,6 +233,8 @@ class _Coordinator:
             if parameter in released and parameter in self._whole and not self._users[parameter]:
                 self._whole.discard(parameter)
                 self._in_use -= parameter.numel()
+                if self._has_near:
+                    self._near.add(parameter)
 
     def _padded(self, parameter: nn.Parameter) -> int:
         return -(-parameter.numel() // self._dp_size) * self._dp_size

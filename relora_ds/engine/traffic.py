@@ -18,7 +18,7 @@ the flag (whether a bf16 gradient overflowed) one byte.
 
 At stage 3 every weight, frozen or not, is gathered about twice per micro-batch, three times where
 layers are recomputed: `gathers` replays which. The frozen base of a low-rank method travels with
-the rest, so that stage 3 moves more than in full rank.
+the rest, so that stage 3 moves more than in full rank. With hpZ it travels within a node only.
 
 Payload and wire bytes mean what they do in `collectives`. Events (a merge, a switch) come on top
 and are small: DeepSpeed knows nothing of them. At stage 3 the first micro-batch of a run, and the
@@ -53,6 +53,9 @@ _NOT_REPLAYED = {
     "offload_optimizer": None,
     "offload_param": None,
 }
+
+HPZ_GROUP = "hpz"
+"""The recorder's name of the group that holds one copy of the weights under hpZ."""
 
 Payloads = dict[Traffic, int]
 """Payload bytes of a step by kind of collective, as the recorder keeps them."""
@@ -107,18 +110,17 @@ def _stage3_payloads(
     sizes = [[-(-p.numel() // dp_size) for p in parameters] for parameters in groups]
     reduced = dp_size * sum(map(sum, sizes)) * (1 if once else steps)
     norms = sum(_sub_groups(each, int(zero.get("sub_group_size", _SUB_GROUP))) for each in sizes)
+    everyone = (group, dp_size)
     found = {
-        ("reduce_scatter", gradients, "backward"): reduced * _BYTES[gradients],
-        ("all_reduce", "float64", "step"): norms * _NORM_BYTES_STAGE_3,
+        ("reduce_scatter", *everyone, gradients, "backward"): reduced * _BYTES[gradients],
+        ("all_reduce", *everyone, "float64", "step"): norms * _NORM_BYTES_STAGE_3,
     }
     if dp_size > 1:
-        for phase, elements in gathered(model, zero, dp_size, steps)._asdict().items():
-            found["all_gather", working, phase] = elements * _BYTES[working]
-    return {
-        Traffic(operation, group, dp_size, dtype, phase): payload
-        for (operation, dtype, phase), payload in found.items()
-        if payload
-    }
+        near = (HPZ_GROUP, int(zero.get("zero_hpz_partition_size", 1)))
+        for gather, elements in gathered(model, zero, dp_size, steps).items():
+            ranks = near if gather.near else everyone
+            found["all_gather", *ranks, working, gather.phase] = elements * _BYTES[working]
+    return {Traffic(*kind): payload for kind, payload in found.items() if payload}
 
 
 def _sub_groups(partitions: Sequence[int], limit: int) -> int:

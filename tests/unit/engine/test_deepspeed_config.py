@@ -11,7 +11,11 @@ import pytest
 
 from relora_ds.config.load import load_run_config
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed_config import (
+    reduction_advice,
+    resolve_deepspeed_config,
+    zero_stage,
+)
 from relora_ds.engine.deepspeed_keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
 from relora_ds.errors import ConfigError
 
@@ -213,3 +217,37 @@ def test_per_layer_updates_need_whole_gradients(
     for part in (f"is {stage}", "needs 0", "stage 2 or 3 with a small reduce_bucket_size"):
         assert part in problems[0]
     assert zero_stage(resolve_deepspeed_config({}, run, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "part"),
+    [(2, 2, "needs stage 3"), (3, 3, "must divide the 4 processes")],
+)
+def test_hpz_has_its_place(config: RunConfig, stage: int, size: int, part: str) -> None:
+    zero = {"stage": stage, "zero_hpz_partition_size": size}
+    (problem,) = problems_with({"zero_optimization": zero}, config, dp_size=4)
+    assert "zero_hpz_partition_size" in problem
+    assert part in problem
+
+
+def test_stages_that_reduce_too_often_are_pointed_out(config: RunConfig) -> None:
+    def advice(stage: int, **train: Any) -> str | None:
+        changed = config.model_copy(update={"train": config.train.model_copy(update=train)})
+        resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, changed, 1)
+        return reduction_advice(changed, resolved)
+
+    assert config.train.global_batch_size > config.train.micro_batch_size
+    assert advice(1) is None
+    assert advice(2, gradient_reduction="step") is None
+    assert advice(2, global_batch_size=config.train.micro_batch_size) is None
+    assert "train.gradient_reduction: step" in str(advice(2))
+    assert "ZeRO stage 3" in str(advice(3))
+
+
+def test_whole_gradients_stay_on_the_device(config: RunConfig) -> None:
+    train = config.train.model_copy(update={"gradient_reduction": "step"})
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    problems = problems_with(
+        {"zero_optimization": zero}, config.model_copy(update={"train": train})
+    )
+    assert any("train.gradient_reduction: step" in problem for problem in problems)
