@@ -49,6 +49,17 @@ class Gather(NamedTuple):
     """Among the processes of one node, from hpZ's second copy."""
 
 
+class Replay(NamedTuple):
+    """What one update gathers."""
+
+    elements: dict[Gather, int]
+    """Of whole parameters, padded to a multiple of the processes."""
+    calls: int
+    """Collectives that this takes."""
+    live: int
+    """Most elements of whole parameters that a process holds at once."""
+
+
 def visits(model: nn.Module) -> list[Visit]:
     """The modules of one micro-batch in order, as DeepSpeed's hooks see them.
 
@@ -80,11 +91,8 @@ def visits(model: nn.Module) -> list[Visit]:
     return seen
 
 
-def gathered(
-    model: nn.Module, zero: Mapping[str, Any], dp_size: int, micro_batches: int
-) -> dict[Gather, int]:
-    """Elements of whole parameters, padded to a multiple of the processes, that one update gathers
-    once the order of modules is known.
+def gathered(model: nn.Module, zero: Mapping[str, Any], dp_size: int, micro_batches: int) -> Replay:
+    """What one update gathers once the order of modules is known.
 
     The first micro-batch of a run, and the one after a forward pass without a backward one, is
     recorded anew: it keeps and prefetches nothing.
@@ -101,12 +109,18 @@ def gathered(
         replay.micro_batch()
     replay.step()
     # what is left over from one micro-batch to the next is the same from the second on
-    passes = [replay.micro_batch() for _ in range(min(micro_batches, 3))]
-    passes += [passes[-1]] * (micro_batches - len(passes))
-    found: Counter[Gather] = Counter({Gather("step", False): replay.step()})
-    for each in passes:
-        found.update(each)
-    return dict(found)
+    replay.calls = 0
+    passes = [(replay.micro_batch(), replay.calls) for _ in range(min(micro_batches, 3))]
+    total = Counter({Gather("step", False): replay.step()})
+    for each, _ in passes:
+        total.update(each)
+    repeated = micro_batches - len(passes)
+    for gather, elements in passes[-1][0].items():
+        total[gather] += repeated * elements
+    calls = replay.calls
+    if repeated:
+        calls += repeated * (passes[-1][1] - passes[-2][1])
+    return Replay(dict(total), calls, replay.live)
 
 
 class _Coordinator:
@@ -128,6 +142,8 @@ class _Coordinator:
         self._has_near = int(zero.get("zero_hpz_partition_size", 1)) > 1
         self._near = {p for p in model.parameters() if self._has_near}
         self._moved: Counter[Gather] = Counter()
+        self.calls = self.live = 0
+        self._held = 0
         self._recording = False
         self._begin()
 
@@ -145,6 +161,8 @@ class _Coordinator:
         """An optimizer's step cuts everything and gathers what persists, from all processes."""
         self._whole = set(self._persistent)
         self._near = {p for p in self._near if not p.requires_grad}
+        self._held = sum(p.numel() for p in self._whole)
+        self.calls += len(self._whole)
         return sum(self._padded(p) for p in self._whole)
 
     def micro_batch(self, recording: bool = False) -> Counter[Gather]:
@@ -194,11 +212,15 @@ class _Coordinator:
         self._gather(list(ahead), phase)
 
     def _gather(self, parameters: Sequence[nn.Parameter], phase: str) -> None:
-        for parameter in parameters:
-            if parameter not in self._whole:
+        missing = [p for p in parameters if p not in self._whole]
+        self.calls += len({p in self._near for p in missing})
+        for parameter in missing:
+            if parameter not in self._whole:  # a tied one can be there twice
                 self._whole.add(parameter)
                 self._in_use += parameter.numel()
+                self._held += parameter.numel()
                 self._moved[Gather(phase, parameter in self._near)] += self._padded(parameter)
+        self.live = max(self.live, self._held)
 
     def _leave(self, visit: Visit) -> None:
         module = visit.module
@@ -233,6 +255,7 @@ class _Coordinator:
             if parameter in released and parameter in self._whole and not self._users[parameter]:
                 self._whole.discard(parameter)
                 self._in_use -= parameter.numel()
+                self._held -= parameter.numel()
                 if self._has_near:
                     self._near.add(parameter)
 

@@ -117,7 +117,7 @@ def _stage3_payloads(
     }
     if dp_size > 1:
         near = (HPZ_GROUP, int(zero.get("zero_hpz_partition_size", 1)))
-        for gather, elements in gathered(model, zero, dp_size, steps).items():
+        for gather, elements in gathered(model, zero, dp_size, steps).elements.items():
             ranks = near if gather.near else everyone
             found["all_gather", *ranks, working, gather.phase] = elements * _BYTES[working]
     return {Traffic(*kind): payload for kind, payload in found.items() if payload}
