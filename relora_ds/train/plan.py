@@ -3,6 +3,7 @@
 Memory and bytes are the closed forms of `model.memory` and `engine.traffic`. Time is a model: the
 operations of `model.flops` at a share of the peak, and latency plus bytes over bandwidth for
 communication. The true step lies between the larger of the two, if they overlap, and their sum.
+Composing weights (SLTrain) and events are not among those operations.
 """
 
 from __future__ import annotations
