@@ -66,6 +66,11 @@ class TrainConfig(Section):
     """Update each parameter within the backward pass and free its gradient at once, at ZeRO stage
     0. `optimizer.clip` then limits the norm of each parameter's gradient, not the global one. With
     gradient accumulation the updates happen in the last micro-batch and save no memory."""
+    gradient_reduction: Literal["micro_batch", "step"] = "micro_batch"
+    """When ZeRO stages 2 and 3 sum gradients over processes. `micro_batch`: after each one, so that
+    a process keeps its part only. `step`: once per update, which moves 1/k of the bytes with k
+    micro-batches and keeps whole gradients of what is trained in between, as stages 0 and 1 do
+    anyway."""
     init_from: str | None = None
     """Start from these weights instead of a random draw: an HF LLaMA directory or a checkpoint of
     ours (a directory `step_N`, or `checkpoints` for the latest). The step count starts at zero."""

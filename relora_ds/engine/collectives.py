@@ -118,6 +118,32 @@ def wire_bytes(operation: str, payload: int, size: int) -> float:
     return float(payload) if operation in _WHOLE_TENSOR else 0.0
 
 
+class Wire(NamedTuple):
+    """Bytes that a rank sends by kind of link."""
+
+    near: float
+    """Within its node."""
+    far: float
+    """To another node."""
+
+
+def wire_by_link(operation: str, payload: int, size: int, per_node: int) -> Wire:
+    """`wire_bytes` of a collective on nodes of `per_node` ranks, carried out within nodes first.
+
+    Each rank reduces or gathers its share of S among its node's n ranks, which sends (n - 1) / n S
+    within the node, and exchanges S / n with the ranks in its place on the other nodes. The sum
+    is that of one flat ring.
+
+    Args:
+        size: ranks, a multiple of `per_node` if there are more than one node of them.
+    """
+    whole = wire_bytes(operation, payload, size)
+    if size <= per_node:
+        return Wire(whole, 0.0)
+    near = whole * size * (per_node - 1) / (per_node * (size - 1))
+    return Wire(near, whole - near)
+
+
 def _argument(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if len(args) > call.position:
         return args[call.position]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -221,6 +222,23 @@ def total(volumes: Iterable[tuple[Traffic, Volume]]) -> StepBytes:
         payload += volume.payload
         wire += wire_bytes(kind.operation, volume.payload, kind.size)
     return StepBytes(payload, wire)
+
+
+def counting_seconds(group: ProcessGroup, calls: int = 5000) -> float:
+    """What counting adds to one collective: the mean over `calls` that communicate nothing."""
+    own = CommunicationRecorder()
+
+    def nothing(group: ProcessGroup, /, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    tensors = [torch.zeros(1)]
+    seconds = []
+    for call in (own._counted(nothing, CALLS["allreduce"]), nothing):
+        started = time.perf_counter()
+        for _ in range(calls):
+            call(group, tensors)
+        seconds.append(time.perf_counter() - started)
+    return max(0.0, seconds[0] - seconds[1]) / calls
 
 
 def _add(into: Volumes, part: Volumes) -> None:

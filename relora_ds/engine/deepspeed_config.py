@@ -75,6 +75,7 @@ def resolve_deepspeed_config(
         document = read_json(source)
     data = document.data
     findings = [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data, config)]
+    findings += _check_hpz(data, config, dp_size)
     values = {**_run_values(config, dp_size), **_bucket_values(trained_elements)}
     if _is_stage_3(data):
         # it replaces torch.nn.functional.linear for the rest of the process; ours saves x alone
@@ -97,6 +98,24 @@ def resolve_deepspeed_config(
 def zero_stage(resolved: Mapping[str, Any]) -> int:
     """ZeRO stage of a resolved configuration."""
     return int(resolved["zero_optimization"]["stage"])
+
+
+def reduces_once(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
+    """Whether gradients have to be held back so that an update reduces them once."""
+    accumulates = int(resolved["gradient_accumulation_steps"]) > 1
+    return config.train.gradient_reduction == "step" and accumulates and zero_stage(resolved) >= 2
+
+
+def reduction_advice(config: RunConfig, resolved: Mapping[str, Any]) -> str | None:
+    """What to say about gradients that are reduced more often than an update needs."""
+    steps = int(resolved["gradient_accumulation_steps"])
+    if zero_stage(resolved) < 2 or steps == 1 or config.train.gradient_reduction == "step":
+        return None
+    return (
+        f"ZeRO stage {zero_stage(resolved)} reduces gradients after each of {steps} micro-batches, "
+        f"{steps} times the bytes of stage 1: train.gradient_reduction: step reduces them once, "
+        "and keeps whole gradients of what is trained in between"
+    )
 
 
 def _run_values(config: RunConfig, dp_size: int) -> dict[KeyPath, _Wanted]:
@@ -192,6 +211,12 @@ def _check_zero(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
 
 
 def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
+    if config.train.gradient_reduction == "step" and not _is_off(zero.get("offload_optimizer")):
+        yield Finding(
+            ("zero_optimization", "offload_optimizer"),
+            "does not go with train.gradient_reduction: step, which keeps gradients on the device: "
+            "use micro_batch, or remove the offload",
+        )
     for key, reason in ZERO_REFUSED.items():
         if key in zero and not _is_off(zero[key]):
             yield Finding(("zero_optimization", key), f"is refused: {reason}")
@@ -216,6 +241,25 @@ def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Findi
         )
 
 
+def _check_hpz(data: Mapping[str, Any], config: RunConfig, dp_size: int) -> Iterator[Finding]:
+    """A second copy of the weights is cut over this many consecutive processes."""
+    zero = data.get("zero_optimization")
+    size = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
+    if not isinstance(zero, dict) or not isinstance(size, int) or size == 1:
+        return
+    path: KeyPath = ("zero_optimization", "zero_hpz_partition_size")
+    if not _is_stage_3(data):
+        yield Finding(path, f"is {show(size)}, but needs stage 3: change the stage, or remove it")
+    elif size < 1 or dp_size % size:
+        yield Finding(
+            path,
+            f"is {show(size)}, but must divide the {dp_size} processes: give it the processes of "
+            "one node",
+        )
+    elif config.parallel.tensor > 1:
+        yield Finding(path, "does not go with parallel.tensor > 1 in DeepSpeed: remove one of them")
+
+
 def _check_bf16(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
     block = data.get("bf16")
     if isinstance(block, dict):
@@ -235,6 +279,8 @@ def _check_bf16(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
             f"is {show(given)}, but only fp32 in a bf16 run at zero_optimization.stage 1 without "
             "offload is supported (DeepSpeed's BF16_Optimizer): change the stage, or remove it",
         )
+    elif config.parallel.tensor > 1:
+        yield Finding(path, "is fp32, which needs parallel.tensor 1: remove one of them")
 
 
 def _check_section(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -13,11 +14,12 @@ from torch import nn
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.base_weight import KINDS, BaseWeight, Precision
 from relora_ds.engine.communication import recorder
+from relora_ds.engine.deepspeed_config import reduces_once
 from relora_ds.engine.digest import ReplicaDigest
 from relora_ds.engine.layout import Layout, build_layout
 from relora_ds.engine.memory import MemoryMeter
 from relora_ds.engine.optimizer import build_optimizer
-from relora_ds.engine.partition import DenseSlices, release_stage3
+from relora_ds.engine.partition import DenseSlices, name_hpz_group, release_stage3
 from relora_ds.engine.per_layer import PerLayerEngine
 from relora_ds.engine.saved_state import MOMENTS, SavedState
 from relora_ds.engine.state import Probe, ZeroState
@@ -107,6 +109,7 @@ class TrainEngine:
             self._engine.before_update = self.memory.after_backward
         # DeepSpeed reports none at stage 0 in fp32
         own_optimizer = self._engine.optimizer is self.optimizer
+        self._reduces_once = reduces_once(config, deepspeed_config)
         self._computes_norm = own_optimizer and not config.train.per_layer_update
 
     def check_replicas(
@@ -148,23 +151,47 @@ class TrainEngine:
         """
         self._engine.train()
         losses, norm = [], None
-        for tokens in micro_batches:
-            with recorder.phase("forward"), self.memory.forward():
-                loss = self._engine(tokens.to(self.device, non_blocking=True))
-            with recorder.phase("backward"):
-                self._engine.backward(loss)
-            losses.append(loss.detach().float())
-            self.memory.after_backward()
-            with recorder.phase("step"):
-                if self._is_boundary():
-                    self._shares.complete()
-                    if self._computes_norm:
-                        norm = self._gradient_norm()
-                self._engine.step()
+        with self._one_reduction() if self._reduces_once else nullcontext():
+            for tokens in micro_batches:
+                with recorder.phase("forward"), self.memory.forward():
+                    loss = self._engine(tokens.to(self.device, non_blocking=True))
+                with recorder.phase("backward"):
+                    self._engine.backward(loss)
+                losses.append(loss.detach().float())
+                self.memory.after_backward()
+                if not self._reduces_once:
+                    norm = self._update(self._engine.is_gradient_accumulation_boundary())
+        if self._reduces_once:
+            norm = self._update(at_boundary=True)
         self.memory.finish()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+
+    def _update(self, at_boundary: bool) -> torch.Tensor | None:
+        """DeepSpeed's step, which updates at an accumulation boundary only.
+
+        Returns:
+            The gradient norm, where DeepSpeed is not going to know it.
+        """
+        norm = None
+        with recorder.phase("step"):
+            if at_boundary:
+                self._shares.complete()
+                if self._computes_norm:
+                    norm = self._gradient_norm()
+            self._engine.step()
+        return norm
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Gradients of the backward passes inside are summed over processes on the way out.
+
+        Anything that lets processes drift apart for several updates, such as averaging adapters
+        every N steps, belongs here too.
+        """
+        with recorder.phase("backward"), self._engine.coalesce_grad_reduction():
+            yield
 
     @torch.no_grad()
     def exact_parameters(self) -> dict[str, torch.Tensor]:
@@ -240,6 +267,8 @@ class TrainEngine:
         """Restore what `save` wrote, into the same layout."""
         path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
         assert path is not None, "the caller verified that the files are there"
+        for parameter in self.model.parameters():
+            self.layout.drop_copies(parameter)
 
     @torch.no_grad()
     def load_state(self, saved: SavedState) -> None:
@@ -328,9 +357,6 @@ class TrainEngine:
             clock.refresh()
         self._digest.seal(self.model.parameters())
 
-    def _is_boundary(self) -> bool:
-        return self._engine.is_gradient_accumulation_boundary()
-
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tensor)
 
@@ -346,13 +372,18 @@ def _start(
     if config.train.per_layer_update:
         device = next(model.parameters()).device
         return PerLayerEngine(model, optimizer, deepspeed_config, device)
-    return deepspeed.initialize(
+    engine = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config=deepspeed_config,
         dist_init_required=False,
         mpu=None if tensor.size == 1 else ModelParallelUnit(),
     )[0]
+    name_hpz_group()
+    if reduces_once(config, deepspeed_config):
+        # DeepSpeed steps once per update; the loss is still divided by the number of micro-batches
+        engine.set_gradient_accumulation_boundary(True)
+    return engine
 
 
 def base_precision(config: RunConfig) -> Precision:

@@ -157,7 +157,6 @@ ZERO_FIXED: dict[str, tuple[bool | int, str]] = {
     "cpu_offload": (False, "it is deprecated, offload_optimizer replaces it"),
     "cpu_offload_param": (False, "it is deprecated, offload_param replaces it"),
     "cpu_offload_use_pin_memory": (False, "it is deprecated, offload_optimizer replaces it"),
-    "zero_hpz_partition_size": (1, "its second copy of the weights would miss merges"),
     "zero_quantized_weights": (False, _ROUNDS),
     "zero_quantized_nontrainable_weights": (False, _ROUNDS),
     "zero_quantized_gradients": (False, _ROUNDS),

@@ -230,10 +230,14 @@ class PartitionedParameters(Layout):
     def write_copies(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         if _has_copy(parameter):
             parameter.data.copy_(value)
+        cast(Any, parameter).ds_secondary_tensor = None
 
     def drop_copies(self, parameter: nn.Parameter) -> None:
         if _has_copy(parameter):
             cast(Any, parameter).partition()
+        # hpZ's copy within the node, which DeepSpeed makes anew from what it gathers next; not
+        # earlier than here, because partition() makes one too
+        cast(Any, parameter).ds_secondary_tensor = None
 
     @property
     def weights_cut(self) -> bool:

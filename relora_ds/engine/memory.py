@@ -126,8 +126,9 @@ class MemoryMeter:
     def _weights(self) -> Iterator[torch.Tensor]:
         for parameter in self._model.parameters():
             yield parameter.data
-            # ZeRO stage 3: this rank's slice
+            # ZeRO stage 3: this rank's slice, and its slice of hpZ's second copy
             yield from _tensors(getattr(parameter, "ds_tensor", None))
+            yield from _tensors(getattr(parameter, "ds_secondary_tensor", None))
 
     def _owners(self) -> Iterator[torch.Tensor]:
         """What the optimizer steps."""

@@ -15,10 +15,13 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.utils import groups
 from torch import nn
 
+from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_config import zero_stage
 from relora_ds.engine.layout import slice_of
+from relora_ds.engine.traffic import HPZ_GROUP
 from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
 
 
@@ -99,12 +102,20 @@ class _LocalInit(deepspeed.zero.Init):
         param.partition()
 
 
+def name_hpz_group() -> None:
+    """Count what moves between the holders of one of hpZ's copies by itself."""
+    group = groups._get_zero_param_intra_parallel_group()
+    if isinstance(group, torch.distributed.ProcessGroup):
+        recorder.name_group(group, HPZ_GROUP)
+
+
 def release_stage3() -> None:
     """Drop the global references by which DeepSpeed 0.19.8 keeps a destroyed stage-3 engine alive.
 
     One parameter that is alive keeps all of them alive, masters and moments too.
     """
     parameter_offload.FWD_MODULE_STACK.clear()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # or hpZ cannot be set up a second time
     # an lru_cache on a private method, keyed by (coordinator, module), inside other decorators
     cached = functools._lru_cache_wrapper
     for thing in gc.get_objects():

@@ -368,6 +368,11 @@ class Method(Generic[ConfigT]):
         """Frozen weights that the method edits during training."""
         return []
 
+    def parked_elements(self, model: nn.Module) -> tuple[int, int]:
+        """Most working-precision elements that the method keeps beside the model in the end: in
+        the memory of each process's device, and of each node's host."""
+        return 0, 0
+
     def lr_multiplier(self, step: int, schedule: Schedule) -> float:
         """Factor on every learning rate for the update that follows `step` completed ones."""
         return schedule(step)

@@ -133,6 +133,13 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
 
         return draw, span
 
+    def parked_elements(self, model: nn.Module) -> tuple[int, int]:
+        count = 0
+        for layer in adapter_layers(model).values():
+            rows, cols = whole_shape(layer.weight)
+            count += min(rows, cols) * (rows + cols)
+        return (0, count) if self.config.candidates == "host" else (count, 0)
+
     def before_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
         if step < 1:
             return None

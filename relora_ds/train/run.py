@@ -15,7 +15,11 @@ from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_p
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
 from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed_config import (
+    reduction_advice,
+    resolve_deepspeed_config,
+    zero_stage,
+)
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import DenseSlices, build_cutter
 from relora_ds.engine.saved_state import SavedState, is_written_state
@@ -79,6 +83,9 @@ def run(loaded: LoadedRun) -> None:
     if topology.is_main:
         for warning in loaded.warnings:
             _logger.warning(warning)
+        advice = reduction_advice(loaded.config, deepspeed_config)
+        if advice is not None:
+            _logger.warning(advice)
         (output_dir / "run.yaml").write_text(dump_run_config(loaded.config))
     status, reason = "failed", None
     try:

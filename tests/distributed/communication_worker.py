@@ -24,11 +24,12 @@ from relora_ds.engine.collectives import CALLS
 from relora_ds.engine.communication import Volume, recorder
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
 from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.traffic import bytes_of, step_payloads
+from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.traffic import bytes_of, expected_payloads
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
+from relora_ds.train.build import build_model, meta_model
 
 STAGES, PRECISIONS, METHODS, ACCUMULATIONS = (0, 1, 2), ("fp32", "bf16"), ("full", "relora"), (1, 2)
 TIMEOUT_MINUTES = 5.0
@@ -57,10 +58,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, str, float]] = {
 }  # fmt: skip
 
 
-def run_config(method: str, precision: str, accumulation: int, clip: float) -> RunConfig:
-    described = {"name": method}
+def run_config(
+    method: str, precision: str, accumulation: int, clip: float, **train: Any
+) -> RunConfig:
+    described: dict[str, Any] = {"name": method}
+    if method != "full":
+        described["rank"] = 3
     if method == "relora":
-        described |= {"rank": 3, "merge_every": 4}  # type: ignore[dict-item]
+        described["merge_every"] = 4
     return RunConfig.model_validate_json(
         json.dumps(
             {
@@ -74,6 +79,7 @@ def run_config(method: str, precision: str, accumulation: int, clip: float) -> R
                     "micro_batch_size": MICRO,
                     "global_batch_size": MICRO * accumulation * 2,
                     "precision": precision,
+                    **train,
                 },
                 "optimizer": {"lr": 1e-3, "clip": clip},
                 "schedule": {"warmup_steps": 1},
@@ -87,35 +93,66 @@ def record(
 ) -> dict[str, Any]:
     """Recorded and predicted bytes of two steps of one engine."""
     method = plan_phases(config)[-1].method
-    draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    model = build_model(ARCHITECTURE, method, config.train, draw, topology.device)
+    architecture = ARCHITECTURE.model_copy(update=extra.pop("architecture", {}))
+    draw = InitialWeights(architecture, config.train.seed)
     resolved = resolve_deepspeed_config(
         {"zero_optimization": zero, **extra}, config, topology.dp_size
     )
+    cutter = build_cutter(resolved, config.train.precision)
+    model = build_model(architecture, method, config.train, draw, topology.device, cutter)
     with recorder.phase("setup"):
-        engine = TrainEngine(model, method, config, resolved, _no_probe)
-    elements = [sum(p.numel() for p in group) for _, group in engine.groups]
-    expected = step_payloads(elements, resolved, topology.dp_size)
+        exact = None if cutter is None else cutter.finish()
+        engine = TrainEngine(model, method, config, resolved, _no_probe, exact)
+    meta = meta_model(architecture, method, config.train)
+    groups = [group.parameters for group in method.parameter_groups(meta)]
+    once = config.train.gradient_reduction == "step"
+    expected = expected_payloads(meta, groups, resolved, topology.dp_size, once=once)
     tokens = torch.randint(0, VOCAB, (MICRO, SEQUENCE + 1))
     micro_batches = [tokens] * resolved["gradient_accumulation_steps"]
     engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
+    if cutter is not None:  # stage 3 learns the order of modules in the first two micro-batches
+        for _ in range(1 if len(micro_batches) > 1 else 2):
+            engine.train_step(micro_batches)
     steps = []
-    for profiled in (False, True):  # the first step is where an engine might do more
+    # gloo reports a reduce-scatter as two all-reduces, so at stage 3 its events say nothing
+    for profiled in (False, cutter is None):  # the first step is where an engine might do more
         recorder.begin_step()
         with profile(activities=[ProfilerActivity.CPU]) if profiled else nullcontext() as profiler:
             engine.train_step(micro_batches)
         steps.append((recorder.step_volumes(), recorder.step_bytes()))
     engine.destroy()
-    assert isinstance(profiler, profile)
     return {
-        "elements": elements,
+        "elements": [sum(p.numel() for p in group) for group in groups],
+        "sizes": [p.numel() for group in groups for p in group],
         "expected": _listed(expected),
         "expected_bytes": bytes_of(expected),
         "recorded": [_listed({k: v.payload for k, v in volumes.items()}) for volumes, _ in steps],
         "recorded_bytes": [totals for _, totals in steps],
         "calls": _calls(steps[-1][0]),
-        "profiled": _profiled(profiler),
+        "profiled": _profiled(profiler) if isinstance(profiler, profile) else None,
     }
+
+
+def trained(stage: int, precision: str, reduction: str, topology: Topology) -> list[list[float]]:
+    """Losses and gradient norms of four updates of three micro-batches that differ by rank."""
+    config = run_config("relora", precision, 3, 0.5, gradient_reduction=reduction)
+    method = plan_phases(config)[-1].method
+    resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 2)
+    cutter = build_cutter(resolved, precision)
+    draw = InitialWeights(ARCHITECTURE, config.train.seed)
+    model = build_model(ARCHITECTURE, method, config.train, draw, topology.device, cutter)
+    exact = None if cutter is None else cutter.finish()
+    engine = TrainEngine(model, method, config, resolved, _no_probe, exact)
+    generator = torch.Generator().manual_seed(topology.rank)
+    found = []
+    for _ in range(4):
+        engine.set_learning_rates({"dense": 1e-2, "adapter": 1e-2})
+        tokens = torch.randint(0, VOCAB, (3, MICRO, SEQUENCE + 1), generator=generator)
+        loss, norm = engine.train_step(tokens.unbind(0))
+        found.append([float(distributed.mean_over_ranks(loss)), float(norm)])
+    assert engine.completed_steps() == 4
+    engine.destroy()
+    return found
 
 
 def aliases() -> dict[str, Any]:
@@ -187,7 +224,19 @@ def main(output: Path) -> None:
         figures["fp32 gradients"] = record(
             config, {"stage": 2}, topology, communication_data_type="fp32"
         )
+        config = run_config("relora", "fp32", 2, 1.0)
+        figures["bf16 gradients"] = record(
+            config, {"stage": 1}, topology, communication_data_type="bf16"
+        )
+        config = run_config("relora", "bf16", 4, 1.0, gradient_reduction="step")
+        figures["one reduction"] = record(config, {"stage": 2}, topology)
     figures["group timeouts"] = group_timeouts()
+    figures["trained"] = {
+        f"{stage}/{precision}/{reduction}": trained(stage, precision, reduction, topology)
+        for stage in (1, 2, 3)
+        for precision in PRECISIONS
+        for reduction in ("micro_batch", "step")
+    }
     figures["restored"] = all(vars(ProcessGroup).get(n) is f for n, f in originals.items())
     before = recorder.volumes()
     distributed.barrier()

@@ -11,7 +11,11 @@ import pytest
 
 from relora_ds.config.load import load_run_config
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed_config import (
+    reduction_advice,
+    resolve_deepspeed_config,
+    zero_stage,
+)
 from relora_ds.engine.deepspeed_keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
 from relora_ds.errors import ConfigError
 
@@ -231,3 +235,37 @@ def test_fp32_sums_of_gradients_need_stage_1_in_bf16(config: RunConfig) -> None:
     assert "fp16" in problems_with(source, rounded)[0]
     bf16_states = {"bf16": {"bf16_master_weights_and_grads": True}}
     assert "lose every update below half a unit" in problems_with(bf16_states, rounded)[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "part"),
+    [(2, 2, "needs stage 3"), (3, 3, "must divide the 4 processes")],
+)
+def test_hpz_has_its_place(config: RunConfig, stage: int, size: int, part: str) -> None:
+    zero = {"stage": stage, "zero_hpz_partition_size": size}
+    (problem,) = problems_with({"zero_optimization": zero}, config, dp_size=4)
+    assert "zero_hpz_partition_size" in problem
+    assert part in problem
+
+
+def test_stages_that_reduce_too_often_are_pointed_out(config: RunConfig) -> None:
+    def advice(stage: int, **train: Any) -> str | None:
+        changed = config.model_copy(update={"train": config.train.model_copy(update=train)})
+        resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, changed, 1)
+        return reduction_advice(changed, resolved)
+
+    assert config.train.global_batch_size > config.train.micro_batch_size
+    assert advice(1) is None
+    assert advice(2, gradient_reduction="step") is None
+    assert advice(2, global_batch_size=config.train.micro_batch_size) is None
+    assert "train.gradient_reduction: step" in str(advice(2))
+    assert "ZeRO stage 3" in str(advice(3))
+
+
+def test_whole_gradients_stay_on_the_device(config: RunConfig) -> None:
+    train = config.train.model_copy(update={"gradient_reduction": "step"})
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    problems = problems_with(
+        {"zero_optimization": zero}, config.model_copy(update={"train": train})
+    )
+    assert any("train.gradient_reduction: step" in problem for problem in problems)

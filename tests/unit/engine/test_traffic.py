@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
 from relora_ds.engine.communication import StepBytes, Traffic
-from relora_ds.engine.traffic import bytes_of, control_payloads, padded, step_payloads
+from relora_ds.engine.traffic import (
+    bytes_of,
+    control_payloads,
+    expected_payloads,
+    padded,
+    step_payloads,
+)
 
 GROUPS = (10, 7)
 
@@ -67,6 +74,18 @@ def test_the_loop_adds_a_stop_flag_and_the_logged_loss() -> None:
     assert bytes_of(control_payloads(2, logged=True)) == StepBytes(16, 16.0)
 
 
-def test_stage_3_is_refused() -> None:
-    with pytest.raises(ValueError, match="stage 3"):
+def test_stage_3_needs_the_order_of_modules() -> None:
+    with pytest.raises(ValueError, match="expected_payloads"):
         step_payloads(GROUPS, resolved(3), 2)
+
+
+def test_options_that_are_not_replayed_are_refused_by_name() -> None:
+    config = resolved(3)
+    config["zero_optimization"]["stage3_use_all_reduce_for_fetch_params"] = True
+    with pytest.raises(ValueError, match="stage3_use_all_reduce_for_fetch_params is True"):
+        expected_payloads(nn.Linear(2, 2), [], config, 2)
+
+
+def test_one_reduction_makes_stage_2_move_what_stage_1_does() -> None:
+    once = step_payloads(GROUPS, resolved(2, bf16=True, steps=9), 4, once=True)
+    assert once == step_payloads(GROUPS, resolved(1, bf16=True, steps=9), 4)

@@ -1,0 +1,247 @@
+"""Bytes and time of communication, measured on live engines beside their closed form.
+
+Volumes come from steps with the recorder, times from steps without it, in alternation within one
+engine; what counting costs is measured by the call, because it drowns in the noise of steps. What
+communication alone takes is timed on the same collectives with nothing in between: its share of a
+step is what would be gained at most if it overlapped with everything else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine import distributed
+from relora_ds.engine.collectives import wire_bytes
+from relora_ds.engine.communication import Traffic, Volumes, counting_seconds, recorder
+from relora_ds.engine.deepspeed_config import reduces_once, resolve_deepspeed_config
+from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.traffic import bytes_of, expected_payloads
+from relora_ds.methods.registry import plan_phases
+from relora_ds.model.init import InitialWeights
+from relora_ds.parallel.topology import Topology
+from relora_ds.train.build import build_model, meta_model
+
+# Stage 3 learns the order of modules in the first two micro-batches
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured, on the processes that there are."""
+
+    architecture: ModelConfig
+    methods: tuple[str, ...]
+    stages: tuple[int, ...]
+    accumulations: tuple[int, ...]
+    rank: int
+    """Of the adapters."""
+    precision: str
+    micro_batch_size: int
+    seq_length: int
+    reduction: str = "micro_batch"
+    """`train.gradient_reduction`."""
+    steps: int = 6
+    """Timed steps of either kind."""
+
+
+def benchmark_communication(workload: Workload) -> dict[str, Any] | None:
+    """Measure every method at every stage and accumulation.
+
+    Returns:
+        The processes and one row per case; None on other ranks than 0.
+    """
+    topology = distributed.start(10.0)
+    cases = product(workload.methods, workload.stages, workload.accumulations)
+    rows = [_measure(workload, *case, topology) for case in cases]
+    distributed.stop()
+    if not topology.is_main:
+        return None
+    name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu"
+    return {"processes": topology.world_size, "device": name, "rows": rows}
+
+
+def _measure(
+    workload: Workload, method: str, stage: int, accumulation: int, topology: Topology
+) -> dict[str, Any]:
+    config = _run_config(workload, method, accumulation, topology)
+    resolved = resolve_deepspeed_config(
+        {"zero_optimization": {"stage": stage}}, config, topology.dp_size
+    )
+    engine = _engine(workload, config, resolved, topology)
+    expected = _expected(workload, config, resolved, topology)
+    size = (config.train.micro_batch_size, config.train.seq_length + 1)
+    tokens = torch.randint(0, workload.architecture.vocab_size, (accumulation, *size))
+
+    def step(counted: bool) -> float:
+        _settle(topology)
+        started = time.perf_counter()
+        with recorder if counted else nullcontext():
+            recorder.begin_step()
+            engine.train_step(tokens.unbind(0))
+        _settle(topology)
+        return time.perf_counter() - started
+
+    for _ in range(_WARM_UP):
+        step(False)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    volumes: Volumes = {}
+    for _ in range(workload.steps):
+        for counted in (True, False):
+            seconds[counted].append(step(counted))
+            if counted:
+                volumes = recorder.step_volumes()
+    plain_s = statistics.median(seconds[False])
+    engine.destroy()
+    alone_s = _alone(volumes, topology, workload.steps)
+    wire = bytes_of({kind: volume.payload for kind, volume in volumes.items()}).wire
+    return {
+        "method": method,
+        "stage": stage,
+        "accumulation": accumulation,
+        "reduction": "step" if reduces_once(config, resolved) else workload.reduction,
+        "measured": dict(_rows(volumes)),
+        "wire_bytes": wire,
+        "expected_wire_bytes": bytes_of(expected).wire,
+        "exact": {kind: volume.payload for kind, volume in volumes.items()} == expected,
+        "step_seconds": plain_s,
+        "communication_seconds": alone_s,
+        "communication_share": min(1.0, alone_s / plain_s),
+        "bytes_per_second": wire / alone_s if alone_s else 0.0,
+        "counted_step_seconds": statistics.median(seconds[True]),
+        "counting_share": _counting_seconds(volumes) / plain_s,
+    }
+
+
+def _run_config(
+    workload: Workload, method: str, accumulation: int, topology: Topology
+) -> RunConfig:
+    described: dict[str, Any] = {"name": method}
+    if method != "full":
+        described["rank"] = workload.rank
+    micro = workload.micro_batch_size
+    return RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": "unused",
+            "deepspeed": "unused",
+            "method": described,
+            "train": {
+                "steps": 1000,
+                "seq_length": workload.seq_length,
+                "micro_batch_size": micro,
+                "global_batch_size": micro * accumulation * topology.dp_size,
+                "precision": workload.precision,
+                "gradient_reduction": workload.reduction,
+            },
+        }
+    )
+
+
+def _engine(
+    workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
+) -> TrainEngine:
+    method, train = plan_phases(config)[-1].method, config.train
+    cutter = build_cutter(resolved, train.precision)
+    draw = InitialWeights(workload.architecture, train.seed)
+    model = build_model(workload.architecture, method, train, draw, topology.device, cutter)
+    exact = None if cutter is None else cutter.finish()
+    engine = TrainEngine(model, method, config, resolved, lambda: None, exact)
+    engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
+    return engine
+
+
+def _expected(
+    workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
+) -> dict[Traffic, int]:
+    method = plan_phases(config)[-1].method
+    model = meta_model(workload.architecture, method, config.train)
+    groups = [group.parameters for group in method.parameter_groups(model)]
+    once = reduces_once(config, resolved)
+    return expected_payloads(model, groups, resolved, topology.dp_size, once=once)
+
+
+def _rows(volumes: Volumes) -> Iterator[tuple[str, dict[str, float]]]:
+    """Calls, payload and wire bytes by phase, group and operation."""
+    for kind, volume in sorted(volumes.items()):
+        name = f"{kind.phase} {kind.group} {kind.operation} {kind.dtype}"
+        wire = wire_bytes(kind.operation, volume.payload, kind.size)
+        yield name, {"calls": volume.calls, "payload": volume.payload, "wire": wire}
+
+
+def _counting_seconds(volumes: Volumes) -> float:
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    return counting_seconds(group) * sum(volume.calls for volume in volumes.values())
+
+
+def _alone(volumes: Volumes, topology: Topology, repeats: int) -> float:
+    """Seconds of a step's collectives one after the other, the fastest of `repeats`."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    calls = [call for item in volumes.items() for call in _calls(*item, group, topology.device)]
+    best = float("inf")
+    for _ in range(repeats):
+        _settle(topology)
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        _settle(topology)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _calls(
+    kind: Traffic, volume: Any, group: ProcessGroup, device: torch.device
+) -> list[Callable[[], Any]]:
+    """The same number of calls with the same payload each, on average."""
+    dtype = getattr(torch, kind.dtype, torch.uint8)
+    size = -(-volume.payload // (volume.calls * dtype.itemsize * kind.size))
+    whole = torch.zeros(max(1, size) * kind.size, dtype=dtype, device=device)
+    part = whole.new_zeros(max(1, size))
+    runs: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: torch.distributed.all_reduce(whole, group=group),
+        "all_gather": lambda: torch.distributed.all_gather_into_tensor(whole, part, group=group),
+        "reduce_scatter": lambda: torch.distributed.reduce_scatter_tensor(part, whole, group=group),
+    }
+    return [runs[kind.operation]] * volume.calls
+
+
+def _settle(topology: Topology) -> None:
+    """Every process is here and its device idle."""
+    if topology.device.type == "cuda":
+        torch.cuda.synchronize()
+    distributed.barrier()
+
+
+def plot_benchmark(found: dict[str, Any], path: Path) -> None:
+    """Wire bytes per step and process, measured, with the prediction as marks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = found["rows"]
+    figure = Figure(figsize=(2.5 + 0.45 * len(rows), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.bar(places, [row["wire_bytes"] / 1e6 for row in rows], color="tab:blue", label="measured")
+    predicted = [row["expected_wire_bytes"] / 1e6 for row in rows]
+    axes.plot(places, predicted, "k_", markersize=14, label="closed form")
+    labels = [f"{row['method']}\nZeRO {row['stage']}, x{row['accumulation']}" for row in rows]
+    axes.set_xticks(list(places), labels, rotation=90)
+    axes.set_ylabel(f"MB per step and process, {found['processes']} processes")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
