@@ -33,7 +33,7 @@ def test_stage_3_resumes_bit_exactly_and_exports(tiny_run: dict[str, Any], tmp_p
     start = dict(DenseModel(checkpoints / "step_4").weights())
     assert all(torch.equal(start[name], value) for name, value in warm.items())
     exported = load_file(output_dir / "hf" / "model.safetensors")
-    for name, value in DenseModel(checkpoints / "step_11").weights():
+    for name, value in DenseModel(checkpoints / "step_11").weights().items():
         assert torch.equal(exported[name], value), name
 
     for step in (3, 5):
