@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from relora_ds.methods.interface import WeightEdit
+from relora_ds.methods.train_state import WeightEdit
 from relora_ds.randomness import Stream
 
 _SAMPLED = 32  # rows that a report looks at

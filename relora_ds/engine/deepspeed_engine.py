@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -16,20 +15,21 @@ from relora_ds.engine.base_weight import KINDS, BaseWeight, Precision
 from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_config import reduces_once
 from relora_ds.engine.digest import ReplicaDigest
+from relora_ds.engine.fragments import clocked_fragments
 from relora_ds.engine.layout import Layout, build_layout
 from relora_ds.engine.memory import MemoryMeter
 from relora_ds.engine.optimizer import build_optimizer
-from relora_ds.engine.partition import DenseSlices, name_hpz_group, release_stage3
-from relora_ds.engine.per_layer import PerLayerEngine
+from relora_ds.engine.partition import DenseSlices, release_stage3
 from relora_ds.engine.saved_state import MOMENTS, SavedState
+from relora_ds.engine.start import start_engine
 from relora_ds.engine.state import Probe, ZeroState
 from relora_ds.engine.tensor_gradients import TensorGradients, global_norm
-from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
-from relora_ds.engine.vector_clock import Fragment, VectorClock
+from relora_ds.engine.vector_adamw import VectorAdamW
+from relora_ds.engine.vector_clock import VectorClock
 from relora_ds.errors import CheckpointError
-from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.methods.interface import Method
 from relora_ds.parallel.shape import shard_of, whole_shape
-from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
 class TrainEngine:
@@ -62,32 +62,26 @@ class TrainEngine:
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
             exact = {w: w.detach().clone().view(-1) for w in edited}
-        self._engine: Any = _start(model, self.optimizer, config, deepspeed_config, tensor)
+        self._engine: Any = start_engine(model, self.optimizer, config, deepspeed_config, tensor)
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         self.optimizer.state.clear()
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
-        self.layout: Layout = build_layout(
-            self._engine.optimizer,
-            self.optimizer,
-            [parameters for _, parameters in self.groups],
-            self._engine.data_parallel_group,
-        )
-        store = KINDS[base_precision(config)]
-        self.bases: dict[nn.Parameter, BaseWeight] = {}
-        for weight in edited:
-            _, working = self.layout.working(weight)
-            self.bases[weight] = store(working, exact.pop(weight, working.float()))
+        wrapper, replicas = self._engine.optimizer, self._engine.data_parallel_group
+        grouped = [parameters for _, parameters in self.groups]
+        self.layout: Layout = build_layout(wrapper, self.optimizer, grouped, replicas)
+        self.bases = self._store(edited, KINDS[base_precision(config)], exact)
         self._restore_slices(exact)
-        self.clocks = _clocks(method.vector_axes(model))
+        axes = method.vector_axes(model).items()
+        self.clocks = {p: VectorClock(whole_shape(p)[axis], axis) for p, axis in axes}
         if isinstance(self.optimizer, VectorAdamW):
-            self.optimizer.fragments = _fragments(self.layout, self.clocks)
+            self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
         self._digest = ReplicaDigest(
             dict(self.model.named_parameters()),
             self.layout,
             self.bases,
             self.clocks,
-            self._engine.data_parallel_group,
+            replicas,
             tensor,
         )
         self.state = ZeroState(
@@ -99,18 +93,28 @@ class TrainEngine:
             lambda weight: self._digest.seal([weight]),
             tensor,
         )
-        partial = [
-            p for layer in projection_layers(model).values() for p in layer.partial_gradients()
-        ]
-        self._shares = TensorGradients(partial, self.layout, self._engine.optimizer, tensor)
+        self._shares = TensorGradients(model, self.layout, wrapper, tensor)
         kept = [base.tensors() for base in self.bases.values()]
-        self.memory = MemoryMeter(self.model, self.optimizer, self._engine.optimizer, kept)
+        self.memory = MemoryMeter(self.model, self.optimizer, wrapper, kept)
         if config.train.per_layer_update:
             self._engine.before_update = self.memory.after_backward
         # DeepSpeed reports none at stage 0 in fp32
-        own_optimizer = self._engine.optimizer is self.optimizer
+        own_optimizer = wrapper is self.optimizer
         self._reduces_once = reduces_once(config, deepspeed_config)
         self._computes_norm = own_optimizer and not config.train.per_layer_update
+
+    def _store(
+        self,
+        edited: Iterable[nn.Parameter],
+        kind: type[BaseWeight],
+        exact: dict[nn.Parameter, torch.Tensor],
+    ) -> dict[nn.Parameter, BaseWeight]:
+        """The authoritative values of edited weights; takes them out of `exact`."""
+        bases = {}
+        for weight in edited:
+            _, working = self.layout.working(weight)
+            bases[weight] = kind(working, exact.pop(weight, working.float()))
+        return bases
 
     def check_replicas(
         self, more: Mapping[str, torch.Tensor] | None = None, event: str | None = None
@@ -361,55 +365,9 @@ class TrainEngine:
         return global_norm([p for _, group in self.groups for p in group], self._tensor)
 
 
-def _start(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: RunConfig,
-    deepspeed_config: dict[str, Any],
-    tensor: TensorParallel,
-) -> Any:
-    """DeepSpeed's engine, or what stands in for it."""
-    if config.train.per_layer_update:
-        device = next(model.parameters()).device
-        return PerLayerEngine(model, optimizer, deepspeed_config, device)
-    engine = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config,
-        dist_init_required=False,
-        mpu=None if tensor.size == 1 else ModelParallelUnit(),
-    )[0]
-    name_hpz_group()
-    if reduces_once(config, deepspeed_config):
-        # DeepSpeed steps once per update; the loss is still divided by the number of micro-batches
-        engine.set_gradient_accumulation_boundary(True)
-    return engine
-
-
 def base_precision(config: RunConfig) -> Precision:
     """How edited weights are stored, with `auto` resolved."""
     chosen = config.train.base_precision
     if config.train.precision == "fp32" or chosen == "bf16":
         return "working"
     return "bf16_residual" if chosen in ("auto", "bf16_residual") else "fp32"
-
-
-def _clocks(axes: Mapping[nn.Parameter, int]) -> dict[nn.Parameter, VectorClock]:
-    return {p: VectorClock(whole_shape(p)[axis], axis) for p, axis in axes.items()}
-
-
-def _fragments(
-    layout: Layout, clocks: Mapping[nn.Parameter, VectorClock]
-) -> dict[int, list[Fragment]]:
-    """Clocked fragments of every tensor that the optimizer steps, in order of offset."""
-    fragments: dict[int, list[Fragment]] = {storage_key(owner): [] for owner in layout.owners()}
-    for parameter, clock in clocks.items():
-        owner, stretch = layout.placements[parameter].owner, layout.placements[parameter].stretch
-        if stretch.length:
-            fragment = Fragment(
-                stretch.start, stretch.offset, stretch.length, clock, whole_shape(parameter)[-1]
-            )
-            fragments[storage_key(owner)].append(fragment)
-    for known in fragments.values():
-        known.sort(key=lambda fragment: fragment.offset)
-    return fragments

@@ -215,8 +215,7 @@ def open_state(
     Raises:
         CheckpointError: a file is missing or damaged, or of another run.
     """
-    suffix = "" if tensor.size == 1 else f"_tp_{tensor.rank}"
-    side = _load_side(directory / f"side{suffix}.safetensors")
+    side = _load_side(directory / f"side{tensor.suffix}.safetensors")
     clocks = {name: tensor for name, tensor in side.items() if name.startswith("clock.")}
     if is_written_state(directory):
         completed, pieces = _written_pieces(directory)

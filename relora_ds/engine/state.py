@@ -20,7 +20,7 @@ from relora_ds.engine.layout import Layout, slice_of
 from relora_ds.engine.node_memory import NodeMemory
 from relora_ds.engine.order_statistic import order_statistics
 from relora_ds.engine.vector_clock import Fragment, Stretch, VectorClock
-from relora_ds.methods.interface import MomentShard, TrainState, WeightEdit
+from relora_ds.methods.train_state import MomentShard, TrainState, WeightEdit
 from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 

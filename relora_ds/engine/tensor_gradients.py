@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from relora_ds.engine.layout import Layout
+from relora_ds.methods.interface import projection_layers
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.tensor import TensorParallel
 
@@ -23,7 +24,7 @@ class TensorGradients:
     """What is left to do with the gradients between the last backward pass and the update.
 
     Args:
-        partial: trained parameters whose gradients are shares of a sum.
+        model: says which of its trained parameters have gradients that are shares of a sum.
         layout: where gradients go.
         wrapper: DeepSpeed's optimizer.
         tensor: the group that the shares are spread over.
@@ -31,12 +32,17 @@ class TensorGradients:
 
     def __init__(
         self,
-        partial: Sequence[nn.Parameter],
+        model: nn.Module,
         layout: Layout,
         wrapper: Any,
         tensor: TensorParallel,
     ) -> None:
-        self._partial = [parameter for parameter in partial if parameter in layout.placements]
+        self._partial = [
+            parameter
+            for layer in projection_layers(model).values()
+            for parameter in layer.partial_gradients()
+            if parameter in layout.placements
+        ]
         self._layout, self._wrapper, self._tensor = layout, wrapper, tensor
 
     @torch.no_grad()

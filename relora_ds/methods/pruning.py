@@ -14,7 +14,7 @@ from torch import nn
 
 from relora_ds.config.method import ResetConfig
 from relora_ds.errors import DivergenceError
-from relora_ds.methods.interface import MomentShard, TrainState
+from relora_ds.methods.train_state import MomentShard, TrainState
 from relora_ds.randomness import Stream
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

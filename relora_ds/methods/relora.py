@@ -16,13 +16,10 @@ from relora_ds.methods.adapter import (
     adapter_layers,
     draw_factors,
 )
-from relora_ds.methods.interface import (
-    Event,
-    TrainState,
-    WeightEdit,
-)
+from relora_ds.methods.interface import Event
 from relora_ds.methods.pruning import reset_moments
 from relora_ds.methods.schedule import Schedule
+from relora_ds.methods.train_state import TrainState, WeightEdit
 
 
 class ReLoRA(AdapterMethod[ReLoRAConfig]):

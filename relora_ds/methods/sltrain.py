@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.method import SLTrainConfig
-from relora_ds.methods.interface import Event, Method, TrainState, projection_layers
+from relora_ds.methods.interface import Event, Method, projection_layers
 from relora_ds.methods.sparse_linear import (
     GradientForm,
     SparseForm,
@@ -16,6 +16,7 @@ from relora_ds.methods.sparse_linear import (
     compose,
 )
 from relora_ds.methods.sparse_support import column_type, draw_support, support_size
+from relora_ds.methods.train_state import TrainState
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.shape import TensorShard, whole_shape
 from relora_ds.randomness import Stream

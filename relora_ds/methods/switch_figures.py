@@ -11,7 +11,7 @@ import torch
 
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
-from relora_ds.methods.interface import TrainState, WeightEdit
+from relora_ds.methods.train_state import TrainState, WeightEdit
 from relora_ds.parallel.shape import whole_shape
 from relora_ds.randomness import Stream
 

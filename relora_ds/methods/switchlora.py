@@ -28,7 +28,7 @@ from relora_ds.methods.adapter import (
     factor_bounds,
 )
 from relora_ds.methods.candidate_pool import Allocate, CandidatePool, Draw
-from relora_ds.methods.interface import Event, TrainState, WeightEdit
+from relora_ds.methods.interface import Event
 from relora_ds.methods.switch_figures import SwitchFigures, UpdateRank, refuse_lost_switch
 from relora_ds.methods.switch_plan import (
     SELECTIONS,
@@ -38,6 +38,7 @@ from relora_ds.methods.switch_plan import (
     SwitchState,
     switch_counts,
 )
+from relora_ds.methods.train_state import TrainState, WeightEdit
 from relora_ds.parallel.shape import TensorShard, full_shape, shard_of, whole_shape
 from relora_ds.randomness import Stream
 

@@ -40,6 +40,11 @@ class TensorParallel:
     plan: LowRankPlan = "fold"
     tokens: int = 0
 
+    @property
+    def suffix(self) -> str:
+        """What tells this rank's files from those of the others; empty for a group of one."""
+        return "" if self.size == 1 else f"_tp_{self.rank}"
+
     def sums_activations(self, features: int) -> bool:
         """Whether the plan is `act` for a factor that is `features` wide: r cancels out."""
         if self.size == 1 or self.plan == "fold":

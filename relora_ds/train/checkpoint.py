@@ -42,7 +42,6 @@ from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.distributed import barrier, broadcast_object, rank
 from relora_ds.engine.saved_state import SavedState
 from relora_ds.errors import CheckpointError
-from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.manifest import verify_manifest, write_manifest
 
@@ -95,7 +94,7 @@ class CheckpointStore:
         self.directory = directory
         self.keep = keep
         self.is_main = topology.is_main
-        self._part = part_suffix(topology.tensor)
+        self._part = topology.tensor.suffix
         self._writes_part = topology.dp_rank == 0
 
     def save(
@@ -231,11 +230,6 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         raise CheckpointError(
             f"{checkpoint / 'trainer.json'}: cannot be read ({error}); resume from another one"
         ) from error
-
-
-def part_suffix(tensor: TensorParallel) -> str:
-    """What tells the files of tensor-parallel ranks apart."""
-    return "" if tensor.size == 1 else f"_tp_{tensor.rank}"
 
 
 def verify_on_main(checkpoint: Path, is_main: bool) -> None:

@@ -27,7 +27,7 @@ from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.shape import TensorShard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.train.build import cut_meta_model, shards_of
-from relora_ds.train.checkpoint import METHOD_FILE, TrainerState, part_suffix, read_trainer_state
+from relora_ds.train.checkpoint import METHOD_FILE, TrainerState, read_trainer_state
 
 
 def read_run(checkpoint: Path) -> tuple[RunConfig, ModelConfig]:
@@ -96,7 +96,7 @@ class SavedRun:
         return shards_of(cut_meta_model(*parts, tensor))
 
     def _method_file(self, tensor: TensorParallel) -> dict[str, Any]:
-        path = self.checkpoint / METHOD_FILE.format(part_suffix(tensor))
+        path = self.checkpoint / METHOD_FILE.format(tensor.suffix)
         return self.trainer.method | (load_file(path) if path.is_file() else {})
 
     def _inventory(self, tensor: TensorParallel) -> Inventory:

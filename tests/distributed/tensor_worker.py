@@ -32,7 +32,7 @@ from relora_ds.train.build import build_model
 
 STAGES = (0, 1, 2, 3)
 STEPS, EVENTS = 40, 10
-BATCH, MICRO, SEQUENCE, VOCAB = 8, 2, 12, 61
+BATCH, MICRO, SEQUENCE, VOCAB = 8, 4, 12, 61
 # neither the vocabulary nor the width of the MLP divides by two
 ARCHITECTURE = ModelConfig(
     vocab_size=VOCAB,
@@ -56,6 +56,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "switchlora": {"name": "switchlora", "rank": 6, "interval": 4, "freeze_steps": 2},
     "sltrain": {"name": "sltrain", "rank": 3, "alpha": 6, "sparsity": 0.1},
 }
+
+EVERYWHERE = ("full", "lora", "relora_magnitude", "switchlora", "sltrain")
+AT_SOME, SOME_STAGES = ("relora", "relora_random"), (1, 3)
+ACT, ACT_STAGE = ("lora", "relora", "switchlora"), 2
 
 
 def run_config(method: str, plan: str = "fold", tensor: int = 1) -> RunConfig:
@@ -179,28 +183,31 @@ def whole(engine: TrainEngine, parameter: nn.Parameter, topology: Topology) -> t
     return topology.tensor.sum(full)
 
 
-def cells(world: Topology) -> list[tuple[int, str, str, int]]:
-    """(tensor-parallel size, method, plan, stage) of everything this many ranks run."""
+def cells(world: Topology, tensor: int) -> list[tuple[str, str, int]]:
+    """(method, plan, stage) of everything that this many ranks run."""
     if world.world_size == 1:
-        return [(1, method, "fold", 0) for method in METHODS]
-    sizes = (1, 2) if world.world_size == 2 else (2,)
-    every = [(t, m, "fold", s) for t in sizes for m in METHODS for s in STAGES]
-    plans = [(2, m, "act", s) for m in ("lora", "relora", "switchlora") for s in (0, 2)]
-    return every + (plans if world.world_size == 2 else [])
+        return [(method, "fold", 0) for method in METHODS]
+    found = [(method, "fold", stage) for method in EVERYWHERE for stage in STAGES]
+    if tensor == world.world_size:
+        found += [(method, "fold", stage) for method in AT_SOME for stage in SOME_STAGES]
+        found += [(method, "act", ACT_STAGE) for method in ACT]
+    return found
 
 
-def main(output: Path) -> None:
+def main(output: Path, tensor: int = 2) -> None:
+    """Run all cells; copies of the model are spread over `tensor` ranks each."""
     world = distributed.start(5.0)
     recorder.start()
     figures: dict[str, Any] = {}
     parameters: dict[str, dict[str, torch.Tensor]] = {}
-    for size, method, plan, stage in cells(world):
+    size = min(tensor, world.world_size)
+    for method, plan, stage in cells(world, size):
         config = run_config(method, plan, size)
         topology = share_models(world, config)
         if topology.tensor.group is not None:
             recorder.name_group(topology.tensor.group, "tp")
         phase, engine, resolved = build(stage, config, topology)
-        cell = f"{method}/{plan}/{stage}/tp{size}"
+        cell = f"{method}/{plan}/{stage}"
         figures[cell] = train(phase, engine, resolved, topology)
         named = engine.model.named_parameters()
         parameters[cell] = {name: whole(engine, p, topology) for name, p in named}

@@ -13,12 +13,18 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_worker
-from tests.distributed.tensor_worker import METHODS, STAGES
+from tests.distributed.tensor_worker import (
+    ACT,
+    ACT_STAGE,
+    AT_SOME,
+    EVERYWHERE,
+    SOME_STAGES,
+    STAGES,
+)
 
 pytestmark = pytest.mark.distributed
 
-_WORKER = "tests.distributed.tensor_worker"
-_SLOW = pytest.mark.slow
+_TENSOR, _COPIES = "tensor_worker", "copies_worker"
 
 
 @dataclass
@@ -29,29 +35,34 @@ class Run:
     parameters: dict[str, dict[str, torch.Tensor]]
 
 
-def start(world_size: int, directory: Path) -> Run:
-    figures = run_worker(_WORKER, world_size, directory)
-    return Run(figures, torch.load(directory / f"tensor_worker_{world_size}.pt"))
+def start(worker: str, world_size: int, directory: Path) -> Run:
+    figures = run_worker(f"tests.distributed.{worker}", world_size, directory)
+    return Run(figures, torch.load(directory / f"{worker}_{world_size}.pt"))
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return start(1, tmp_path_factory.mktemp("one"))
+    return start(_TENSOR, 1, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return start(2, tmp_path_factory.mktemp("two"))
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return start(_TENSOR, 2, tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return start(4, tmp_path_factory.mktemp("four"))
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return start(_COPIES, 2, tmp_path_factory.mktemp("copies"))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return start(_TENSOR, 4, tmp_path_factory.mktemp("both"))
 
 
 def check(run: Run, one: Run, cell: str) -> None:
-    method = cell.partition("/")[0]
-    found, expected = run.figures[cell], one.figures[f"{method}/fold/0/tp1"]
+    reference = f"{cell.partition('/')[0]}/fold/0"
+    found, expected = run.figures[cell], one.figures[reference]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
     for key in ("switched", "rank"):
@@ -59,44 +70,49 @@ def check(run: Run, one: Run, cell: str) -> None:
     kinds = [(kind, fraction) for kind, fraction, _ in found["events"]]
     assert kinds == [(kind, pytest.approx(part)) for kind, part, _ in expected["events"]]
     assert all(drift < 1e-6 for _, _, drift in found["events"])
-    for name, value in one.parameters[f"{method}/fold/0/tp1"].items():
+    for name, value in one.parameters[reference].items():
         difference = (run.parameters[cell][name] - value).abs().max()
         assert difference <= 1e-6, name
 
 
-TWO = [
-    f"{method}/fold/{stage}/tp{size}" for size in (1, 2) for method in METHODS for stage in STAGES
+ALL = [f"{method}/fold/{stage}" for method in EVERYWHERE for stage in STAGES]
+SHARED = [
+    *ALL,
+    *(f"{method}/fold/{stage}" for method in AT_SOME for stage in SOME_STAGES),
+    *(f"{method}/act/{ACT_STAGE}" for method in ACT),
 ]
-PLANS = [
-    f"{method}/act/{stage}/tp2" for method in ("lora", "relora", "switchlora") for stage in (0, 2)
-]
-FOUR = [f"{method}/fold/{stage}/tp2" for method in METHODS for stage in STAGES]
 
 
 def test_the_runs_have_events(one: Run) -> None:
-    assert len(one.figures["relora/fold/0/tp1"]["events"]) == 3
-    assert one.figures["switchlora/fold/0/tp1"]["switched"] > 50
+    assert len(one.figures["relora/fold/0"]["events"]) == 3
+    assert one.figures["switchlora/fold/0"]["switched"] > 50
 
 
-@pytest.mark.parametrize("cell", [*TWO, *PLANS])
-def test_two_ranks(two: Run, one: Run, cell: str) -> None:
-    check(two, one, cell)
+@pytest.mark.parametrize("cell", SHARED)
+def test_one_copy_on_two_ranks(shared: Run, one: Run, cell: str) -> None:
+    check(shared, one, cell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", FOUR)
-def test_two_copies_of_two_ranks_each(four: Run, one: Run, cell: str) -> None:
-    check(four, one, cell)
+@pytest.mark.parametrize("cell", ALL)
+def test_two_copies_on_two_ranks(copies: Run, one: Run, cell: str) -> None:
+    check(copies, one, cell)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in (*TWO, *PLANS) if cell.endswith("tp2")])
-def test_bytes_within_a_copy_equal_the_closed_form(two: Run, cell: str) -> None:
-    traffic = two.figures[cell]["traffic"]
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ALL)
+def test_two_copies_on_two_ranks_each(both: Run, one: Run, cell: str) -> None:
+    check(both, one, cell)
+
+
+@pytest.mark.parametrize("cell", SHARED)
+def test_bytes_within_a_copy_equal_the_closed_form(shared: Run, cell: str) -> None:
+    traffic = shared.figures[cell]["traffic"]
     assert traffic["counted"] == traffic["expected"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("method", ["switchlora", "sltrain"])
-def test_a_changed_bit_of_a_shared_factor_is_named(two: Run, method: str, stage: int) -> None:
-    message = two.figures[f"{method}/fold/{stage}/tp2"]["desync"]
+def test_a_changed_bit_of_a_shared_factor_is_named(shared: Run, method: str, stage: int) -> None:
+    message = shared.figures[f"{method}/fold/{stage}"]["desync"]
     assert "model.layers.1.mlp.up_proj.lora_A" in message

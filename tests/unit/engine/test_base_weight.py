@@ -16,7 +16,7 @@ from relora_ds.engine.base_weight import (
     Working,
     add_product,
 )
-from relora_ds.methods.interface import WeightEdit
+from relora_ds.methods.train_state import WeightEdit
 
 ROWS, COLS, RANK = 24, 20, 3
 EXACT: list[Precision] = ["working", "bf16_residual", "fp32"]

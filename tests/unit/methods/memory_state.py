@@ -21,7 +21,8 @@ from relora_ds.engine.base_weight import (
     weight_times,
 )
 from relora_ds.engine.vector_clock import VectorClock
-from relora_ds.methods.interface import MomentShard, TrainState, WeightEdit, projection_layers
+from relora_ds.methods.interface import projection_layers
+from relora_ds.methods.train_state import MomentShard, TrainState, WeightEdit
 
 
 @dataclass

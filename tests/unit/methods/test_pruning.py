@@ -14,8 +14,8 @@ from torch import nn
 
 from relora_ds.config.method import ResetConfig
 from relora_ds.engine.order_statistic import order_statistics
-from relora_ds.methods.interface import MomentShard
 from relora_ds.methods.pruning import reset_moments
+from relora_ds.methods.train_state import MomentShard
 from tests.unit.fake_ranks import Sum, on_ranks
 from tests.unit.methods.memory_state import MemoryState, Moments
 

@@ -13,8 +13,8 @@ from relora_ds.config.method import ReLoRAConfig
 from relora_ds.engine.base_weight import Working
 from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
 from relora_ds.engine.vector_clock import Fragment, VectorClock
-from relora_ds.methods.interface import MomentShard
 from relora_ds.methods.relora import ReLoRA
+from relora_ds.methods.train_state import MomentShard
 from relora_ds.parallel.linear import LinearSpec
 from tests.unit.methods.memory_state import MemoryState
 

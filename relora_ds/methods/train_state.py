@@ -1,0 +1,260 @@
+"""What a method may touch of a running engine: the port that hides where ZeRO keeps what.
+
+Declared beside `Method`, implemented once in `engine`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from relora_ds.parallel.shape import TensorShard
+from relora_ds.randomness import Stream
+
+_GATHERED_BYTES = 32 << 20  # a collective's latency is negligible from here on
+
+
+@dataclass(frozen=True)
+class MomentShard:
+    """This rank's stretch of one parameter's Adam moments, as live 1-D views of equal length."""
+
+    start: int
+    """Index of the first element in the flattened parameter, or in the `shard` of it."""
+    exp_avg: torch.Tensor
+    """First moment."""
+    exp_avg_sq: torch.Tensor
+    """Second moment."""
+    shard: TensorShard | None = None
+    """The part of the parameter that `start` counts in; None where that is the whole."""
+    counted: bool = True
+    """Whether this is the one of several identical copies that sums over ranks count."""
+
+    def uniform(self, stream: Stream) -> torch.Tensor:
+        """The stream's values for these elements, by their place in the full parameter; fp32."""
+        count, device = self.exp_avg.numel(), self.exp_avg.device
+        if self.shard is None:
+            return stream.uniform(self.start, count, device)
+        return stream.uniform_at(self.shard.flat_index(self.start, count).to(device))
+
+
+@dataclass(frozen=True)
+class WeightEdit:
+    """How an edit of a frozen weight came out, over the elements that this rank edited."""
+
+    elements: int
+    """Elements whose authoritative value changed."""
+    error_sq: float
+    """Squared norm of (intended - stored) @ x on probe inputs x, in float64."""
+    output_sq: float
+    """Squared norm of the edited weight @ x on the same inputs."""
+    intended_sq: float
+    """Squared Frobenius norm of the intended change."""
+    lost_sq: float
+    """Squared Frobenius norm of the part of it that the stored weight did not take up."""
+
+
+class TrainState(ABC):
+    """The partitioned state of a run, through verbs that work at every ZeRO stage.
+
+    Verbs are called on every rank, in the same order, inside `torch.no_grad`, and only between
+    optimizer steps. Where tensor parallelism cuts a parameter, "whole" below means this rank's
+    part of it; what ZeRO makes of that part is hidden.
+    """
+
+    bytes_moved: int
+    """Payload of the collectives that verbs have taken part in so far, the probe's excepted."""
+
+    @abstractmethod
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Full shape of a parameter, also where only a part of it is here."""
+
+    @abstractmethod
+    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Working values of small trained parameters, whole and the same on every rank.
+
+        The one verb that gathers, where parameters are cut over ranks: never ask it for a weight
+        that is as large as a projection. The values are valid until the next verb that writes.
+        """
+
+    def whole_in_turn(
+        self, requests: Sequence[Sequence[nn.Parameter]]
+    ) -> Iterator[list[torch.Tensor]]:
+        """What `whole` returns, for one request after the other, with few exchanges.
+
+        Several requests share a collective, as long as their values stay within some megabytes. The
+        values of a request survive what is written to the parameters of other ones.
+        """
+        batch: list[Sequence[nn.Parameter]] = []
+        held = 0
+        for request in requests:
+            size = sum(self.shape(p).numel() * p.element_size() for p in request)
+            if batch and held + size > _GATHERED_BYTES:
+                yield from self._whole_batch(batch)
+                batch, held = [], 0
+            batch.append(request)
+            held += size
+        yield from self._whole_batch(batch)
+
+    def _whole_batch(self, batch: Sequence[Sequence[nn.Parameter]]) -> Iterator[list[torch.Tensor]]:
+        values = iter(self.whole([parameter for request in batch for parameter in request]))
+        for request in batch:
+            yield [next(values) for _ in request]
+
+    @abstractmethod
+    def moments(self, parameter: nn.Parameter) -> MomentShard | None:
+        """This rank's part of the moments; None if it owns none or no step was taken yet."""
+
+    @abstractmethod
+    def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Set a trained parameter to `value` everywhere it lives: master and working copies.
+
+        Args:
+            value: the full value, any float dtype, identical on every rank.
+        """
+
+    @abstractmethod
+    def add_product(
+        self,
+        weight: nn.Parameter,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scale: float,
+        measured: bool = True,
+    ) -> WeightEdit | None:
+        """weight += scale * left @ right for a frozen weight, each rank on its own slice.
+
+        Args:
+            weight: (m, n), frozen.
+            left: (m, k), the same on every rank.
+            right: (k, n), likewise.
+            measured: whether to check the result, which costs several passes over the weight and
+                waits for the device; without, the edit is a single pass.
+
+        Returns:
+            The report of this rank's part, `total_edits` makes it the whole weight's; None if it
+            was not asked for.
+        """
+
+    @abstractmethod
+    def weight_times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
+        """weight (m, n) @ right (n, k) on the authoritative values of an edited weight.
+
+        Returns:
+            (m, k), fp32, the same on every rank.
+        """
+
+    @abstractmethod
+    def total_edits(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
+        """Reports of whole weights from those of this rank's parts, the same on every rank."""
+
+    @abstractmethod
+    def order_statistics(
+        self, values: Sequence[torch.Tensor], ranks: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Exact k-th smallest magnitude of distributed tensors, without gathering them.
+
+        Args:
+            values: this rank's stretch of each tensor, fp32, 1-D, possibly empty; signs are
+                ignored.
+            ranks: 1-based k for each tensor, over the whole of it.
+
+        Returns:
+            One fp32 scalar per tensor, the same on every rank.
+        """
+
+    @abstractmethod
+    def total(self, counts: Sequence[int]) -> list[int]:
+        """Sums of integers over all ranks that hold moments which are counted."""
+
+    @abstractmethod
+    def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a small tensor over the ranks that hold other rows of the same weights."""
+
+    @abstractmethod
+    def reset_steps(self, parameter: nn.Parameter) -> int:
+        """Restart the bias correction of every vector of a clocked parameter; returns how many."""
+
+    @abstractmethod
+    def live_vectors(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
+        """Which vectors of a clocked parameter the update after the next `ahead` ones trains.
+
+        Returns:
+            Bool, (vectors,), on the CPU.
+        """
+
+    @abstractmethod
+    def whole_vectors(
+        self,
+        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        stored: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> list[torch.Tensor]:
+        """Vectors, whole and the same on every rank, in one exchange for all of them.
+
+        Args:
+            factors: clocked parameters and the vectors that are asked for, int64, (k,), on the CPU;
+                their working values are returned.
+            stored: vectors that the method itself keeps: their length, and this rank's
+                `own_span` of them, (k, span), in the factors' dtype.
+
+        Returns:
+            One (k, length) per entry of `factors`, then of `stored`: vectors are rows, whatever
+            their axis. They are copies.
+        """
+
+    @abstractmethod
+    def write_vectors(
+        self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Set vectors of a clocked parameter everywhere they live: master and working copies.
+
+        Args:
+            index: int64, (k,), on the CPU, without repetition.
+            values: (k, length), the same on every rank.
+        """
+
+    @abstractmethod
+    def reset_vectors(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+        """Forget what Adam knows of some vectors: moments and the count of their steps.
+
+        Args:
+            index: int64, (k,), on the CPU.
+            frozen: updates during which they stay bit-identical; their count goes on meanwhile.
+
+        Returns:
+            Moment elements that this rank set to zero.
+        """
+
+    @abstractmethod
+    def own_span(self, length: int) -> tuple[int, int]:
+        """Elements [start, stop) of a vector that this rank keeps of what methods store."""
+
+    @abstractmethod
+    def node_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros in host memory for `own_span`s: one copy per node, if its ranks have the same span.
+
+        Every rank of the node asks in the same order.
+        """
+
+    @abstractmethod
+    def writes_node(self) -> bool:
+        """Whether this rank is the one that writes what `node_tensor` returned."""
+
+    @abstractmethod
+    def node_bytes(self) -> int:
+        """Size of what `node_tensor` returned, over all copies on this node."""
+
+    @abstractmethod
+    def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
+        """Stored vectors (k, length) put together from the ranks' spans, on the CPU.
+
+        Returns:
+            None except on the rank that writes checkpoints.
+        """
+
+    @abstractmethod
+    def probe(self) -> torch.Tensor | None:
+        """Output of the working model on a fixed batch, fp32; None if the run has none."""
