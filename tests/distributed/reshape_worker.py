@@ -18,14 +18,9 @@ from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.saved_state import SavedState
 from relora_ds.methods.registry import Phase
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.checkpoint import (
-    CheckpointStore,
-    TrainerState,
-    open_saved_state,
-    read_method_state,
-    read_trainer_state,
-)
+from relora_ds.train.checkpoint import CheckpointStore, TrainerState
 from relora_ds.train.reshape import reshape_checkpoint
+from relora_ds.train.saved_run import SavedRun
 from tests.distributed import relora_worker as relora
 from tests.distributed import switchlora_worker as switchlora
 
@@ -86,7 +81,7 @@ def save(
         telemetry={},
         data=[],
     )
-    store = CheckpointStore(at, None, topology.is_main)
+    store = CheckpointStore(at, None, topology)
     return store.save(engine, state, config, relora.ARCHITECTURE, None)
 
 
@@ -110,17 +105,19 @@ def go_on(case: str, stage: int, topology: Topology, directory: Path) -> dict[st
     for form in ("", "_reshaped"):
         source = directory / f"{case}{form}"
         source = source if form else source / f"step_{BREAK_AT}"
-        saved = open_saved_state(source, config, relora.ARCHITECTURE)
+        saved = SavedRun(source, config, relora.ARCHITECTURE).state()
         phase, engine = build(config, stage, topology)
-        CheckpointStore(source.parent, None, topology.is_main).load(engine, source, saved)
-        phase.method.load_state_dict(read_method_state(source, read_trainer_state(source)))
+        CheckpointStore(source.parent, None, topology).load(engine, source, saved)
+        phase.method.load_state_dict(SavedRun(source, config, relora.ARCHITECTURE).method_state())
         distributed.barrier()
         again = directory / f"{case}{form}_by_{topology.dp_size}"
         path = save(phase, engine, topology, config, stage, again)
         if topology.is_main:
-            copy = open_saved_state(path, config, relora.ARCHITECTURE)
+            copy = SavedRun(path, config, relora.ARCHITECTURE).state()
             found[f"differences{form}"] = differences(saved, copy)
-            methods = [read_method_state(d, read_trainer_state(d)) for d in (source, path)]
+            methods = [
+                SavedRun(d, config, relora.ARCHITECTURE).method_state() for d in (source, path)
+            ]
             same = [same_value(methods[0][key], methods[1][key]) for key in methods[0]]
             found[f"same_method{form}"] = methods[0].keys() == methods[1].keys() and all(same)
         found[f"losses{form}"] = train(phase, engine, topology, BREAK_AT, BREAK_AT + AFTER)

@@ -99,7 +99,7 @@ ProblemsOf = Callable[..., list[str]]
             ("is bf16", "train.precision is fp32", "write auto or fp32"),
         ),
         (["train.precision=fp32", "train.attention=flash"], "train.attention", ("auto or sdpa",)),
-        (["parallel.tensor=2"], "parallel.tensor", ("not available in this version", "use 1")),
+        (["parallel.tensor=3"], "parallel.tensor", ("must divide", "write 2 or 4")),
         (["parallel.sequence=true"], "parallel.sequence", ("not available", "use false")),
         (
             ["checkpoint.allow_change=[train.stps]"],

@@ -109,7 +109,7 @@ CASES = {
         "seq_length: 128", "seq_length: 512", ("is 512", "max_position_embeddings is 256")
     ),
     "batch": Case("global_batch_size: 16", "global_batch_size: 18", ("is 18", "(4)", "16 or 20")),
-    "tensor": Case("log:", "parallel: {tensor: 2}\nlog:", ("parallel.tensor: is 2", "use 1")),
+    "tensor": Case("log:", "parallel: {tensor: 3}\nlog:", ("parallel.tensor: is 3", "must divide")),
 }
 # where the marked text is not the first line of the replacement
 AT_LINE = {

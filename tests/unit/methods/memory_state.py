@@ -92,6 +92,9 @@ class MemoryState(TrainState):
     def total(self, counts: Sequence[int]) -> list[int]:
         return list(counts)
 
+    def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
     def reset_steps(self, parameter: nn.Parameter) -> int:
         self.reset.append(parameter)
         return 1

@@ -12,7 +12,7 @@ from torch import nn
 
 from relora_ds.engine.base_weight import Precision, Working
 from relora_ds.errors import DivergenceError
-from relora_ds.methods import interface
+from relora_ds.methods import train_state
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Event
 from relora_ds.methods.relora import ReLoRA
@@ -262,7 +262,7 @@ def test_values_are_gathered_in_few_exchanges_of_bounded_size(
             asked.append(sum(p.numel() for p in parameters))
             return super().whole(parameters)
 
-    monkeypatch.setattr(interface, "_GATHERED_BYTES", budget)
+    monkeypatch.setattr(train_state, "_GATHERED_BYTES", budget)
     requests = [[nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))] for _ in range(3)]
     found = list(Counting().whole_in_turn(requests))
     assert len(asked) == exchanges
