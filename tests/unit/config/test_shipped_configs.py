@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from relora_ds.config.load import dump_run_config, load_run_config, read_model_config
 from relora_ds.config.method_checks import projection_shapes
@@ -13,10 +15,12 @@ from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_sta
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.flops import parameter_counts
 from relora_ds.train.build import meta_model
+from relora_ds.train.preflight import dry_run
 
 ROOT = Path(__file__).parents[3]
 RUNS = sorted((ROOT / "configs/run").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs/model").glob("*.json"))
+LARGE = [path for path in RUNS if path.stem.startswith(("llama_1b", "llama_7b"))]
 ZERO = sorted((ROOT / "configs/zero").glob("*.json"))
 SIZES = (9, 20, 35, 40, 60, 71, 100, 130, 250, 350)
 NAMES = {*(f"llama_{size}m" for size in SIZES), "llama_1b", "llama_3b", "llama_7b"}
@@ -62,6 +66,30 @@ def test_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     dumped = tmp_path / "run.yaml"
     dumped.write_text(dump_run_config(run.config))
     assert load_run_config(dumped).config == run.config
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+def test_large_runs_at_every_tensor_size_and_stage(
+    path: Path, tensor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for stage in (1, 2, 3):
+        overrides = [f"parallel.tensor={tensor}", f"deepspeed=configs/zero/zero{stage}.json"]
+        run = load_run_config(path.relative_to(ROOT), overrides)
+        assert zero_stage(resolve_deepspeed_config(run.config.deepspeed, run.config, 2)) == stage
+
+
+@pytest.mark.parametrize("name", ["llama_1b_switchlora", "llama_7b_switchlora"])
+def test_a_dry_run_says_what_a_tensor_rank_holds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run = load_run_config(f"configs/run/{name}.yaml", ["parallel.tensor=8"])
+    resolved = resolve_deepspeed_config(run.config.deepspeed, run.config, 1)
+    text = StringIO()
+    dry_run(run, resolved, Console(file=text, width=120))
+    assert "one of 8 tensor ranks" in text.getvalue()
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
