@@ -176,7 +176,9 @@ def transition(topology: Topology) -> dict[str, Any]:
     }
     recorder.reset()
     with recorder:
-        slices = take_dense_weights(engine, base.ARCHITECTURE, first.method, config.train)
+        slices = take_dense_weights(
+            engine, base.ARCHITECTURE, first.method, config.train, topology.tensor
+        )
         moved = sum(volume.payload for volume in recorder.volumes().values())
     del engine
     gc.collect()
