@@ -46,6 +46,7 @@ def main() -> int:
             parsed.seq_length,
             parsed.reduction,
             parsed.steps,
+            parsed.tensor,
         )
         found = benchmark_communication(workload)
     except ReloraError as error:
@@ -76,9 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         help="train.gradient_reduction",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=6, help="timed steps of either kind")
+    parser.add_argument("--tensor", type=_positive, default=1, help="processes that share a model")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_communication"))
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: write 1 or more")
+    return int(text)
 
 
 def _show(found: dict) -> None:
@@ -97,7 +105,9 @@ def _show(found: dict) -> None:
             f"{row['bytes_per_second'] / 1e6:.0f}",
             f"{row['counting_share']:.2%}",
         )
-    Console(highlight=False).print(f"{found['processes']} processes, {found['device']}", table)
+    Console(highlight=False).print(
+        f"{found['processes']} processes, tensor {found['tensor']}, {found['device']}", table
+    )
 
 
 if __name__ == "__main__":

@@ -18,16 +18,19 @@ The first six are per micro-batch, the others once per optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from relora_ds.engine.traffic import Payloads, Traffic
+from relora_ds.engine.communication import Volume, Volumes
+from relora_ds.engine.traffic import Payloads, Traffic, padded
 from relora_ds.model.attention import Attention
-from relora_ds.model.embedding import TokenEmbedding
+from relora_ds.model.embedding import LanguageHead, TokenEmbedding
+from relora_ds.model.loss import chunk_rows
 from relora_ds.parallel.linear import Projection
-from relora_ds.parallel.shape import full_shape
+from relora_ds.parallel.shape import full_shape, whole_shape
 
 _NORM_BYTES = 4
 _WIDE_BYTES = 4
@@ -50,44 +53,103 @@ def tensor_payloads(
         tokens: read per micro-batch.
         size: ranks of the group.
         share_elements: gradient elements in this rank's slices of the projections'
-            `partial_gradients`.
+            `partial_gradients`; see `shares_by_rank`.
         groups: optimizer groups.
         group: the recorder's name of it.
     """
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    embedding = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
-    width = full_shape(embedding.weight)[1]
-    projections = [module for module in model.modules() if isinstance(module, Projection)]
+    found = tensor_volumes(model, resolved, tokens, size, share_elements, groups, group)
+    return {kind: volume.payload for kind, volume in found.items()}
+
+
+def tensor_volumes(
+    model: nn.Module,
+    resolved: Mapping[str, Any],
+    tokens: int,
+    size: int,
+    share_elements: int,
+    groups: int,
+    group: str = "tp",
+) -> Volumes:
+    """The same with the number of calls."""
     bf16 = bool(resolved["bf16"]["enabled"])
     working, element = ("bfloat16", 2) if bf16 else ("float32", 4)
-    recomputed = any(layer.recomputed for layer in projections)
-    activation = element * tokens * width
     micro_batches = int(resolved["gradient_accumulation_steps"])
-    blocks = 2 * len(layers)
-    inner = sum(layer.summed_activations() for layer in projections)
+    moved: Volumes = {}
 
-    moved: Payloads = {}
-
-    def add(dtype: str, phase: str, payload: int) -> None:
+    def add(dtype: str, phase: str, calls: int, payload: int) -> None:
         if payload:
             kind = Traffic("all_reduce", group, size, dtype, phase)
-            moved[kind] = moved.get(kind, 0) + payload
+            volume = moved.setdefault(kind, Volume())
+            volume.calls, volume.payload = volume.calls + calls, volume.payload + payload
 
-    add(working, "forward", micro_batches * (blocks + 1) * activation)
-    add("float32", "forward", micro_batches * 3 * _WIDE_BYTES * tokens)
-    backward = (blocks * (2 if recomputed else 1) + 1) * activation + element * tokens * inner
-    add(working, "backward", micro_batches * backward)
-    add(working, "step", element * share_elements)
-    for dtype, payload in _norms(resolved, groups, bf16):
-        add(dtype, "step", payload)
+    for dtype, phase, calls, payload in _micro_batch(model, working, element, tokens):
+        add(dtype, phase, micro_batches * calls, micro_batches * payload)
+    add(working, "step", 1, element * share_elements)
+    for dtype, calls, payload in _norms(resolved, groups, bf16):
+        add(dtype, "step", calls, payload)
     return moved
 
 
-def _norms(resolved: Mapping[str, Any], groups: int, bf16: bool) -> list[tuple[str, int]]:
-    """Scalars: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow flag."""
+def _micro_batch(
+    model: nn.Module, working: str, element: int, tokens: int
+) -> Iterator[tuple[str, str, int, int]]:
+    """Type, phase, calls and payload of a forward and a backward pass."""
+    modules = list(model.modules())
+    embedding = next(module for module in modules if isinstance(module, TokenEmbedding))
+    head = next(module for module in modules if isinstance(module, LanguageHead))
+    projections = [module for module in modules if isinstance(module, Projection)]
+    activation = element * tokens * full_shape(embedding.weight)[1]
+    blocks = 2 * sum(isinstance(module, Attention) for module in modules)
+    yield working, "forward", blocks + 1, (blocks + 1) * activation
+    chunks = -(-tokens // chunk_rows(whole_shape(head.weight)[0]))
+    yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens
+    again = any(layer.recomputed for layer in projections)
+    outer = blocks * (2 if again else 1) + 1
+    inner = [n for layer in projections if (n := layer.summed_activations())]
+    yield (
+        working,
+        "backward",
+        outer + len(inner),
+        outer * activation + element * tokens * sum(inner),
+    )
+
+
+def _norms(resolved: Mapping[str, Any], groups: int, bf16: bool) -> list[tuple[str, int, int]]:
+    """Scalars: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow flag,
+    which stage 3 does not exchange."""
     stage, clips = int(resolved["zero_optimization"]["stage"]), resolved["gradient_clipping"] > 0
     if stage == 0 and not bf16:
-        return [("float32", _NORM_BYTES * (1 + clips))]
+        return [("float32", 1 + clips, _NORM_BYTES * (1 + clips))]
     # stage 3 adds its norms up in double precision
-    norms = [("float64", 8 * groups)] if stage == 3 else [("float32", _NORM_BYTES * groups)]
-    return [*norms, ("uint8", 1)] if bf16 and stage > 0 else norms
+    norm = ("float64", groups, 8 * groups) if stage == 3 else ("float32", groups, 4 * groups)
+    checks = stage == 0 or (stage < 3 and resolved["bf16"].get("check_grad_overflow", True))
+    return [norm, ("uint8", 1, 1)] if bf16 and checks else [norm]
+
+
+def shares_by_rank(
+    model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], stage: int, dp_size: int
+) -> list[int]:
+    """Elements of unfinished gradients that each data-parallel rank has to add up.
+
+    Args:
+        model: a tensor-parallel rank's part of a `Llama`, on the meta device.
+        groups: its trained parameters by optimizer group.
+        stage: ZeRO stage: from 1 on a rank keeps a slice of each group, at 3 of each parameter.
+        dp_size: data-parallel processes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Projection)]
+    partial = {parameter for layer in layers for parameter in layer.partial_gradients()}
+    flats = [[p] for group in groups for p in group] if stage == 3 else groups
+    held = torch.zeros(dp_size, dtype=torch.int64)
+    for flat in flats:
+        whole = sum(parameter.numel() for parameter in flat)
+        share = -(-whole // dp_size) if stage == 3 else padded(whole, dp_size) // dp_size
+        first = torch.arange(dp_size) * share if stage else torch.zeros_like(held)
+        last = first + (share if stage else whole)
+        at = 0
+        for parameter in flat:
+            end = at + parameter.numel()
+            if parameter in partial:
+                held += (last.clamp(max=end) - first.clamp(min=at)).clamp(min=0)
+            at = end
+    return held.tolist()

@@ -33,7 +33,7 @@ from typing import Any
 from torch import nn
 
 from relora_ds.engine.communication import StepBytes, Traffic, Volume, total
-from relora_ds.engine.gathers import gathered
+from relora_ds.engine.gathers import Replay, gathered
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _NORM_BYTES = 4
@@ -69,6 +69,7 @@ def expected_payloads(
     *,
     once: bool = False,
     group: str = "world",
+    replay: Replay | None = None,
 ) -> Payloads:
     """What one update moves, from its first forward pass to the end of the optimizer's step.
 
@@ -79,6 +80,7 @@ def expected_payloads(
         dp_size: data-parallel processes.
         once: gradients are reduced once per update at every stage.
         group: the recorder's name of the processes' group.
+        replay: what `gathered` returned for them, where it is known already.
 
     Raises:
         ValueError: an option of stage 3 is set that makes the figure inexact.
@@ -86,11 +88,15 @@ def expected_payloads(
     if int(resolved["zero_optimization"]["stage"]) < 3:
         elements = [sum(p.numel() for p in parameters) for parameters in groups]
         return step_payloads(elements, resolved, dp_size, once=once, group=group)
-    return _stage3_payloads(model, groups, resolved, dp_size, once, group)
+    moved = _stage3_payloads(groups, resolved, dp_size, once, group)
+    if dp_size > 1:
+        zero, steps = resolved["zero_optimization"], int(resolved["gradient_accumulation_steps"])
+        found = replay or gathered(model, zero, dp_size, steps)
+        moved |= _gather_payloads(found, resolved, (group, dp_size))
+    return moved
 
 
 def _stage3_payloads(
-    model: nn.Module,
     groups: Sequence[Sequence[nn.Parameter]],
     resolved: Mapping[str, Any],
     dp_size: int,
@@ -110,17 +116,25 @@ def _stage3_payloads(
     sizes = [[-(-p.numel() // dp_size) for p in parameters] for parameters in groups]
     reduced = dp_size * sum(map(sum, sizes)) * (1 if once else steps)
     norms = sum(_sub_groups(each, int(zero.get("sub_group_size", _SUB_GROUP))) for each in sizes)
-    everyone = (group, dp_size)
     found = {
-        ("reduce_scatter", *everyone, gradients, "backward"): reduced * _BYTES[gradients],
-        ("all_reduce", *everyone, "float64", "step"): norms * _NORM_BYTES_STAGE_3,
+        ("reduce_scatter", group, dp_size, gradients, "backward"): reduced * _BYTES[gradients],
+        ("all_reduce", group, dp_size, "float64", "step"): norms * _NORM_BYTES_STAGE_3,
     }
-    if dp_size > 1:
-        near = (HPZ_GROUP, int(zero.get("zero_hpz_partition_size", 1)))
-        for gather, elements in gathered(model, zero, dp_size, steps).elements.items():
-            ranks = near if gather.near else everyone
-            found["all_gather", *ranks, working, gather.phase] = elements * _BYTES[working]
     return {Traffic(*kind): payload for kind, payload in found.items() if payload}
+
+
+def _gather_payloads(
+    replay: Replay, resolved: Mapping[str, Any], everyone: tuple[str, int]
+) -> Payloads:
+    near = (HPZ_GROUP, int(resolved["zero_optimization"].get("zero_hpz_partition_size", 1)))
+    working = "bfloat16" if resolved["bf16"]["enabled"] else "float32"
+    return {
+        Traffic("all_gather", *(near if gather.near else everyone), working, gather.phase): (
+            elements * _BYTES[working]
+        )
+        for gather, elements in replay.elements.items()
+        if elements
+    }
 
 
 def _sub_groups(partitions: Sequence[int], limit: int) -> int:

@@ -137,8 +137,8 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     def parked_elements(self, model: nn.Module) -> tuple[int, int]:
         count = 0
         for layer in adapter_layers(model).values():
-            rows, cols = whole_shape(layer.weight)
-            count += min(rows, cols) * (rows + cols)
+            slots = min(layer.spec.out_features, layer.spec.in_features)
+            count += slots * (whole_shape(layer.lora_A)[1] + whole_shape(layer.lora_B)[0])
         return (0, count) if self.config.candidates == "host" else (count, 0)
 
     def before_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:

@@ -3,7 +3,8 @@
 Activations between blocks are the same on every rank of the group. A block (attention, MLP, head)
 passes its input through `copy_to`, works on the rank's part of the weights, and sums what the ranks
 found with `reduce_from`: one all-reduce forward and one backward per block, whatever its
-projections are made of.
+projections are made of. A tensor on the meta device has no values, so none are exchanged: the
+structure of a part can be walked through without its group.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class TensorParallel:
 
     def copy_to(self, x: torch.Tensor) -> torch.Tensor:
         """The same tensor; its gradient is summed over the group."""
-        if self.size == 1:
+        if self.size == 1 or x.is_meta:
             return x
         from megatron.core.tensor_parallel import mappings
 
@@ -71,7 +72,7 @@ class TensorParallel:
 
     def reduce_from(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the group; the gradient passes unchanged. May overwrite `x`."""
-        if self.size == 1:
+        if self.size == 1 or x.is_meta:
             return x
         from megatron.core.tensor_parallel import mappings
 
@@ -87,7 +88,7 @@ class TensorParallel:
         return self._reduce(x, torch.distributed.ReduceOp.MAX)
 
     def _reduce(self, x: torch.Tensor, op: Any) -> torch.Tensor:
-        if self.size > 1:
+        if self.size > 1 and not x.is_meta:
             assert x.is_contiguous()
             torch.distributed.all_reduce(x, op=op, group=self.group)
         return x

@@ -20,19 +20,22 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from relora_ds.config.checks import heads_divide_over_tensor
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.collectives import wire_bytes
 from relora_ds.engine.communication import Traffic, Volumes, counting_seconds, recorder
-from relora_ds.engine.deepspeed_config import reduces_once, resolve_deepspeed_config
+from relora_ds.engine.deepspeed_config import reduces_once, resolve_deepspeed_config, zero_stage
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.tensor_traffic import shares_by_rank, tensor_payloads
 from relora_ds.engine.traffic import bytes_of, expected_payloads
+from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model, meta_model
+from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.train.build import build_model, cut_meta_model
 
 # Stage 3 learns the order of modules in the first two micro-batches
 _WARM_UP = 3
@@ -55,6 +58,8 @@ class Workload:
     """`train.gradient_reduction`."""
     steps: int = 6
     """Timed steps of either kind."""
+    tensor: int = 1
+    """`parallel.tensor`."""
 
 
 def benchmark_communication(workload: Workload) -> dict[str, Any] | None:
@@ -62,28 +67,37 @@ def benchmark_communication(workload: Workload) -> dict[str, Any] | None:
 
     Returns:
         The processes and one row per case; None on other ranks than 0.
+
+    Raises:
+        ConfigError: the model or the processes cannot be cut like that.
     """
-    topology = distributed.start(10.0)
+    world = distributed.start(10.0)
     cases = product(workload.methods, workload.stages, workload.accumulations)
-    rows = [_measure(workload, *case, topology) for case in cases]
+    rows = [_measure(workload, *case, world) for case in cases]
     distributed.stop()
-    if not topology.is_main:
+    if not world.is_main:
         return None
-    name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu"
-    return {"processes": topology.world_size, "device": name, "rows": rows}
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    sizes = {"processes": world.world_size, "tensor": workload.tensor}
+    return {**sizes, "device": name, "rows": rows}
 
 
 def _measure(
-    workload: Workload, method: str, stage: int, accumulation: int, topology: Topology
+    workload: Workload, method: str, stage: int, accumulation: int, world: Topology
 ) -> dict[str, Any]:
-    config = _run_config(workload, method, accumulation, topology)
+    config = _run_config(workload, method, accumulation, world)
+    topology = share_models(world, config)
+    groups = _named_groups(topology)
     resolved = resolve_deepspeed_config(
         {"zero_optimization": {"stage": stage}}, config, topology.dp_size
     )
     engine = _engine(workload, config, resolved, topology)
     expected = _expected(workload, config, resolved, topology)
     size = (config.train.micro_batch_size, config.train.seq_length + 1)
-    tokens = torch.randint(0, workload.architecture.vocab_size, (accumulation, *size))
+    # processes that share a copy of the model read the same tokens
+    draw = torch.Generator().manual_seed(topology.dp_rank)
+    vocabulary = workload.architecture.vocab_size
+    tokens = torch.randint(0, vocabulary, (accumulation, *size), generator=draw)
 
     def step(counted: bool) -> float:
         _settle(topology)
@@ -105,8 +119,9 @@ def _measure(
                 volumes = recorder.step_volumes()
     plain_s = statistics.median(seconds[False])
     engine.destroy()
-    alone_s = _alone(volumes, topology, workload.steps)
-    wire = bytes_of({kind: volume.payload for kind, volume in volumes.items()}).wire
+    alone_s = _alone(volumes, groups, topology, workload.steps)
+    counted = {kind: volume.payload for kind, volume in volumes.items()}
+    wire = bytes_of(counted).wire
     return {
         "method": method,
         "stage": stage,
@@ -115,7 +130,7 @@ def _measure(
         "measured": dict(_rows(volumes)),
         "wire_bytes": wire,
         "expected_wire_bytes": bytes_of(expected).wire,
-        "exact": {kind: volume.payload for kind, volume in volumes.items()} == expected,
+        "exact": _everywhere(counted == expected, topology.device),
         "step_seconds": plain_s,
         "communication_seconds": alone_s,
         "communication_share": min(1.0, alone_s / plain_s),
@@ -125,14 +140,31 @@ def _measure(
     }
 
 
-def _run_config(
-    workload: Workload, method: str, accumulation: int, topology: Topology
-) -> RunConfig:
+def _named_groups(topology: Topology) -> dict[str, ProcessGroup]:
+    """The groups that a step communicates in, by the recorder's name."""
+    world, tensor = torch.distributed.group.WORLD, topology.tensor
+    assert world is not None
+    if tensor.group is None or tensor.data_group is None:
+        return {"world": world}
+    named = {"tp": tensor.group, "dp": tensor.data_group}
+    for name, group in named.items():
+        recorder.name_group(group, name)
+    return named
+
+
+def _everywhere(here: bool, device: torch.device) -> bool:
+    """Whether something is so on every process."""
+    elsewhere = torch.tensor(int(not here), device=device)
+    return int(distributed.sum_over_ranks(elsewhere)) == 0
+
+
+def _run_config(workload: Workload, method: str, accumulation: int, world: Topology) -> RunConfig:
     described: dict[str, Any] = {"name": method}
     if method != "full":
         described["rank"] = workload.rank
     micro = workload.micro_batch_size
-    return RunConfig.model_validate(
+    copies = max(1, world.world_size // workload.tensor)
+    config = RunConfig.model_validate(
         {
             "output_dir": "unused",
             "model": "unused",
@@ -142,23 +174,28 @@ def _run_config(
                 "steps": 1000,
                 "seq_length": workload.seq_length,
                 "micro_batch_size": micro,
-                "global_batch_size": micro * accumulation * topology.dp_size,
+                "global_batch_size": micro * accumulation * copies,
                 "precision": workload.precision,
                 "gradient_reduction": workload.reduction,
             },
+            "parallel": {"tensor": workload.tensor},
         }
     )
+    for problem in heads_divide_over_tensor(config.parallel, workload.architecture):
+        raise ConfigError(f"--tensor {problem.message}")
+    return config
 
 
 def _engine(
     workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
 ) -> TrainEngine:
-    method, train = plan_phases(config)[-1].method, config.train
-    cutter = build_cutter(resolved, train.precision)
-    draw = InitialWeights(workload.architecture, train.seed)
-    model = build_model(workload.architecture, method, train, draw, topology.device, cutter)
+    method, train, tensor = plan_phases(config)[-1].method, config.train, topology.tensor
+    architecture, device = workload.architecture, topology.device
+    cutter = build_cutter(resolved, train.precision, tensor=tensor)
+    draw = InitialWeights(architecture, train.seed)
+    model = build_model(architecture, method, train, draw, device, cutter, tensor)
     exact = None if cutter is None else cutter.finish()
-    engine = TrainEngine(model, method, config, resolved, lambda: None, exact)
+    engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tensor)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
     return engine
 
@@ -166,11 +203,16 @@ def _engine(
 def _expected(
     workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
 ) -> dict[Traffic, int]:
-    method = plan_phases(config)[-1].method
-    model = meta_model(workload.architecture, method, config.train)
+    method, tensor = plan_phases(config)[-1].method, topology.tensor
+    model = cut_meta_model(workload.architecture, method, config.train, tensor)
     groups = [group.parameters for group in method.parameter_groups(model)]
-    once = reduces_once(config, resolved)
-    return expected_payloads(model, groups, resolved, topology.dp_size, once=once)
+    once, copies = reduces_once(config, resolved), topology.dp_size
+    if tensor.size == 1:
+        return expected_payloads(model, groups, resolved, copies, once=once)
+    moved = expected_payloads(model, groups, resolved, copies, once=once, group="dp")
+    share = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
+    tokens = config.train.micro_batch_size * config.train.seq_length
+    return moved | tensor_payloads(model, resolved, tokens, tensor.size, share, len(groups))
 
 
 def _rows(volumes: Volumes) -> Iterator[tuple[str, dict[str, float]]]:
@@ -187,11 +229,15 @@ def _counting_seconds(volumes: Volumes) -> float:
     return counting_seconds(group) * sum(volume.calls for volume in volumes.values())
 
 
-def _alone(volumes: Volumes, topology: Topology, repeats: int) -> float:
+def _alone(
+    volumes: Volumes, groups: dict[str, ProcessGroup], topology: Topology, repeats: int
+) -> float:
     """Seconds of a step's collectives one after the other, the fastest of `repeats`."""
-    group = torch.distributed.group.WORLD
-    assert group is not None
-    calls = [call for item in volumes.items() for call in _calls(*item, group, topology.device)]
+    calls = [
+        call
+        for kind, volume in volumes.items()
+        for call in _calls(kind, volume, groups[kind.group], topology.device)
+    ]
     best = float("inf")
     for _ in range(repeats):
         _settle(topology)
@@ -241,7 +287,9 @@ def plot_benchmark(found: dict[str, Any], path: Path) -> None:
     axes.plot(places, predicted, "k_", markersize=14, label="closed form")
     labels = [f"{row['method']}\nZeRO {row['stage']}, x{row['accumulation']}" for row in rows]
     axes.set_xticks(list(places), labels, rotation=90)
-    axes.set_ylabel(f"MB per step and process, {found['processes']} processes")
+    axes.set_ylabel(
+        f"MB per step and process, {found['processes']} processes, tensor {found['tensor']}"
+    )
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

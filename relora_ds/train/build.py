@@ -54,6 +54,8 @@ def cut_meta_model(
             if isinstance(module, Projection):
                 method.lay_out(module)
             cut_over_ranks(module)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to("meta"))  # what a layout was read from
     return model
 
 

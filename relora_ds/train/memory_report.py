@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig
+from relora_ds.config.schema import RunConfig, TrainConfig
 from relora_ds.engine.block_codes import BLOCK
 from relora_ds.engine.deepspeed_engine import base_precision
 from relora_ds.methods.interface import Method
+from relora_ds.model.llama import Llama
 from relora_ds.model.memory import StoragePlan, expected_memory
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.train.build import cut_over_ranks, meta_model
@@ -37,21 +38,37 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
     )
 
 
+def largest_part(
+    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tensor: TensorParallel
+) -> Llama:
+    """Without memory, what the first tensor-parallel rank holds: no other one holds more.
+
+    What is cut by the values of a draw is taken for cut evenly.
+    """
+    model = meta_model(architecture, method, train, tensor)
+    if tensor.size > 1:
+        for module in model.modules():
+            cut_over_ranks(module)
+    return model
+
+
 def closed_form(
     config: RunConfig, architecture: ModelConfig, method: Method[Any], plan: StoragePlan
 ) -> dict[str, int]:
     """Expected bytes per process by component; nothing is allocated."""
-    train = config.train
-    # the first rank's part: no other one is larger by more than a row of each matrix
-    model = meta_model(architecture, method, train, TensorParallel(size=plan.tensor))
-    if plan.tensor > 1:
-        for module in model.modules():
-            cut_over_ranks(module)
+    part = largest_part(architecture, method, config.train, TensorParallel(size=plan.tensor))
+    return memory_of_part(part, method, config.train, plan)
+
+
+def memory_of_part(
+    part: Llama, method: Method[Any], train: TrainConfig, plan: StoragePlan
+) -> dict[str, int]:
+    """The same for what `largest_part` returned."""
     return expected_memory(
-        model,
+        part,
         plan,
-        [group.parameters for group in method.parameter_groups(model)],
-        method.edited_weights(model),
+        [group.parameters for group in method.parameter_groups(part)],
+        method.edited_weights(part),
         train.micro_batch_size * train.seq_length,
         train.activation_checkpointing,
     )

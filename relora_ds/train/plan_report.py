@@ -8,14 +8,27 @@ from rich.console import Console
 from rich.table import Table
 
 _GB = 1e9
+_ALIKE = "- of these, alike on every tensor-parallel GPU"
+
+
+_TENSOR_ROWS: tuple[tuple[str, Any], ...] = (
+    ("- tensor-parallel, within (GB)", lambda e: f"{e['traffic']['tensor_within_node'] / _GB:.3f}"),
+    (
+        "- tensor-parallel, to others (GB)",
+        lambda e: f"{e['traffic']['tensor_between_nodes'] / _GB:.3f}",
+    ),
+    ("tensor-parallel, never overlapped (s)", lambda e: f"{e['seconds']['tensor']:.3f}"),
+)
 
 
 def show_plan(found: dict[str, Any], console: Console) -> None:
     """Print what `plan.plan` returns."""
-    cluster = found["cluster"]
+    cluster, asked, suggested = found["cluster"], found["asked"], found["suggested"]
+    shared = f" of {asked['tensor']} tensor-parallel GPUs each" if asked["tensor"] > 1 else ""
     console.print(
         f"{cluster['gpus']} GPUs, {cluster['gpus_per_node']} per node, "
-        f"{cluster['gpu_memory'] / _GB:.0f} GB each; {found['processes']} data-parallel processes"
+        f"{cluster['gpu_memory'] / _GB:.0f} GB each; {found['processes']} data-parallel "
+        f"processes{shared}"
     )
     for name, phase in found["phases"].items():
         console.print(
@@ -26,16 +39,37 @@ def show_plan(found: dict[str, Any], console: Console) -> None:
         hosts = {e["host_bytes_per_node"] for e in phase["stages"].values()}
         if hosts and max(hosts):
             console.print(f"host memory for candidates: {max(hosts) / _GB:.1f} GB per node")
-    suggested = found["suggested"]
+    if len(found["sizes"]) > 1:
+        console.print("\nwith each tensor-parallel size, its fastest stage that fits:")
+        console.print(_sizes(found["sizes"]))
     if suggested is None:
         console.print("\nnothing fits: lower train.micro_batch_size or method.rank")
-    elif suggested == found["asked"]:
-        console.print(f"\nZeRO stage {suggested}, as the run asks for, is the fastest that fits")
+    elif _way(suggested) == _way(asked):
+        console.print(f"\n{_way(asked)}, as the run asks for, is the fastest that fits")
     else:
         console.print(
-            f"\nsuggested: ZeRO stage {suggested} instead of {found['asked']}: "
-            "the fastest that fits"
+            f"\nsuggested: {_way(suggested)} instead of {_way(asked)}: the fastest that fits"
         )
+
+
+def _way(cut: dict[str, Any]) -> str:
+    return f"ZeRO stage {cut['stage']} with parallel.tensor {cut['tensor']}"
+
+
+def _sizes(sizes: list[dict[str, Any]]) -> Table:
+    rows: list[tuple[str, Any]] = [
+        ("ZeRO stage", lambda c: c["stage"]),
+        ("together (GB)", lambda c: f"{c['bytes_per_gpu'] / _GB:.2f}"),
+        ("fits", lambda c: "yes" if c["fits"] else "no"),
+        ("states (GB)", lambda c: f"{c['states'] / _GB:.2f}"),
+        (_ALIKE, lambda c: f"{c['states_held_alike'] / _GB:.2f}"),
+        ("largest micro-batch", lambda c: str(c["largest_micro_batch"])),
+        ("step, one after the other (s)", lambda c: f"{c['seconds']:.3f}"),
+    ]
+    table = Table("parallel.tensor", *(str(c["tensor"]) for c in sizes))
+    for label, cell in rows:
+        table.add_row(label, *(cell(candidate) for candidate in sizes))
+    return table
 
 
 def _table(stages: dict[str, Any]) -> Table:
@@ -44,6 +78,7 @@ def _table(stages: dict[str, Any]) -> Table:
         for part in next(iter(stages.values()))["memory"]
         if any(e["memory"][part] for e in stages.values())
     ]
+    tensor = any(e["traffic"]["tensor_payload"] for e in stages.values())
     rows += [
         ("together (GB)", lambda e: f"{e['bytes_per_gpu'] / _GB:.2f}"),
         ("fits", lambda e: "yes" if e["fits"] else "no"),
@@ -51,11 +86,16 @@ def _table(stages: dict[str, Any]) -> Table:
         ("gradients moved (GB)", lambda e: f"{e['traffic']['gradient_payload'] / _GB:.3f}"),
         ("sent within the node (GB)", lambda e: f"{e['traffic']['within_node'] / _GB:.3f}"),
         ("sent to other nodes (GB)", lambda e: f"{e['traffic']['between_nodes'] / _GB:.3f}"),
+        *(_TENSOR_ROWS if tensor else ()),
         ("computing (s)", lambda e: f"{e['seconds']['compute']:.3f}"),
         ("communicating (s)", lambda e: f"{e['seconds']['communication']:.3f}"),
         ("step, overlapped (s)", lambda e: f"{e['seconds']['overlapped']:.3f}"),
         ("step, one after the other (s)", lambda e: f"{e['seconds']['serial']:.3f}"),
     ]
+    if tensor:
+        alike = (_ALIKE, lambda e: f"{e['states_held_alike'] / _GB:.2f}")
+        states = next(n for n, (label, _) in enumerate(rows) if label.startswith("states"))
+        rows.insert(states + 1, alike)
     table = Table("ZeRO stage", *stages)
     for label, cell in rows:
         table.add_row(label, *(cell(estimate) for estimate in stages.values()))

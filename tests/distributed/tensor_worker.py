@@ -18,17 +18,18 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
 from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.partition import build_cutter
-from relora_ds.engine.tensor_traffic import tensor_payloads
+from relora_ds.engine.tensor_traffic import shares_by_rank, tensor_payloads
+from relora_ds.engine.traffic import expected_payloads
 from relora_ds.errors import DesyncError
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
-from relora_ds.train.build import build_model
+from relora_ds.train.build import build_model, cut_meta_model
 
 STAGES = (0, 1, 2, 3)
 STEPS, EVENTS = 40, 10
@@ -112,17 +113,20 @@ def build(
 
 
 def traffic(
-    engine: TrainEngine, resolved: dict[str, Any], topology: Topology
+    engine: TrainEngine, config: RunConfig, resolved: dict[str, Any], topology: Topology
 ) -> dict[str, list[list[Any]]]:
-    """Payloads within the tensor-parallel group, counted and by the closed form."""
+    """Payloads within a copy of the model and between copies, counted and by the closed form."""
+    method, copies = plan_phases(config)[-1].method, topology.dp_size
+    model = cut_meta_model(ARCHITECTURE, method, config.train, topology.tensor)
+    groups = [group.parameters for group in method.parameter_groups(model)]
+    held = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
     placements = engine.layout.placements
     shares = [p for m in projection_layers(engine.model).values() for p in m.partial_gradients()]
-    held = sum(placements[p].stretch.length for p in shares)
-    size, groups = topology.tensor.size, len(engine.groups)
-    expected = tensor_payloads(engine.model, resolved, MICRO * SEQUENCE, size, held, groups)
-    counted = {
-        k: v.payload for k, v in recorder.step_volumes().items() if k.group == "tp" and v.payload
-    }
+    assert held == sum(placements[p].stretch.length for p in shares)
+    size = topology.tensor.size
+    expected = tensor_payloads(model, resolved, MICRO * SEQUENCE, size, held, len(groups))
+    expected |= expected_payloads(model, groups, resolved, copies, group="dp")
+    counted = {k: v.payload for k, v in recorder.step_volumes().items() if v.payload}
     both = {"expected": expected, "counted": counted}
     return {name: sorted([*kind, sent] for kind, sent in of.items()) for name, of in both.items()}
 
@@ -142,7 +146,11 @@ def desync(engine: TrainEngine, topology: Topology) -> str:
 
 
 def train(
-    phase: Phase, engine: TrainEngine, resolved: dict[str, Any], topology: Topology
+    phase: Phase,
+    engine: TrainEngine,
+    config: RunConfig,
+    resolved: dict[str, Any],
+    topology: Topology,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": [], "events": [], "traffic": None}
     with torch.no_grad():
@@ -157,7 +165,7 @@ def train(
         starts = range(topology.dp_rank * MICRO, BATCH, MICRO * topology.dp_size)
         loss, norm = engine.train_step([tokens[at : at + MICRO] for at in starts])
         if topology.tensor.size > 1 and step == 1:
-            found["traffic"] = traffic(engine, resolved, topology)
+            found["traffic"] = traffic(engine, config, resolved, topology)
         with torch.no_grad():
             event = phase.method.after_step(engine.state, engine.model, step + 1)
         found["losses"].append(float(distributed.mean_over_ranks(loss.clone())))
@@ -204,11 +212,12 @@ def main(output: Path, tensor: int = 2) -> None:
     for method, plan, stage in cells(world, size):
         config = run_config(method, plan, size)
         topology = share_models(world, config)
-        if topology.tensor.group is not None:
-            recorder.name_group(topology.tensor.group, "tp")
+        for name, group in (("tp", topology.tensor.group), ("dp", topology.tensor.data_group)):
+            if group is not None:
+                recorder.name_group(group, name)
         phase, engine, resolved = build(stage, config, topology)
         cell = f"{method}/{plan}/{stage}"
-        figures[cell] = train(phase, engine, resolved, topology)
+        figures[cell] = train(phase, engine, config, resolved, topology)
         named = engine.model.named_parameters()
         parameters[cell] = {name: whole(engine, p, topology) for name, p in named}
         if size > 1 and method in ("switchlora", "sltrain"):

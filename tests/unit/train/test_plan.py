@@ -14,10 +14,13 @@ import torch
 from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.engine.collectives import wire_by_link, wire_bytes
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
+from relora_ds.engine.tensor_traffic import shares_by_rank, tensor_payloads
 from relora_ds.engine.traffic import bytes_of, expected_payloads
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
-from relora_ds.train.build import meta_model
+from relora_ds.model.memory import expected_memory
+from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.train.build import cut_meta_model, meta_model
 from relora_ds.train.memory_report import closed_form, storage_plan
 from relora_ds.train.plan import Cluster, plan
 
@@ -108,7 +111,91 @@ def test_the_suggestion_follows_memory_and_bandwidth() -> None:
         for phase in slow["phases"].values()
     ]
     worst = {name: max(each[name] for each in times) for name in times[0]}
-    assert worst[slow["suggested"]] <= 1.01 * min(worst.values()) < worst["2"]
+    assert slow["suggested"]["tensor"] == 1
+    assert worst[slow["suggested"]["stage"]] <= 1.01 * min(worst.values()) < worst["2"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("lane", ["act", "fold"])
+def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: str) -> None:
+    loaded = small("parallel.tensor=2", f"parallel.low_rank_plan={lane}")
+    config, train = loaded.config, loaded.config.train
+    found = plan(loaded, Cluster(gpus=8, gpus_per_node=4))
+    assert found["processes"] == 4
+    method = plan_phases(config)[-1].method
+    tensor = TensorParallel(0, 2, plan=config.parallel.low_rank_plan)
+    model = cut_meta_model(loaded.architecture, method, train, tensor)
+    groups = [group.parameters for group in method.parameter_groups(model)]
+    estimate = found["phases"]["relora"]["stages"][str(stage)]
+    storage = storage_plan(config, stage, 4, torch.device("cuda"))
+    tokens = train.micro_batch_size * train.seq_length
+    form = expected_memory(model, storage, groups, method.edited_weights(model), tokens)
+    memory = estimate["memory"]
+    assert memory["weights"] + memory["residual"] == form["weights"]
+    assert [memory[key] for key in ("gradients", "states", "activations")] == [
+        form[key] for key in ("gradients", "states", "activations")
+    ]
+    resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 4)
+    shares = shares_by_rank(model, groups, stage, 4)
+    assert any(shares) == (lane == "fold")
+    within = tensor_payloads(model, resolved, tokens, 2, max(shares), len(groups))
+    between = expected_payloads(model, groups, resolved, 4)
+    traffic = estimate["traffic"]
+    assert traffic["tensor_payload"] == sum(within.values())
+    assert (traffic["payload"], traffic["wire"]) == bytes_of(between, within)
+    # copies of the model lie on both nodes, a copy within one
+    assert traffic["tensor_within_node"] == bytes_of(within).wire
+    assert traffic["tensor_between_nodes"] == 0 < traffic["between_nodes"]
+    seconds = estimate["seconds"]
+    assert seconds["overlapped"] - seconds["tensor"] == pytest.approx(
+        max(seconds["compute"], seconds["communication"])
+    )
+
+
+@pytest.mark.parametrize(("per_node", "near"), [(2, 1.0), (1, 0.0)])
+def test_a_model_larger_than_a_node_talks_between_nodes(per_node: int, near: float) -> None:
+    found = plan(small("parallel.tensor=2"), Cluster(gpus=4, gpus_per_node=per_node))
+    traffic = found["phases"]["relora"]["stages"]["1"]["traffic"]
+    inner = traffic["tensor_within_node"], traffic["tensor_between_nodes"]
+    assert inner[0] == pytest.approx(near * sum(inner))
+    assert sum(inner) == pytest.approx(traffic["tensor_payload"])  # a ring of two sends all of it
+
+
+def test_the_smallest_tensor_size_that_fits_is_suggested() -> None:
+    loaded = small("train.gradient_reduction=micro_batch")
+    roomy = plan(loaded, Cluster(gpus=2))
+    assert [cut["tensor"] for cut in roomy["sizes"]] == [1, 2]
+    assert roomy["suggested"]["tensor"] == 1
+
+    def least(tensor: int) -> float:
+        stages = [
+            phase["stages"]
+            for phase in plan(small(f"parallel.tensor={tensor}"), Cluster(gpus=2))[
+                "phases"
+            ].values()
+        ]
+        return min(max(each[name]["bytes_per_gpu"] for each in stages) for name in stages[0])
+
+    assert least(2) < least(1)
+    between = (least(1) + least(2)) / 2 / (1 - Cluster.reserve)
+    tight = plan(loaded, Cluster(gpus=2, gpu_memory=between))
+    assert tight["suggested"]["tensor"] == 2
+    assert [cut["fits"] for cut in tight["sizes"]] == [False, True]
+
+
+def test_a_7b_run_on_one_node_is_better_left_uncut() -> None:
+    loaded = load_run_config("configs/run/llama_7b_sltrain.yaml", ("parallel.tensor=4",))
+    found = plan(loaded, Cluster(gpus=8))
+    assert [cut["tensor"] for cut in found["sizes"]] == [1, 2, 4, 8]
+    assert all(cut["fits"] for cut in found["sizes"])
+    assert found["asked"] == {"tensor": 4, "stage": "2"}
+    assert found["suggested"]["tensor"] == 1
+    # seven factors (1024, 4096) or (4096, 1024) per layer are whole on each of 4 GPUs, and norms
+    alike = 32 * 7 * 1024 * 4096 + (2 * 32 + 1) * 4096
+    states = found["phases"]["sltrain"]["stages"]["0"]
+    per_element = 4 + 2 * (1 + 4 / 256)
+    assert states["states_held_alike"] == pytest.approx(per_element * alike, rel=1e-9)
+    assert states["states_held_alike"] > 0.6 * states["memory"]["states"]
 
 
 @pytest.mark.parametrize("gpus", [12, 9])
@@ -137,6 +224,9 @@ def test_the_tool_prints_both_forms() -> None:
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     assert found["cluster"]["gpu_memory"] == 40e9
     assert set(found["phases"]) == {"full", "relora"}
+    cut = run("--gpus", "2", "parallel.tensor=2")
+    assert "alike on every" in cut.stdout
+    assert "with each tensor-parallel size" in cut.stdout
     wrong = run("--gpus", "2", "--gpu-memory", "much")
     assert wrong.returncode == 2
     assert "write 80GB" in wrong.stderr
