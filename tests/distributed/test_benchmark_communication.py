@@ -12,6 +12,7 @@ from tests.distributed.launcher import run
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.slow
 def test_measured_bytes_are_the_expected_ones(tmp_path: Path) -> None:
     arguments = ["--model", "configs/model/llama_quickstart.json", "--methods", "relora"]
     arguments += ["--stages", "2", "3", "--accumulation", "2", "--rank", "4", "--steps", "1"]
