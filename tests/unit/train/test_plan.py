@@ -183,6 +183,7 @@ def test_the_smallest_tensor_size_that_fits_is_suggested() -> None:
     assert [cut["fits"] for cut in tight["sizes"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_7b_run_on_one_node_is_better_left_uncut() -> None:
     loaded = load_run_config("configs/run/llama_7b_sltrain.yaml", ("parallel.tensor=4",))
     found = plan(loaded, Cluster(gpus=8))
@@ -215,6 +216,7 @@ def test_two_levels_send_what_one_ring_does(operation: str) -> None:
     assert wire_by_link(operation, 800, 4, 1).near == 0.0
 
 
+@pytest.mark.slow
 def test_the_tool_prints_both_forms() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "tools/plan.py", "configs/run/quickstart.yaml", *arguments]
