@@ -23,7 +23,7 @@ train() { # NAME SEED OVERRIDE...
 
 for seed in "${seeds[@]}"; do
   # the full-rank baseline is tuned over the projections' rate as the others are
-  for rate in 1.5e-3 3.0e-3 6.0e-3; do
+  for rate in 7.5e-4 1.5e-3 3.0e-3; do
     train "full_$rate" "$seed" 'method={name: full}' "optimizer.adapter_lr=$rate"
   done
   train sltrain_r32 "$seed" optimizer.adapter_lr=3.0e-3 \
