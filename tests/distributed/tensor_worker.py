@@ -220,7 +220,7 @@ def main(output: Path, tensor: int = 2) -> None:
         figures[cell] = train(phase, engine, config, resolved, topology)
         named = engine.model.named_parameters()
         parameters[cell] = {name: whole(engine, p, topology) for name, p in named}
-        if size > 1 and method in ("switchlora", "sltrain"):
+        if size == world.world_size > 1 and method in ("switchlora", "sltrain"):
             figures[cell]["desync"] = desync(engine, topology)
         engine.destroy()
     if world.is_main:
