@@ -195,10 +195,18 @@ def did_you_mean_number(value: int, possible: Sequence[int]) -> str:
 def tensor_parallelism_is_supported(
     parallel: ParallelConfig, train: TrainConfig
 ) -> Iterator[Finding]:
-    if parallel.sequence:
+    size = parallel.tensor
+    if parallel.sequence and size == 1:
         yield Finding(
             ("parallel", "sequence"),
-            "is true, but sequence parallelism is not available in this version: use false",
+            "is true, but parallel.tensor is 1: a sequence is cut over the processes that share a "
+            "model; use false, or a larger parallel.tensor",
+        )
+    if parallel.sequence and train.seq_length % size:
+        yield Finding(
+            ("train", "seq_length"),
+            f"is {train.seq_length}, but parallel.sequence cuts it into parallel.tensor ({size}) "
+            f"equal parts: write {multiples_near(train.seq_length, size)}",
         )
     if parallel.tensor > 1 and train.per_layer_update:
         yield Finding(

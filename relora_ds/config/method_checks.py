@@ -17,7 +17,7 @@ from relora_ds.config.method import (
     SwitchLoRAConfig,
 )
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from relora_ds.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 
 def restart_warmup_ends(method: MethodConfig) -> Iterator[Finding]:
@@ -41,6 +41,18 @@ def warmup_precedes_first_restart(
             f"is {method.adjust_step}, but adjust_step + schedule.warmup_steps "
             f"({schedule.warmup_steps}) may not exceed method.merge_every ({method.merge_every}): "
             "the warm-up would run into the first restart",
+        )
+
+
+def rank_divides_over_tensor(method: MethodConfig, parallel: ParallelConfig) -> Iterator[Finding]:
+    if isinstance(method, FullConfig) or parallel.low_rank_plan != "act":
+        return
+    if method.rank % parallel.tensor:
+        yield Finding(
+            ("parallel", "low_rank_plan"),
+            f"is act, which cuts method.rank ({method.rank}) into parallel.tensor "
+            f"({parallel.tensor}) equal parts: use a multiple of {parallel.tensor} as the rank, or "
+            "write fold",
         )
 
 
@@ -185,6 +197,7 @@ METHOD_RULES = (
     restart_warmup_ends,
     warmup_precedes_first_restart,
     rank_fits_projections,
+    rank_divides_over_tensor,
     scale_is_given_once,
     sparse_part_has_elements,
     start_has_a_use,

@@ -130,11 +130,14 @@ class ParallelConfig(Section):
     the numbers of attention heads and of key/value heads; everything else is cut as evenly as it
     goes, without padding."""
     low_rank_plan: Literal["auto", "act", "fold"] = "auto"
-    """How the factor that every tensor-parallel process holds whole gets its gradient. `act`: its
-    r activations per token are summed in every backward pass. `fold`: the gradient is summed, once
-    per optimizer step. `auto`: what moves fewer bytes."""
+    """What becomes of the factor that the cut of its weight leaves alone. `act`: it is cut along
+    the rank, its states too, and processes exchange r activations per token in every pass. `fold`:
+    it is whole on every process and its gradient is summed once per optimizer step, which moves
+    fewer bytes and takes more memory and time; for slow links. `auto`: `act` where the size divides
+    the rank."""
     sequence: bool = False
-    """Sequence parallelism within the tensor-parallel group; not available yet."""
+    """Cut activations between blocks along the sequence: each process of the tensor-parallel group
+    normalises and keeps its part of them. Moves the same bytes and takes less memory."""
 
 
 class EvalConfig(Section):

@@ -8,6 +8,7 @@ is the same run up to the rounding of codes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,5 @@ def _within(fragments: list[Fragment], start: int, stop: int) -> list[Fragment]:
         low, high = max(fragment.offset, start), min(fragment.end, stop)
         if low < high:
             first = fragment.start + low - fragment.offset
-            part = Fragment(first, low - start, high - low, fragment.clock, fragment.cols)
-            parts.append(part)
+            parts.append(replace(fragment, start=first, offset=low - start, length=high - low))
     return parts

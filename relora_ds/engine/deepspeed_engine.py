@@ -28,7 +28,7 @@ from relora_ds.engine.vector_adamw import VectorAdamW
 from relora_ds.engine.vector_clock import VectorClock
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.interface import Method
-from relora_ds.parallel.shape import shard_of, whole_shape
+from relora_ds.parallel.shape import seen_shape, shard_of
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
@@ -73,7 +73,7 @@ class TrainEngine:
         self.bases = self._store(edited, KINDS[base_precision(config)], exact)
         self._restore_slices(exact)
         axes = method.vector_axes(model).items()
-        self.clocks = {p: VectorClock(whole_shape(p)[axis], axis) for p, axis in axes}
+        self.clocks = {p: VectorClock(seen_shape(p)[axis], axis) for p, axis in axes}
         if isinstance(self.optimizer, VectorAdamW):
             self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
         self._digest = ReplicaDigest(
@@ -227,7 +227,8 @@ class TrainEngine:
         for name, parameter in self.model.named_parameters():
             if name in values and parameter in self.layout.placements:
                 shard, value = shard_of(parameter), values[name].to(self.device)
-                self.state.write(parameter, value if shard is None else shard.part(value))
+                seen = value if shard is None or shard.inner else shard.part(value)
+                self.state.write(parameter, seen)
 
     def _restore_slices(self, exact: dict[nn.Parameter, torch.Tensor]) -> None:
         """The same from this rank's slices, where `exact` has trained parameters."""

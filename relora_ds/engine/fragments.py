@@ -8,8 +8,8 @@ from torch import nn
 
 from relora_ds.engine.layout import Layout
 from relora_ds.engine.vector_adamw import storage_key
-from relora_ds.engine.vector_clock import Fragment, VectorClock
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.engine.vector_clock import Fragment, Stretch, VectorClock
+from relora_ds.parallel.shape import inner_shard, whole_shape
 
 
 def clocked_fragments(
@@ -20,10 +20,16 @@ def clocked_fragments(
     for parameter, clock in clocks.items():
         owner, stretch = layout.placements[parameter].owner, layout.placements[parameter].stretch
         if stretch.length:
-            fragment = Fragment(
-                stretch.start, stretch.offset, stretch.length, clock, whole_shape(parameter)[-1]
-            )
+            fragment = fragment_of(parameter, stretch, clock)
             fragments[storage_key(owner)].append(fragment)
     for known in fragments.values():
         known.sort(key=lambda fragment: fragment.offset)
     return fragments
+
+
+def fragment_of(parameter: nn.Parameter, stretch: Stretch, clock: VectorClock) -> Fragment:
+    """A stretch of what this rank holds of a parameter, with its vectors by their full numbers."""
+    shard = inner_shard(parameter)
+    first = 0 if shard is None else int(shard.index[0])
+    cols = whole_shape(parameter)[-1]
+    return Fragment(stretch.start, stretch.offset, stretch.length, clock, cols, first)

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from relora_ds.model.embedding import LanguageHead
+
 PREFETCH = 50_000_000
 PERSISTENCE = 100_000
 DISTANCE = LIVE = 1_000_000_000
@@ -82,7 +84,9 @@ def visits(model: nn.Module) -> list[Visit]:
     with torch.enable_grad(), warnings.catch_warnings():
         # the embedding's input has no gradient, so its hook says that it fires early
         warnings.simplefilter("ignore")
-        loss = model(torch.zeros(1, 3, dtype=torch.int64, device="meta"))
+        head = next(module for module in model.modules() if isinstance(module, LanguageHead))
+        length = head.tensor.size  # no part of the sequence may be empty
+        loss = model(torch.zeros(1, 1 + length, dtype=torch.int64, device="meta"))
         phase = "backward"
         loss.backward()
     model.zero_grad()

@@ -16,12 +16,20 @@ from relora_ds.engine.base_weight import (
     weight_times,
 )
 from relora_ds.engine.communication import recorder
+from relora_ds.engine.fragments import fragment_of
+from relora_ds.engine.inner_factors import join_inner, lay_out_wire
 from relora_ds.engine.layout import Layout, slice_of
 from relora_ds.engine.node_memory import NodeMemory
 from relora_ds.engine.order_statistic import order_statistics
 from relora_ds.engine.vector_clock import Fragment, Stretch, VectorClock
 from relora_ds.methods.train_state import MomentShard, TrainState, WeightEdit
-from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
+from relora_ds.parallel.shape import (
+    full_shape,
+    inner_shard,
+    seen_shape,
+    shard_of,
+    whole_shape,
+)
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 Probe = Callable[[], torch.Tensor | None]
@@ -68,7 +76,9 @@ class ZeroState(TrainState):
         if self._layout.weights_cut:
             # what is kept whole was not gathered; it counts, so that the figure is an upper bound
             self.bytes_moved += sum(v.numel() * v.element_size() for v in values)
-        return values
+        joined, moved = join_inner(values, parameters, self._tensor)
+        self.bytes_moved += moved
+        return joined
 
     def moments(self, parameter: nn.Parameter) -> MomentShard | None:
         first = self._layout.optimizer_state(parameter, "exp_avg")
@@ -81,7 +91,9 @@ class ZeroState(TrainState):
         return MomentShard(start, first, second, shard, counted)
 
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        assert value.shape == whole_shape(parameter), (value.shape, whole_shape(parameter))
+        assert value.shape == seen_shape(parameter), (value.shape, seen_shape(parameter))
+        shard = inner_shard(parameter)
+        value = value if shard is None else shard.part(value)
         placement = self._layout.placements[parameter]
         stretch, flat = placement.stretch, value.reshape(-1)
         # both, or the next step undoes one of them: the master overwrites the working copy
@@ -156,39 +168,47 @@ class ZeroState(TrainState):
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[torch.Tensor]:
-        if not self._layout.weights_cut:
-            found = []
-            for factor, index in factors:
-                axis = self._clocks[factor].axis
-                vectors = factor.detach().index_select(axis, index.to(factor.device))
-                found.append(vectors if axis == 0 else vectors.t().contiguous())
+        spread = any(inner_shard(factor) is not None for factor, _ in factors)
+        if not self._layout.weights_cut and not spread:
+            found = [self._own_vectors(factor, index) for factor, index in factors]
             return [*found, *(part for _, part in stored)]
         return self._exchange(factors, stored)
+
+    def _own_vectors(self, factor: nn.Parameter, index: torch.Tensor) -> torch.Tensor:
+        axis = self._clocks[factor].axis
+        vectors = factor.detach().index_select(axis, index.to(factor.device))
+        return vectors if axis == 0 else vectors.t().contiguous()
 
     def _exchange(
         self,
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """One sum of what every rank has, zeros elsewhere: exact, as no element is on two ranks."""
-        clocks = [self._clocks[factor] for factor, _ in factors]
+        """Sums of what every rank has, zeros elsewhere: exact, as no element is on two ranks.
+
+        One sum over the ranks that ZeRO cuts for, and one over those that cut vectors along r.
+        """
+        axes = [self._clocks[factor].axis for factor, _ in factors]
         shapes = [
-            (len(index), whole_shape(factor)[1 - clock.axis])
-            for (factor, index), clock in zip(factors, clocks, strict=True)
+            (len(index), whole_shape(factor)[1 - axis])
+            for (factor, index), axis in zip(factors, axes, strict=True)
         ]
         shapes += [(len(part), length) for length, part in stored]
-        sizes = [count * length for count, length in shapes]
-        dtype = factors[0][0].dtype
-        wire = torch.zeros(sum(sizes), dtype=dtype, device=self._device())
-        parts = [w.view(shape) for w, shape in zip(wire.split(sizes), shapes, strict=True)]
+        spread = [inner_shard(factor) is not None for factor, _ in factors]
+        spread += [False] * len(stored)
+        like = torch.empty(0, dtype=factors[0][0].dtype, device=self._device())
+        wire, front, parts = lay_out_wire(shapes, spread, like)
         for out, (factor, index) in zip(parts, factors, strict=False):
             start, working = self._layout.working(factor)
-            fragment = self._fragment(factor, start, 0, working.numel())
+            fragment = self._fragment(factor, Stretch(start, 0, working.numel()))
             for part in fragment.vectors(working, index):
                 out[part.asked, part.span] = part.view[part.local]
         for out, (length, part) in zip(parts[len(factors) :], stored, strict=True):
             out[:, slice(*self.own_span(length))] = part
-        self._sum(wire)
+        if self._layout.weights_cut:
+            self._sum(wire)
+        if front.numel():
+            self.sum_over_parts(front)
         return parts
 
     def write_vectors(
@@ -197,9 +217,10 @@ class ZeroState(TrainState):
         placement = self._layout.placements[parameter]
         start, working = self._layout.working(parameter)
         stretch, master = placement.stretch, placement.owner.detach().view(-1)
-        targets = [(master, self._fragment(parameter, *_position(stretch)))]
+        targets = [(master, self._fragment(parameter, stretch))]
         if master.data_ptr() != working.data_ptr():
-            targets.append((working, self._fragment(parameter, start, 0, working.numel())))
+            here = Stretch(start, 0, working.numel())
+            targets.append((working, self._fragment(parameter, here)))
         for flat, fragment in targets:
             for part in fragment.vectors(flat, index):
                 part.view[part.local] = values[part.asked, part.span].to(flat)
@@ -209,7 +230,7 @@ class ZeroState(TrainState):
         clock, completed = self._clocks[parameter], self._completed_steps()
         placement, cleared = self._layout.placements[parameter], 0
         state = self._layout.optimizer.state.get(placement.owner, {})
-        fragment = self._fragment(parameter, *_position(placement.stretch))
+        fragment = self._fragment(parameter, placement.stretch)
         for key in ("exp_avg", "exp_avg_sq"):
             if key in state:
                 for part in fragment.vectors(state[key].view(-1), index):
@@ -219,9 +240,8 @@ class ZeroState(TrainState):
         clock.freeze(completed + frozen, index)
         return cleared
 
-    def _fragment(self, parameter: nn.Parameter, start: int, offset: int, length: int) -> Fragment:
-        clock = self._clocks[parameter]
-        return Fragment(start, offset, length, clock, whole_shape(parameter)[1])
+    def _fragment(self, parameter: nn.Parameter, stretch: Stretch) -> Fragment:
+        return fragment_of(parameter, stretch, self._clocks[parameter])
 
     def own_span(self, length: int) -> tuple[int, int]:
         if not self._layout.weights_cut:
@@ -268,7 +288,3 @@ class ZeroState(TrainState):
     def _device(self) -> torch.device:
         """Where collectives take their tensors: with the parameters, also if moments are not."""
         return next(iter((*self._layout.placements, *self._bases))).device
-
-
-def _position(stretch: Stretch) -> tuple[int, int, int]:
-    return stretch.start, stretch.offset, stretch.length

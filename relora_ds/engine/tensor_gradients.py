@@ -1,9 +1,9 @@
 """Gradients that tensor parallelism leaves unfinished, and the norm of all of them.
 
 A factor that every tensor-parallel rank holds whole may have seen only this rank's part of the
-other factor. The shares are added up once per optimizer step, after DeepSpeed has averaged them
-over the data-parallel ranks and cut them: the two sums commute, and what is left to move is this
-rank's slice.
+other factor, a norm or a bias only its part of the sequence. The shares are added up once per
+optimizer step, after DeepSpeed has averaged them over the data-parallel ranks and cut them: the two
+sums commute, and what is left to move is this rank's slice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from relora_ds.engine.layout import Layout
-from relora_ds.methods.interface import projection_layers
+from relora_ds.model.llama import partial_gradients
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.tensor import TensorParallel
 
@@ -37,12 +37,7 @@ class TensorGradients:
         wrapper: Any,
         tensor: TensorParallel,
     ) -> None:
-        self._partial = [
-            parameter
-            for layer in projection_layers(model).values()
-            for parameter in layer.partial_gradients()
-            if parameter in layout.placements
-        ]
+        self._partial = [p for p in partial_gradients(model) if p in layout.placements]
         self._layout, self._wrapper, self._tensor = layout, wrapper, tensor
 
     @torch.no_grad()

@@ -8,12 +8,15 @@ With T tokens per micro-batch, D the model's width, L layers, e bytes of an acti
 | outputs of attention and MLP                              | 2 L e T D              | forward  |
 | softmax over the vocabulary: maximum; sum and target      | 3 x 4 T                | forward  |
 | gradients of the inputs of attention, MLP and head        | (2 L + 1) e T D        | backward |
-| `act`: the (T, r) product of every adapter                | e T r each             | backward |
+| `act`: the (T, r) products, joined and divided            | e T r each             | both     |
+| `act` without such products: the factor, 2 x and 1 x      | e r n or e m r each    | both     |
 | recomputed outputs, with activation checkpointing         | 2 L e T D              | backward |
 | `fold`: gradients of factors that every rank holds whole  | this rank's slices     | step     |
 | norm                                                      | 4 per group, and more  | step     |
 
-The first six are per micro-batch, the others once per optimizer step.
+The first seven are per micro-batch, the others once per optimizer step. With sequence parallelism
+each of the (T, D) sums is an all-gather where a block is entered or a reduce-scatter where it is
+left, and the shares are those of norms and biases too.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from relora_ds.engine.communication import Volume, Volumes
 from relora_ds.engine.traffic import Payloads, Traffic, padded
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import LanguageHead, TokenEmbedding
+from relora_ds.model.llama import partial_gradients
 from relora_ds.model.loss import chunk_rows
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.shape import full_shape, whole_shape
@@ -52,7 +56,7 @@ def tensor_payloads(
         resolved: output of `resolve_deepspeed_config`.
         tokens: read per micro-batch.
         size: ranks of the group.
-        share_elements: gradient elements in this rank's slices of the projections'
+        share_elements: gradient elements in this rank's slices of the model's
             `partial_gradients`; see `shares_by_rank`.
         groups: optimizer groups.
         group: the recorder's name of it.
@@ -76,14 +80,19 @@ def tensor_volumes(
     micro_batches = int(resolved["gradient_accumulation_steps"])
     moved: Volumes = {}
 
-    def add(dtype: str, phase: str, calls: int, payload: int) -> None:
+    def add(
+        dtype: str, phase: str, calls: int, payload: int, operation: str = "all_reduce"
+    ) -> None:
         if payload:
-            kind = Traffic("all_reduce", group, size, dtype, phase)
+            kind = Traffic(operation, group, size, dtype, phase)
             volume = moved.setdefault(kind, Volume())
             volume.calls, volume.payload = volume.calls + calls, volume.payload + payload
 
-    for dtype, phase, calls, payload in _micro_batch(model, working, element, tokens):
-        add(dtype, phase, micro_batches * calls, micro_batches * payload)
+    for dtype, phase, calls, payload, *operation in _micro_batch(model, working, element, tokens):
+        add(dtype, phase, micro_batches * calls, micro_batches * payload, *operation)
+    for layer in (module for module in model.modules() if isinstance(module, Projection)):
+        for operation, phase, calls, elements in layer.exchanged(tokens, micro_batches):
+            add(working, phase, calls, element * elements, operation)
     add(working, "step", 1, element * share_elements)
     for dtype, calls, payload in _norms(resolved, groups, bf16):
         add(dtype, "step", calls, payload)
@@ -92,26 +101,27 @@ def tensor_volumes(
 
 def _micro_batch(
     model: nn.Module, working: str, element: int, tokens: int
-) -> Iterator[tuple[str, str, int, int]]:
-    """Type, phase, calls and payload of a forward and a backward pass."""
+) -> Iterator[tuple[str, str, int, int, str]]:
+    """Type, phase, calls, payload and operation of a forward and a backward pass."""
     modules = list(model.modules())
     embedding = next(module for module in modules if isinstance(module, TokenEmbedding))
     head = next(module for module in modules if isinstance(module, LanguageHead))
     projections = [module for module in modules if isinstance(module, Projection)]
     activation = element * tokens * full_shape(embedding.weight)[1]
     blocks = 2 * sum(isinstance(module, Attention) for module in modules)
-    yield working, "forward", blocks + 1, (blocks + 1) * activation
+    again = blocks if any(layer.recomputed for layer in projections) else 0
     chunks = -(-tokens // chunk_rows(whole_shape(head.weight)[0]))
-    yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens
-    again = any(layer.recomputed for layer in projections)
-    outer = blocks * (2 if again else 1) + 1
-    inner = [n for layer in projections if (n := layer.summed_activations())]
-    yield (
-        working,
-        "backward",
-        outer + len(inner),
-        outer * activation + element * tokens * sum(inner),
-    )
+    yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens, "all_reduce"
+    if embedding.tensor.sequence:
+        # the embedding is only left, the head only entered; the way back is the transpose
+        for operation in ("all_gather", "reduce_scatter"):
+            yield working, "forward", blocks + 1, (blocks + 1) * activation, operation
+            calls = blocks + 1 + again
+            yield working, "backward", calls, calls * activation, operation
+        return
+    yield working, "forward", blocks + 1, (blocks + 1) * activation, "all_reduce"
+    calls = blocks + 1 + again
+    yield working, "backward", calls, calls * activation, "all_reduce"
 
 
 def _norms(resolved: Mapping[str, Any], groups: int, bf16: bool) -> list[tuple[str, int, int]]:
@@ -137,8 +147,7 @@ def shares_by_rank(
         stage: ZeRO stage: from 1 on a rank keeps a slice of each group, at 3 of each parameter.
         dp_size: data-parallel processes.
     """
-    layers = [module for module in model.modules() if isinstance(module, Projection)]
-    partial = {parameter for layer in layers for parameter in layer.partial_gradients()}
+    partial = set(partial_gradients(model))
     flats = [[p] for group in groups for p in group] if stage == 3 else groups
     held = torch.zeros(dp_size, dtype=torch.int64)
     for flat in flats:

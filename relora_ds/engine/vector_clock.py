@@ -77,9 +77,9 @@ class Block:
     view: torch.Tensor
     """(rows, cols) of the rectangle."""
     row: int
-    """Row of its top-left element in the full parameter."""
+    """Row of its top-left element; the number of the vector if rows are vectors."""
     col: int
-    """Column of the same element."""
+    """Column of the same element, likewise."""
 
     def along(self, values: torch.Tensor, axis: int) -> torch.Tensor:
         """One value per vector of the full parameter, shaped to broadcast over the view."""
@@ -122,22 +122,30 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Fragment(Stretch):
-    """A stretch of a parameter whose vectors have a clock; `cols` is the length of its rows."""
+    """A stretch of a parameter whose vectors have a clock.
+
+    Args:
+        cols: length of the parameter's rows.
+        first: number of its first vector, where it is a part of more of them.
+    """
 
     clock: VectorClock
     cols: int
+    first: int = 0
 
     @cached_property
     def rectangles(self) -> tuple[tuple[int, int, int, int, int], ...]:
         """At most three of (offset in the flat, row, column, rows, width): tail of a row, whole
-        rows, head of a row."""
+        rows, head of a row. Rows or columns that are vectors go by their number."""
         found, at, end = [], self.start, self.start + self.length
+        above, before = (self.first, 0) if self.clock.axis == 0 else (0, self.first)
         while at < end:
             row, col = divmod(at, self.cols)
             whole = col == 0 and end - at >= self.cols
             rows = (end - at) // self.cols if whole else 1
             width = self.cols if whole else min(self.cols - col, end - at)
-            found.append((self.offset + at - self.start, row, col, rows, width))
+            where = self.offset + at - self.start
+            found.append((where, above + row, before + col, rows, width))
             at += rows * width
         return tuple(found)
 

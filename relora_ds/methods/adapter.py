@@ -6,7 +6,6 @@ Shapes: x (T, n), W (m, n), A (r, n), B (m, r), y (T, m).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -15,27 +14,18 @@ from torch import nn
 from relora_ds.config.method import AdapterConfig
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.parallel.linear import LinearSpec, Projection
-from relora_ds.parallel.shape import full_shape, shard_of, whole_shape
+from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
+from relora_ds.parallel.shape import full_shape, seen_shape, shard_of
 from relora_ds.randomness import Stream
 
 
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-InnerSum = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
-"""What completes the (T, r) products that the gradients of A and of B are made of."""
-
-
 class _AdapterProduct(torch.autograd.Function):
-    """y = x W^T + scale * (x A^T) B^T, saving x alone.
+    """y = x W^T + scale * (x A^T) B^T, saving x and what was exchanged of x A^T.
 
-    The (T, r) product x A^T is computed again in the backward pass, which costs 2 T r n operations
-    and saves T r elements per projection. W is frozen: no gradient of its size is ever formed.
-
-    Over tensor-parallel ranks y and the gradient of x are shares of a sum that the caller forms.
-    The factor that every rank holds whole gets a share of its gradient too, unless `inner_sum`
-    says to complete the (T, r) product that it is made of: dy B for A, x A^T for B.
+    Where nothing is exchanged, the (T, r) product is computed again in the backward pass, which
+    costs 2 T r n operations and saves T r elements per projection. W is frozen: no gradient of its
+    size is ever formed. Over tensor-parallel ranks y and the gradient of x are shares of a sum that
+    the caller forms.
     """
 
     @staticmethod
@@ -46,82 +36,72 @@ class _AdapterProduct(torch.autograd.Function):
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scale: float,
-        inner_sum: InnerSum,
+        exchange: InnerExchange | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scale, ctx.inner_sum = scale, inner_sum
         rows = x.reshape(-1, x.shape[-1])
+        inner, kept = rows @ lora_a.t(), ()
+        if exchange is not None:
+            inner = exchange.forward(inner)
+            kept = (inner,)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, *kept)
+        ctx.scale, ctx.exchange = scale, exchange
         out = rows @ weight.t()
-        out.addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scale)
+        out.addmm_(inner, lora_b.t(), alpha=scale)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_a, lora_b = ctx.saved_tensors
+        x, weight, lora_a, lora_b, *kept = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         grad_inner = (grad @ lora_b).mul_(ctx.scale)
+        if ctx.exchange is not None:
+            grad_inner = ctx.exchange.backward(grad_inner)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_inner, lora_a).view_as(x)
-        sum_a, sum_b = ctx.inner_sum
         if ctx.needs_input_grad[2]:
-            grad_a = sum_a(grad_inner).t() @ rows
+            grad_a = grad_inner.t() @ rows
         if ctx.needs_input_grad[3]:
-            grad_b = (grad.t() @ sum_b(rows @ lora_a.t())).mul_(ctx.scale)
+            inner = kept[0] if kept else rows @ lora_a.t()
+            grad_b = (grad.t() @ inner).mul_(ctx.scale)
         return grad_x, None, grad_a, grad_b, None, None
 
 
-class AdapterLinear(Projection):
-    """A frozen `weight` (m, n) with trained factors `lora_A` (r, n) and `lora_B` (m, r).
+class AdapterLinear(LowRankProjection):
+    """A frozen `weight` (m, n) beside the trained factors `lora_A` (r, n) and `lora_B` (m, r).
 
     With trainable scaling the factor is tanh(`scaling`) and the fixed `scale` is 1.
     """
 
     def __init__(self, spec: LinearSpec, config: AdapterConfig) -> None:
-        super().__init__(spec)
-        rank, rows, cols = config.rank, spec.out_features, spec.in_features
-        self.weight = nn.Parameter(torch.empty(rows, cols), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.empty(rank, cols))
-        self.lora_B = nn.Parameter(torch.empty(rows, rank))
+        super().__init__(spec, config.rank)
+        shape = spec.out_features, spec.in_features
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.bias = self.allocate_bias()
         self.scaling = nn.Parameter(torch.empty(1)) if config.trainable_scaling else None
         self.scale = 1.0 if config.trainable_scaling else config.scale
-        self._inner_sum: InnerSum = (_as_it_is, _as_it_is)
-        if self._sums_activations():
-            both = spec.tensor.sum, _as_it_is
-            self._inner_sum = both if spec.style == "column" else (both[1], both[0])
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         lora_b = self.lora_B
         if self.scaling is not None:
             lora_b = lora_b * torch.tanh(self.scaling)
-        parts = (x, self.weight, self.lora_A, lora_b)
-        out = _AdapterProduct.apply(*parts, self.scale, self._inner_sum)
+        exchange = self.inner_exchange() if self.cuts_inner else None
+        out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale, exchange)
         assert isinstance(out, torch.Tensor)
         return out
 
     def cut_dims(self) -> dict[str, int]:
-        column = self.spec.style == "column"
-        return {"weight": 0, "lora_B": 0} if column else {"weight": 1, "lora_A": 1}
+        return super().cut_dims() | {"weight": 0 if self.spec.style == "column" else 1}
 
     def partial_gradients(self) -> list[nn.Parameter]:
-        if self.spec.tensor.size == 1:
-            return []
-        column, complete = self.spec.style == "column", self._sums_activations()
-        partial = [] if complete else [self.lora_A if column else self.lora_B]
-        # B is a part of itself in a column projection, and so is what sigma's gradient is summed of
-        if self.scaling is not None and (column or not complete):
-            partial.append(self.scaling)
+        partial = super().partial_gradients()
+        if self.scaling is not None and self.spec.tensor.size > 1:
+            partial.append(self.scaling)  # summed of a part of B, or of a part of its gradient
         return partial
 
-    def summed_activations(self) -> int:
-        return whole_shape(self.lora_A)[0] if self._sums_activations() else 0
-
-    def _sums_activations(self) -> bool:
-        spec = self.spec
-        whole = spec.in_features if spec.style == "column" else spec.out_features
-        return spec.tensor.sums_activations(whole)
+    def extra_saved(self) -> int:
+        return self.inner_width() if self.cuts_inner else 0
 
     def merge_scale(self, scaling: torch.Tensor | None = None) -> float:
         """The factor on B @ A.
@@ -134,15 +114,14 @@ class AdapterLinear(Projection):
         return float(torch.tanh(self.scaling.detach() if scaling is None else scaling))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.spec.in_features} -> {self.spec.out_features}, r={whole_shape(self.lora_A)[0]}"
-        )
+        return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"
 
 
 def draw_factors(
     layer: AdapterLinear, config: AdapterConfig, seed: int, event: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh factors A (r, n) and B (m, r), fp32 on the layer's device: the part that it holds.
+    """Fresh factors A (r, n) and B (m, r), fp32 on the layer's device: the part that methods
+    see of them.
 
     `kaiming`: A uniform on +-1/sqrt(n), B zero (LoRA; kaiming_uniform with a = sqrt(5)).
     `balanced`: both uniform with the standard deviations of SwitchLoRA, which give the product
@@ -156,12 +135,12 @@ def draw_factors(
 
     def uniform(factor: str, parameter: nn.Parameter, bound: float) -> torch.Tensor:
         if not bound:
-            return torch.zeros(whole_shape(parameter), device=device)
+            return torch.zeros(seen_shape(parameter), device=device)
         shape, shard = full_shape(parameter), shard_of(parameter)
         stream = Stream(seed, factor, layer.spec.name, event)
         draw = stream.uniform(0, shape.numel(), device).view(shape)
         draw = draw.mul_(2.0).sub_(1.0).mul_(bound)
-        return draw if shard is None else shard.part(draw)
+        return draw if shard is None or shard.inner else shard.part(draw)
 
     bound_a, bound_b = factor_bounds(config, rows, cols)
     return uniform("lora_A", layer.lora_A, bound_a), uniform("lora_B", layer.lora_B, bound_b)

@@ -5,43 +5,33 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from relora_ds.config.method import LowRankConfig
 from relora_ds.methods.interface import Method
 from relora_ds.parallel.linear import LinearSpec, Projection
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.low_rank import LowRankProjection
 from relora_ds.randomness import Stream
 
 
-class FactorLinear(Projection):
+class FactorLinear(LowRankProjection):
     """A projection that *is* the product of `lora_B` (m, r) and `lora_A` (r, n), both trained."""
 
     def __init__(self, spec: LinearSpec, rank: int) -> None:
-        super().__init__(spec)
-        self.lora_A = nn.Parameter(torch.empty(rank, spec.in_features))
-        self.lora_B = nn.Parameter(torch.empty(spec.out_features, rank))
+        super().__init__(spec, rank)
         self.bias = self.allocate_bias()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self.lora_A), self.lora_B)
-
-    def cut_dims(self) -> dict[str, int]:
-        return {"lora_B": 0} if self.spec.style == "column" else {"lora_A": 1}
-
-    def partial_gradients(self) -> list[nn.Parameter]:
-        if self.spec.tensor.size == 1:
-            return []
-        return [self.lora_A if self.spec.style == "column" else self.lora_B]
+        inner = F.linear(x, self.lora_A)
+        if self.cuts_inner:
+            inner = self.inner_exchange()(inner)
+        return F.linear(inner, self.lora_B)
 
     def extra_saved(self) -> int:
-        return whole_shape(self.lora_A)[0]
+        return self.inner_width()
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.spec.in_features} -> {self.spec.out_features}, r={whole_shape(self.lora_A)[0]}"
-        )
+        return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"
 
 
 class LowRank(Method[LowRankConfig]):
@@ -54,7 +44,7 @@ class LowRank(Method[LowRankConfig]):
         """`spectral`: the best rank-r approximation of the dense weight, its singular values split
         evenly. `xavier`: normal factors with standard deviation sqrt(2 / (fan_in + fan_out))."""
         assert isinstance(layer, FactorLinear)
-        rank = layer.lora_A.shape[0]
+        rank = layer.rank
         if self.config.init == "spectral":
             left, values, right = torch.linalg.svd(dense, full_matrices=False)
             root = values[:rank].sqrt()

@@ -18,13 +18,14 @@ from relora_ds.methods.sparse_linear import (
 from relora_ds.methods.sparse_support import column_type, draw_support, support_size
 from relora_ds.methods.train_state import TrainState
 from relora_ds.parallel.linear import LinearSpec, Projection
-from relora_ds.parallel.shape import TensorShard, whole_shape
+from relora_ds.parallel.low_rank import LowRankProjection
+from relora_ds.parallel.shape import TensorShard, seen_shape, whole_shape
 from relora_ds.randomness import Stream
 
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class SparseLowRankLinear(Projection):
+class SparseLowRankLinear(LowRankProjection):
     """A projection that is scale * `lora_B` (m, r) @ `lora_A` (r, n) + S, all of it trained.
 
     S holds `values` (nnz,) at positions that never change: `row_starts`, int32 (m + 1,), and
@@ -35,11 +36,9 @@ class SparseLowRankLinear(Projection):
     columns: torch.Tensor
 
     def __init__(self, spec: LinearSpec, config: SLTrainConfig) -> None:
-        super().__init__(spec)
-        rank, rows, cols = config.rank, spec.out_features, spec.in_features
+        super().__init__(spec, config.rank)
+        rows, cols = spec.out_features, spec.in_features
         count = support_size(rows, cols, config.sparsity)
-        self.lora_A = nn.Parameter(torch.empty(rank, cols))
-        self.lora_B = nn.Parameter(torch.empty(rows, rank))
         self.values = nn.Parameter(torch.empty(count))
         self.bias = self.allocate_bias()
         self.register_buffer("row_starts", torch.zeros(rows + 1, dtype=torch.int32))
@@ -53,13 +52,11 @@ class SparseLowRankLinear(Projection):
         if self._keeps_composed and self._composed is None:
             with torch.no_grad():
                 self._composed = self._compose()
-        form = SparseForm(self.scale, self._gradient, keep=self.recomputed)
+        pair = self.join_factors, self.divide_factors
+        form = SparseForm(self.scale, self._gradient, self.recomputed, *pair)
         out = SparseLowRankProduct.apply(x, *self._parts(), self._composed, form)
         assert isinstance(out, torch.Tensor)
         return out
-
-    def cut_dims(self) -> dict[str, int]:
-        return {"lora_B": 0} if self.spec.style == "column" else {"lora_A": 1}
 
     def shards(self) -> dict[str, TensorShard]:
         return super().shards() | {"values": TensorShard(self.values.shape, 0, self._own_values())}
@@ -91,10 +88,19 @@ class SparseLowRankLinear(Projection):
         columns = self.columns.cpu()
         return ((columns >= first) & (columns < last)).nonzero().flatten()
 
-    def partial_gradients(self) -> list[nn.Parameter]:
-        if self.spec.tensor.size == 1:
+    def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
+        """The cut factor is joined wherever W is composed or a gradient formed: unlike (T, r)
+        activations that serves a product of which x A^T is no part."""
+        if not self.cuts_inner:
             return []
-        return [self.lora_A if self.spec.style == "column" else self.lora_B]
+        factor = seen_shape(getattr(self, self.inner_factor[0])).numel()
+        composed = 1 if self._keeps_composed else micro_batches
+        again = 0 if self._keeps_composed or not self.recomputed else micro_batches
+        gathers = [("forward", composed), ("backward", micro_batches + again)]
+        return [
+            *(("all_gather", phase, calls, calls * factor) for phase, calls in gathers),
+            ("reduce_scatter", "backward", micro_batches, micro_batches * factor),
+        ]
 
     def drop_composed(self) -> None:
         """Forget the composed weight: the factors or values have changed."""
@@ -107,8 +113,9 @@ class SparseLowRankLinear(Projection):
         return self._dense_elements() if self._keeps_composed else 0
 
     def scratch_bytes(self, working: int) -> int:
-        # W or its gradient, one after the other, and the positions of the support
-        return working * self._dense_elements() + 4 * self.columns.numel()
+        # W or its gradient, one after the other, the positions of the support and a joined factor
+        joined = seen_shape(getattr(self, self.inner_factor[0])).numel() if self.cuts_inner else 0
+        return working * (self._dense_elements() + joined) + 4 * self.columns.numel()
 
     def _dense_elements(self) -> int:
         return whole_shape(self.lora_B)[0] * whole_shape(self.lora_A)[1]
@@ -117,12 +124,13 @@ class SparseLowRankLinear(Projection):
         return self.lora_A, self.lora_B, self.values, self.row_starts, self.columns
 
     def _compose(self) -> torch.Tensor:
-        return compose(*self._parts(), self.scale)
+        factors = self.join_factors(self.lora_A, self.lora_B)
+        return compose(*factors, self.values, self.row_starts, self.columns, self.scale)
 
     def extra_repr(self) -> str:
         return (
             f"{self.spec.in_features} -> {self.spec.out_features}, "
-            f"r={whole_shape(self.lora_A)[0]}, nnz={self.columns.numel()}"
+            f"r={self.rank}, nnz={self.columns.numel()}"
         )
 
 

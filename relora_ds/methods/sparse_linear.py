@@ -8,6 +8,7 @@ SLTrain, arXiv 2406.02214, section 3; the forms and their costs are derived anew
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,13 @@ _SAMPLED_RATE = {
 }
 
 
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+def _as_they_are(lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
+    return lora_a, lora_b
+
+
 @dataclass(frozen=True)
 class SparseForm:
     """How one projection is computed.
@@ -42,11 +50,15 @@ class SparseForm:
             takes the one with fewer operations.
         keep: hold W from the forward to the backward pass. Where the forward pass is run again in
             the backward pass, this is for a moment only, and W is composed once there, not twice.
+        join: makes whole factors of the parts that are passed in, for a moment.
+        divide: makes gradients of the parts of those of the whole factors.
     """
 
     scale: float
     gradient: GradientForm
     keep: bool
+    join: Callable[[torch.Tensor, torch.Tensor], Factors] = _as_they_are
+    divide: Callable[[torch.Tensor, torch.Tensor], Factors] = _as_they_are
 
 
 def compose(
@@ -103,8 +115,9 @@ class SparseLowRankProduct(torch.autograd.Function):
         composed: torch.Tensor | None,
         form: SparseForm,
     ) -> torch.Tensor:
-        parts = (lora_a, lora_b, values, row_starts, columns)
-        weight = compose(*parts, form.scale) if composed is None else composed
+        parts, weight = (lora_a, lora_b, values, row_starts, columns), composed
+        if weight is None:
+            weight = compose(*form.join(lora_a, lora_b), *parts[2:], form.scale)
         kept = (weight,) if form.keep or composed is not None else ()
         # parameters as they are, nothing derived from them: ZeRO may swap their storage in between
         ctx.save_for_backward(x, *parts, *kept)
@@ -120,6 +133,7 @@ class SparseLowRankProduct(torch.autograd.Function):
         x, lora_a, lora_b, values, row_starts, columns, *kept = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
+        lora_a, lora_b = form.join(lora_a, lora_b)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weight = (
@@ -132,8 +146,8 @@ class SparseLowRankProduct(torch.autograd.Function):
         if not any(ctx.needs_input_grad[1:4]):
             return grad_x, *(None,) * 7
         gradients = _low_rank if _takes_low_rank(form, rows, lora_b, columns) else _dense
-        trained = gradients(rows, grad, lora_a, lora_b, row_starts, columns, form.scale)
-        return grad_x, *trained, *(None,) * 4
+        *factors, of_values = gradients(rows, grad, lora_a, lora_b, row_starts, columns, form.scale)
+        return grad_x, *form.divide(*factors), of_values, *(None,) * 4
 
 
 def _takes_low_rank(

@@ -124,7 +124,7 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         tensor-parallel rank's part of a vector, what ZeRO leaves to this process."""
         axis = _SIDES.index(side)
         shard, width = shard_of(factor), full_shape(factor)[1 - axis]
-        first = 0 if shard is None else int(shard.index[0])
+        first = 0 if shard is None or shard.inner else int(shard.index[0])
         span = state.own_span(whole_shape(factor)[1 - axis])
         stream = Stream(self.seed, f"candidate_{side}", layer)
         start, stop = first + span[0], first + span[1]
@@ -355,4 +355,5 @@ def _cut_of(key: str, shards: Mapping[str, TensorShard]) -> tuple[str, int] | No
         name, dim = f"{layer}_proj.lora_{what[0]}", 1
     else:
         return None
-    return (name, dim) if name in shards else None
+    shard = shards.get(name)
+    return None if shard is None or shard.inner else (name, dim)

@@ -62,7 +62,7 @@ class TrainState(ABC):
 
     Verbs are called on every rank, in the same order, inside `torch.no_grad`, and only between
     optimizer steps. Where tensor parallelism cuts a parameter, "whole" below means this rank's
-    part of it; what ZeRO makes of that part is hidden.
+    part of it; what ZeRO makes of that part is hidden, and so is a cut of a factor along r.
     """
 
     bytes_moved: int

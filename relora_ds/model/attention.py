@@ -76,7 +76,7 @@ class Attention(nn.Module):
         """
         # -1: a column-parallel projection returns only the heads of this process
         heads = (-1, self.head_dim)
-        x_BSD = self.tensor.copy_to(x_BSD)
+        x_BSD = self.tensor.enter(x_BSD)
         q_BSNH = rotate(self.q_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         v_BSKH = self.v_proj(x_BSD).unflatten(-1, heads)

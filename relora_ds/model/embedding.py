@@ -39,13 +39,13 @@ class TokenEmbedding(VocabularyPart):
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 (...) -> (..., D)."""
+        """int64 (B, S) -> (B, S, D), or this rank's part of S."""
         if self.tensor.size == 1:
             return F.embedding(ids, self.weight)
         start, stop = self.tensor.span(self.vocab_size)
         elsewhere = (ids < start) | (ids >= stop)
         found = F.embedding((ids - start).masked_fill(elsewhere, 0), self.weight)
-        return self.tensor.reduce_from(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        return self.tensor.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def extra_repr(self) -> str:
         return "{} -> {}".format(*whole_shape(self.weight))
@@ -82,13 +82,14 @@ class LanguageHead(VocabularyPart):
         """Logits (..., V) in the working dtype without `targets`, a scalar fp32 loss with them.
 
         Args:
-            hidden: (..., D).
+            hidden: (..., D), or this rank's part of the sequence.
             targets: int64 (...), `loss.IGNORE` where a token does not count.
             divisor: the summed loss is divided by it.
         """
+        hidden = self.tensor.enter(hidden)
         if targets is None:
             return self._whole_logits(F.linear(hidden, self.weight))
-        rows = self.tensor.copy_to(hidden).flatten(0, -2)
+        rows = hidden.flatten(0, -2)
         return linear_cross_entropy(
             rows, self.weight, targets.flatten(), divisor, vocabulary=self._split()
         )

@@ -42,8 +42,8 @@ class DecoderLayer(nn.Module):
         # in the order of HF's parameters
         self.self_attn = Attention(config, linear, f"{name}.self_attn", attention, tensor)
         self.mlp = MLP(config, linear, f"{name}.mlp", tensor)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tensor)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tensor)
 
     def forward(
         self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, linear, f"model.layers.{i}", attention, tensor)
             for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tensor)
         if activation_checkpointing:
             for module in self.modules():
                 if isinstance(module, Projection):
@@ -181,3 +181,10 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         return self
+
+
+def partial_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a tensor-parallel group holds alike and of whose gradients each rank finds a
+    share of a sum."""
+    modules = (m for m in model.modules() if isinstance(m, Projection | RMSNorm))
+    return [parameter for module in modules for parameter in module.partial_gradients()]

@@ -48,6 +48,8 @@ class StoragePlan:
     """Data-parallel processes."""
     tensor: int = 1
     """Tensor-parallel processes; the model is cut over them already."""
+    sequence: bool = False
+    """Activations between blocks are cut over the tensor-parallel processes."""
     per_layer: bool = False
     """Each parameter is updated within the backward pass and its gradient freed at once."""
     accumulates: bool = False
@@ -118,21 +120,22 @@ def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing
     (4 D), q, k, v, attention's output, gate, up and their product, and 4 bytes per head. With
     checkpointing a layer's input is all that is left of that. Once per model: the inputs of the
     last norm and the gradient of its output (2 D), 8 bytes of token, and the gradient of the head,
-    which the loss computes on the way forward.
+    which the loss computes on the way forward. Sequence parallelism divides what norms keep.
     """
     attention = [module for module in model.modules() if isinstance(module, Attention)]
     projections = [module for module in model.modules() if isinstance(module, Projection)]
     embedding = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
     vocab, width = embedding.weight.shape
     heads = 0
-    elements = 2 * width
+    between = width // (plan.tensor if plan.sequence else 1)
+    elements = between + width
     if checkpointing:
-        elements += width * len(attention)
+        elements += between * len(attention)
     else:
         for layer in attention:
             # q; k and v; attention's output
             keys = layer.k_proj.spec.out_features
-            elements += 4 * width + 2 * (layer.query_width + keys) // plan.tensor
+            elements += 2 * (between + width) + 2 * (layer.query_width + keys) // plan.tensor
             heads += layer.query_width // layer.head_dim // plan.tensor
         for mlp in (module for module in model.modules() if isinstance(module, MLP)):
             elements += 3 * mlp.down_proj.spec.in_features // plan.tensor
@@ -140,6 +143,6 @@ def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing
     norms = sum(isinstance(module, RMSNorm) for module in model.modules())
     norms = 1 if checkpointing else norms
     # torch's composite RMSNorm on a host: the normalised input, and an fp32 copy of a bf16 one
-    extra = (0 if not plan.host else 4 if plan.working == 4 else 6) * width
+    extra = (0 if not plan.host else 4 if plan.working == 4 else 6) * between
     per_token = plan.working * elements + 4 * heads + 8 + norms * (4 + extra)
     return tokens * per_token + plan.working * vocab * width

@@ -60,5 +60,5 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        x = self.tensor.copy_to(x)
+        x = self.tensor.enter(x)
         return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))

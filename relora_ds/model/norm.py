@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
 class RMSNorm(nn.Module):
@@ -20,11 +21,13 @@ class RMSNorm(nn.Module):
     Args:
         size: D, the width that is normalised.
         eps: added to the mean square.
+        tensor: processes that share the model.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, tensor: TensorParallel = SINGLE) -> None:
         super().__init__()
         self.eps = eps
+        self.tensor = tensor
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +35,10 @@ class RMSNorm(nn.Module):
         # torch's operator accumulates half precision in fp32 and rounds once, at the end. Its fused
         # CUDA kernel keeps only x and one number per row for the backward pass.
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        """The weight, where this rank normalises its part of the sequence only."""
+        return [self.weight] if self.tensor.sequence else []
 
     def extra_repr(self) -> str:
         return f"{whole_shape(self.weight).numel()}, eps={self.eps}"

@@ -61,7 +61,7 @@ class Projection(nn.Module):
         """(..., in_features) -> (..., out_features), or this rank's part of either."""
         out = self.product(x)
         if self.spec.style == "row":
-            out = self.spec.tensor.reduce_from(out)
+            out = self.spec.tensor.leave(out)
         return out if self.bias is None else out + self.bias
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,15 +72,20 @@ class Projection(nn.Module):
         """The dimension along which each parameter is cut; others are the same on every rank."""
         raise NotImplementedError
 
+    def inner_dims(self) -> dict[str, int]:
+        """The same for parameters that are cut along the inner dimension of a low-rank product."""
+        return {}
+
     def shards(self) -> dict[str, TensorShard]:
         """This rank's part of every parameter that is cut, before it is."""
-        named = dict(self.named_parameters(recurse=False))
-        dims = self.cut_dims() | ({"bias": 0} if self.spec.style == "column" else {})
+        named, inner = dict(self.named_parameters(recurse=False)), self.inner_dims()
+        bias = {"bias": 0} if self.spec.style == "column" else {}
         shards = {}
-        for name, dim in dims.items():
+        for name, dim in (self.cut_dims() | bias | inner).items():
             if name in named:
                 shape = named[name].shape
-                shards[name] = TensorShard(shape, dim, range(*self.spec.tensor.span(shape[dim])))
+                span = range(*self.spec.tensor.span(shape[dim]))
+                shards[name] = TensorShard(shape, dim, span, name in inner)
         return shards
 
     def cut_over_ranks(self) -> None:
@@ -93,11 +98,20 @@ class Projection(nn.Module):
     def partial_gradients(self) -> list[nn.Parameter]:
         """Parameters that all ranks hold alike and whose gradients here are only shares of a sum:
         they have to be added up over the tensor-parallel group before they are used."""
-        return []
+        bias, spec = self.bias, self.spec
+        # added behind the sum, to this rank's part of the sequence
+        return [bias] if bias is not None and spec.style == "row" and spec.tensor.sequence else []
 
-    def summed_activations(self) -> int:
-        """Elements per token that the backward pass sums over the tensor-parallel group."""
-        return 0
+    def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
+        """What one update moves over the tensor-parallel group within this projection.
+
+        Args:
+            tokens: of one micro-batch.
+
+        Returns:
+            Operation, phase, calls and elements, as the recorder names and counts them.
+        """
+        return []
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """Tensors beyond parameters and buffers that outlive one forward and backward pass."""

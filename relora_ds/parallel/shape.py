@@ -22,11 +22,14 @@ class TensorShard:
         dim: the dimension that is cut.
         index: what is held along it: a range of consecutive positions, or int64 positions on the
             CPU, increasing.
+        inner: the dimension is the rank r of a low-rank product. Methods see such a parameter
+            whole, because every part of the product is made of all of it.
     """
 
     whole: torch.Size
     dim: int
     index: range | torch.Tensor
+    inner: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -69,6 +72,18 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 def shard_of(parameter: nn.Parameter) -> TensorShard | None:
     """The part that this process's tensor-parallel rank holds; None if it holds the whole."""
     return getattr(parameter, "tensor_shard", None)
+
+
+def inner_shard(parameter: nn.Parameter) -> TensorShard | None:
+    """The part that this rank holds of a parameter that is cut along r; None for any other."""
+    shard = shard_of(parameter)
+    return shard if shard is not None and shard.inner else None
+
+
+def seen_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of what methods see here: the rank's part, but whole along r."""
+    shard = inner_shard(parameter)
+    return whole_shape(parameter) if shard is None else shard.whole
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

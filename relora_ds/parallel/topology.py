@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from relora_ds.config.schema import RunConfig
+from relora_ds.config.schema import ParallelConfig, RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.parallel.tensor import SINGLE, TensorParallel, join_tensor_group
 
@@ -45,19 +45,24 @@ class Topology:
         return self.rank == 0
 
 
+def part_of_model(parallel: ParallelConfig, rank: int = 0) -> TensorParallel:
+    """The place of a rank that shares a copy of the model, described without its group."""
+    size, plan = parallel.tensor, parallel.low_rank_plan
+    return TensorParallel(rank, size, plan=plan, sequence=parallel.sequence and size > 1)
+
+
 def share_models(topology: Topology, config: RunConfig) -> Topology:
     """The topology with every `parallel.tensor` neighbours sharing one copy of the model.
 
     Raises:
         ConfigError: the number of processes is not a multiple of it.
     """
-    size, train = config.parallel.tensor, config.train
+    size = config.parallel.tensor
     if topology.world_size % size:
         raise ConfigError(
             f"parallel.tensor is {size}, but must divide the number of processes "
             f"({topology.world_size}): start a multiple of {size}, or change it"
         )
-    copies = topology.world_size // size
-    tokens = train.global_batch_size * train.seq_length // copies
-    plan = config.parallel.low_rank_plan
-    return replace(topology, tensor=join_tensor_group(size, plan, tokens, train.timeout_minutes))
+    parallel, timeout = config.parallel, config.train.timeout_minutes
+    tensor = join_tensor_group(size, parallel.low_rank_plan, parallel.sequence, timeout)
+    return replace(topology, tensor=tensor)

@@ -30,7 +30,7 @@ from relora_ds.methods.registry import Phase
 from relora_ds.model.flops import flops_per_token, parameter_counts
 from relora_ds.model.memory import StoragePlan
 from relora_ds.parallel.shape import shard_of
-from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.topology import part_of_model
 from relora_ds.train.memory_report import largest_part, memory_of_part, storage_plan
 
 # DeepSpeed flattens so many elements at a time at stage 0
@@ -73,11 +73,7 @@ class PhaseEstimator:
         config, train = loaded.config, loaded.config.train
         self._config, self._method = config, phase.method
         self._cluster, self._copies = cluster, copies
-        self._tensor = TensorParallel(
-            size=config.parallel.tensor,
-            plan=config.parallel.low_rank_plan,
-            tokens=train.global_batch_size * train.seq_length // copies,
-        )
+        self._tensor = part_of_model(config.parallel)
         self._model = largest_part(loaded.architecture, self._method, train, self._tensor)
         self._groups = [g.parameters for g in self._method.parameter_groups(self._model)]
         trained = [parameter for group in self._groups for parameter in group]

@@ -14,6 +14,7 @@ from relora_ds.methods.interface import Method
 from relora_ds.model.llama import Llama
 from relora_ds.model.memory import StoragePlan, expected_memory
 from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.topology import part_of_model
 from relora_ds.train.build import cut_over_ranks, meta_model
 
 _FP32 = 4
@@ -32,6 +33,7 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
         stage=stage,
         dp_size=dp_size,
         tensor=config.parallel.tensor,
+        sequence=config.parallel.sequence,
         per_layer=train.per_layer_update,
         accumulates=train.global_batch_size > train.micro_batch_size * dp_size,
         host=device.type == "cpu",
@@ -56,7 +58,7 @@ def closed_form(
     config: RunConfig, architecture: ModelConfig, method: Method[Any], plan: StoragePlan
 ) -> dict[str, int]:
     """Expected bytes per process by component; nothing is allocated."""
-    part = largest_part(architecture, method, config.train, TensorParallel(size=plan.tensor))
+    part = largest_part(architecture, method, config.train, part_of_model(config.parallel))
     return memory_of_part(part, method, config.train, plan)
 
 

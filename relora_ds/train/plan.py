@@ -12,6 +12,7 @@ from typing import Any
 
 from relora_ds.config.checks import heads_divide_over_tensor, tensor_parallelism_is_supported
 from relora_ds.config.load import LoadedRun, check_processes
+from relora_ds.config.method_checks import rank_divides_over_tensor
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.source import read_json
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
@@ -64,8 +65,10 @@ def _tensor_sizes(loaded: LoadedRun, cluster: Cluster) -> Iterator[int]:
     config = loaded.config
     together = cluster.gpus if cluster.gpus <= cluster.gpus_per_node else cluster.gpus_per_node
     for size in range(1, together + 1):
-        parallel = config.parallel.model_copy(update={"tensor": size})
+        cut = {"tensor": size, "sequence": config.parallel.sequence and size > 1}
+        parallel = config.parallel.model_copy(update=cut)
         problems = [
+            *rank_divides_over_tensor(config.method, parallel),
             *heads_divide_over_tensor(parallel, loaded.architecture),
             *tensor_parallelism_is_supported(parallel, config.train),
         ]

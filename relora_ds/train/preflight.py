@@ -10,7 +10,7 @@ from rich.table import Table
 from relora_ds.config.load import LoadedRun
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.flops import flops_per_token, parameter_counts
-from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.topology import part_of_model
 from relora_ds.train.build import cut_over_ranks, meta_model
 
 _ADAM_STATES = 2
@@ -29,7 +29,7 @@ def dry_run(run: LoadedRun, deepspeed_config: dict[str, Any], console: Console) 
 
 
 def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
-    tensor = TensorParallel(size=run.config.parallel.tensor)
+    tensor = part_of_model(run.config.parallel)
     model = meta_model(run.architecture, phase.method, run.config.train, tensor)
     counts = parameter_counts(model)
     table = Table(

@@ -232,7 +232,8 @@ def _state_of_other_topology(trainer: Trainer, saved: SavedRun) -> SavedState | 
     topology, state, tensor = trainer.topology, saved.trainer, trainer.topology.tensor
     before = state.dp_size, state.tensor_size, state.zero_stage
     now = topology.dp_size, tensor.size, trainer.zero_stage
-    if before == now and not is_written_state(saved.checkpoint):
+    alike = before == now and saved.is_cut_like(tensor)
+    if alike and not is_written_state(saved.checkpoint):
         return None
     _logger.info(
         "written by %d x %d processes (data x tensor) at ZeRO stage %d, "

@@ -26,6 +26,7 @@ from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.shape import TensorShard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
+from relora_ds.parallel.topology import part_of_model
 from relora_ds.train.build import cut_meta_model, shards_of
 from relora_ds.train.checkpoint import METHOD_FILE, TrainerState, read_trainer_state
 
@@ -57,6 +58,12 @@ class SavedRun:
         self.method: Method[Any] = phases[self.trainer.phase].method
         # rewritten for other processes: by name, and whole
         self._ranks = 1 if is_written_state(checkpoint) else self.trainer.tensor_size
+        self._parallel = read_run(checkpoint)[0].parallel.model_copy(update={"tensor": self._ranks})
+
+    def is_cut_like(self, tensor: TensorParallel) -> bool:
+        """Whether the ranks of the group hold the parts that the files do."""
+        alike = tensor.size == 1 or tensor.plan == self._parallel.low_rank_plan
+        return tensor.size == self._ranks and alike
 
     def state(self) -> SavedState:
         """Weights and optimizer state of the whole model, read when they are asked for.
@@ -68,7 +75,7 @@ class SavedRun:
         stage, dp_size = self.trainer.zero_stage, self.trainer.dp_size
         if self._ranks == 1:
             return open_state(self.checkpoint, whole, stage, dp_size)
-        groups = [TensorParallel(rank, self._ranks) for rank in range(self._ranks)]
+        groups = self._groups()
         parts = [
             open_state(self.checkpoint, self._inventory(group), stage, dp_size, group)
             for group in groups
@@ -77,7 +84,7 @@ class SavedRun:
 
     def method_state(self) -> dict[str, Any]:
         """The method's state for the whole model, on the CPU."""
-        groups = [TensorParallel(rank, self._ranks) for rank in range(self._ranks)]
+        groups = self._groups()
         states = [self._method_file(group) for group in groups]
         if len(states) == 1:
             return states[0]
@@ -85,7 +92,7 @@ class SavedRun:
 
     def own_method_state(self, tensor: TensorParallel) -> dict[str, Any]:
         """The same for one rank of a tensor-parallel group, as `load_state_dict` takes it."""
-        if tensor.size == self._ranks:
+        if self.is_cut_like(tensor):
             return self._method_file(tensor)
         whole = self.method_state()
         return whole if tensor.size == 1 else self.method.part_of_state(whole, self.shards(tensor))
@@ -94,6 +101,10 @@ class SavedRun:
         """Which part of every cut parameter a rank of a tensor-parallel group holds."""
         parts = self._architecture, self.method, self._config.train
         return shards_of(cut_meta_model(*parts, tensor))
+
+    def _groups(self) -> list[TensorParallel]:
+        """The ranks that wrote it."""
+        return [part_of_model(self._parallel, rank) for rank in range(self._ranks)]
 
     def _method_file(self, tensor: TensorParallel) -> dict[str, Any]:
         path = self.checkpoint / METHOD_FILE.format(tensor.suffix)

@@ -24,10 +24,10 @@ from relora_ds.engine.partition import build_cutter
 from relora_ds.engine.tensor_traffic import shares_by_rank, tensor_payloads
 from relora_ds.engine.traffic import expected_payloads
 from relora_ds.errors import DesyncError
-from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.parallel.shape import shard_of
+from relora_ds.model.llama import partial_gradients
+from relora_ds.parallel.shape import shard_of, whole_shape
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.train.build import build_model, cut_meta_model
 
@@ -47,23 +47,61 @@ ARCHITECTURE = ModelConfig(
     initializer_range=0.1,
     attention_bias=True,
 )
-_RELORA = {"name": "relora", "rank": 3, "alpha": 6, "merge_every": EVENTS}
+_RELORA = {"name": "relora", "rank": 4, "alpha": 6, "merge_every": EVENTS}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
-    "lora": {"name": "lora", "rank": 3, "alpha": 6, "trainable_scaling": True},
+    "lora": {"name": "lora", "rank": 4, "alpha": 6, "trainable_scaling": True},
+    "low_rank": {"name": "low_rank", "rank": 4},
     "relora": _RELORA | {"restart_warmup_steps": 2},
     "relora_random": _RELORA | {"restart_warmup_steps": 2, "reset": {"mode": "random"}},
     "relora_magnitude": _RELORA | {"restart_warmup_steps": 2, "reset": {"mode": "magnitude"}},
     "switchlora": {"name": "switchlora", "rank": 6, "interval": 4, "freeze_steps": 2},
-    "sltrain": {"name": "sltrain", "rank": 3, "alpha": 6, "sparsity": 0.1},
+    "sltrain": {"name": "sltrain", "rank": 4, "alpha": 6, "sparsity": 0.1},
+    "sltrain_step": {
+        "name": "sltrain",
+        "rank": 4,
+        "alpha": 6,
+        "sparsity": 0.1,
+        "keep_composed": "step",
+        "gradient": "low_rank",
+    },
 }
 
-EVERYWHERE = ("full", "lora", "relora_magnitude", "switchlora", "sltrain")
-AT_SOME, SOME_STAGES = ("relora", "relora_random"), (1, 3)
-ACT, ACT_STAGE = ("lora", "relora", "switchlora"), 2
+Cell = tuple[str, str, int]
+"""Method, plan of its factors (`sequence`: cut, and activations too; `bf16`: cut, in bf16), ZeRO
+stage."""
+
+_EVERYWHERE = ("full", "lora", "low_rank", "relora_magnitude", "switchlora", "sltrain")
+MATRIX: list[Cell] = [(method, "act", stage) for method in _EVERYWHERE for stage in STAGES]
+_OFTEN = {"full": (1,), "lora": (0, 3), "low_rank": (2,), "sltrain": (1, 3)}
+REST: list[Cell] = [cell for cell in MATRIX if cell[2] not in _OFTEN.get(cell[0], STAGES)]
+WHOLE_FACTORS: list[Cell] = [
+    ("lora", "fold", 1),
+    ("low_rank", "fold", 0),
+    ("relora", "fold", 2),
+    ("switchlora", "fold", 3),
+    ("sltrain", "fold", 2),
+]
+CUT_SEQUENCE: list[Cell] = [
+    ("full", "sequence", 0),
+    ("relora", "sequence", 3),
+    ("switchlora", "sequence", 1),
+    ("sltrain", "sequence", 2),
+]
+BF16: list[Cell] = [("relora", "bf16", 1), ("switchlora", "bf16", 3), ("sltrain", "bf16", 2)]
+USUAL: list[Cell] = [
+    *(cell for cell in MATRIX if cell not in REST),
+    ("relora", "act", 1),
+    ("relora_random", "act", 3),
+    ("sltrain_step", "act", 2),
+    *WHOLE_FACTORS,
+    *CUT_SEQUENCE,
+    *BF16,
+]
+"""What two ranks that share a model run by default."""
 
 
-def run_config(method: str, plan: str = "fold", tensor: int = 1) -> RunConfig:
+def run_config(method: str, plan: str, tensor: int = 1) -> RunConfig:
     return RunConfig.model_validate_json(
         json.dumps(
             {
@@ -76,12 +114,16 @@ def run_config(method: str, plan: str = "fold", tensor: int = 1) -> RunConfig:
                     "seq_length": SEQUENCE,
                     "micro_batch_size": MICRO,
                     "global_batch_size": BATCH,
-                    "precision": "fp32",
+                    "precision": "bf16" if plan == "bf16" else "fp32",
                 },
                 # a small eps turns rounding into updates where a gradient is nearly zero
                 "optimizer": {"eps": 1e-3, "weight_decay": 0.1, "clip": 0.3},
                 "schedule": {"warmup_steps": 2},
-                "parallel": {"tensor": tensor, "low_rank_plan": plan},
+                "parallel": {
+                    "tensor": tensor,
+                    "low_rank_plan": "fold" if plan == "fold" else "act",
+                    "sequence": plan == "sequence",
+                },
             }
         )
     )
@@ -121,7 +163,7 @@ def traffic(
     groups = [group.parameters for group in method.parameter_groups(model)]
     held = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
     placements = engine.layout.placements
-    shares = [p for m in projection_layers(engine.model).values() for p in m.partial_gradients()]
+    shares = partial_gradients(engine.model)
     assert held == sum(placements[p].stretch.length for p in shares)
     size = topology.tensor.size
     expected = tensor_payloads(model, resolved, MICRO * SEQUENCE, size, held, len(groups))
@@ -135,10 +177,16 @@ def traffic(
 
 
 def desync(engine: TrainEngine, topology: Topology) -> str:
-    """What the digest says when one tensor-parallel rank changes a factor by one bit."""
-    layer = projection_layers(engine.model)["model.layers.1.mlp.up_proj"]
+    """What the digest says when one tensor-parallel rank changes by one bit what all hold alike:
+    a factor, or a norm if the factors are cut."""
     if topology.rank == 1:
-        factor = next(p for p in layer.parameters() if p.requires_grad and shard_of(p) is None)
+        named = reversed(list(engine.model.named_parameters()))
+        alike = [
+            p
+            for name, p in named
+            if p.requires_grad and shard_of(p) is None and ("lora" in name or "norm" in name)
+        ]
+        factor = max(alike, key=lambda p: len(whole_shape(p)))
         engine.layout.placements[factor].master().view(torch.int32)[0] += 1
         engine.layout.working(factor)[1].view(torch.int32)[0] += 1
     try:
@@ -194,25 +242,23 @@ def whole(engine: TrainEngine, parameter: nn.Parameter, topology: Topology) -> t
     return topology.tensor.sum(full)
 
 
-def cells(world: Topology, tensor: int) -> list[tuple[str, str, int]]:
-    """(method, plan, stage) of everything that this many ranks run."""
+def cells(world: Topology, tensor: int, rest: bool) -> list[Cell]:
+    """Everything that this many ranks run."""
     if world.world_size == 1:
-        return [(method, "fold", 0) for method in METHODS]
-    found = [(method, "fold", stage) for method in EVERYWHERE for stage in STAGES]
-    if tensor == world.world_size:
-        found += [(method, "fold", stage) for method in AT_SOME for stage in SOME_STAGES]
-        found += [(method, "act", ACT_STAGE) for method in ACT]
-    return found
+        return [(method, "act", 0) for method in METHODS]
+    if tensor != world.world_size:
+        return MATRIX
+    return REST if rest else USUAL
 
 
-def main(output: Path, tensor: int = 2) -> None:
+def main(output: Path, tensor: int = 2, rest: bool = False) -> None:
     """Run all cells; copies of the model are spread over `tensor` ranks each."""
     world = distributed.start(5.0)
     recorder.start()
     figures: dict[str, Any] = {}
     parameters: dict[str, dict[str, torch.Tensor]] = {}
     size = min(tensor, world.world_size)
-    for method, plan, stage in cells(world, size):
+    for method, plan, stage in cells(world, size, rest):
         config = run_config(method, plan, size)
         topology = share_models(world, config)
         for name, group in (("tp", topology.tensor.group), ("dp", topology.tensor.data_group)):
@@ -223,7 +269,7 @@ def main(output: Path, tensor: int = 2) -> None:
         figures[cell] = train(phase, engine, config, resolved, topology)
         named = engine.model.named_parameters()
         parameters[cell] = {name: whole(engine, p, topology) for name, p in named}
-        if size == world.world_size > 1 and method in ("switchlora", "sltrain"):
+        if size == world.world_size > 1 and (plan == "fold" or method == "switchlora"):
             figures[cell]["desync"] = desync(engine, topology)
         engine.destroy()
     if world.is_main:

@@ -13,18 +13,11 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_worker
-from tests.distributed.tensor_worker import (
-    ACT,
-    ACT_STAGE,
-    AT_SOME,
-    EVERYWHERE,
-    SOME_STAGES,
-    STAGES,
-)
+from tests.distributed.tensor_worker import BF16, MATRIX, REST, STAGES, USUAL, WHOLE_FACTORS, Cell
 
 pytestmark = pytest.mark.distributed
 
-_TENSOR, _COPIES = "tensor_worker", "copies_worker"
+_TENSOR, _REST, _COPIES = "tensor_worker", "rest_worker", "copies_worker"
 
 
 @dataclass
@@ -51,6 +44,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return start(_REST, 2, tmp_path_factory.mktemp("rest"))
+
+
+@pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return start(_COPIES, 2, tmp_path_factory.mktemp("copies"))
 
@@ -60,11 +58,21 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return start(_TENSOR, 4, tmp_path_factory.mktemp("both"))
 
 
+def name_of(cell: Cell) -> str:
+    return "/".join(map(str, cell))
+
+
+def each(cells: list[Cell]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("cell", [name_of(cell) for cell in cells])
+
+
 def check(run: Run, one: Run, cell: str) -> None:
-    reference = f"{cell.partition('/')[0]}/fold/0"
+    reference = f"{cell.partition('/')[0]}/act/0"
     found, expected = run.figures[cell], one.figures[reference]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=3e-6)
+    # gradients of factors of a whole weight change more with a rounding than those of an update
+    digits = 1e-5 if cell.startswith("low_rank") else 3e-6
+    assert found["norms"] == pytest.approx(expected["norms"], rel=digits)
     for key in ("switched", "rank"):
         assert found[key] == pytest.approx(expected[key], rel=1e-4)
     kinds = [(kind, fraction) for kind, fraction, _ in found["events"]]
@@ -75,44 +83,51 @@ def check(run: Run, one: Run, cell: str) -> None:
         assert difference <= 1e-6, name
 
 
-ALL = [f"{method}/fold/{stage}" for method in EVERYWHERE for stage in STAGES]
-SHARED = [
-    *ALL,
-    *(f"{method}/fold/{stage}" for method in AT_SOME for stage in SOME_STAGES),
-    *(f"{method}/act/{ACT_STAGE}" for method in ACT),
-]
-
-
 def test_the_runs_have_events(one: Run) -> None:
-    assert len(one.figures["relora/fold/0"]["events"]) == 3
-    assert one.figures["switchlora/fold/0"]["switched"] > 50
+    assert len(one.figures["relora/act/0"]["events"]) == 3
+    assert one.figures["switchlora/act/0"]["switched"] > 50
 
 
-@pytest.mark.parametrize("cell", SHARED)
+@each([cell for cell in USUAL if cell not in BF16])
 def test_one_copy_on_two_ranks(shared: Run, one: Run, cell: str) -> None:
     check(shared, one, cell)
 
 
+@each(BF16)
+def test_bf16_follows_fp32(shared: Run, one: Run, cell: str) -> None:
+    found, expected = shared.figures[cell], one.figures[f"{cell.partition('/')[0]}/act/0"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+    assert found["switched"] == expected["switched"]
+    assert all(drift < 1e-5 for _, _, drift in found["events"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ALL)
+@each(REST)
+def test_one_copy_on_two_ranks_at_the_other_stages(rest: Run, one: Run, cell: str) -> None:
+    check(rest, one, cell)
+    assert rest.figures[cell]["traffic"]["counted"] == rest.figures[cell]["traffic"]["expected"]
+
+
+@pytest.mark.slow
+@each(MATRIX)
 def test_two_copies_on_two_ranks(copies: Run, one: Run, cell: str) -> None:
     check(copies, one, cell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ALL)
+@each(MATRIX)
 def test_two_copies_on_two_ranks_each(both: Run, one: Run, cell: str) -> None:
     check(both, one, cell)
 
 
-@pytest.mark.parametrize("cell", SHARED)
+@each(USUAL)
 def test_bytes_within_and_between_copies_equal_the_closed_forms(shared: Run, cell: str) -> None:
     traffic = shared.figures[cell]["traffic"]
     assert traffic["counted"] == traffic["expected"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [cell for cell in ALL if cell != "switchlora/fold/3"])
+@each([cell for cell in MATRIX if cell != ("switchlora", "act", 3)])
 def test_bytes_of_two_copies_equal_the_closed_forms(both: Run, cell: str) -> None:
     # a switch before the step that is counted makes stage 3 gather more
     traffic = both.figures[cell]["traffic"]
@@ -120,8 +135,11 @@ def test_bytes_of_two_copies_equal_the_closed_forms(both: Run, cell: str) -> Non
     assert traffic["counted"] == traffic["expected"]
 
 
+@each(WHOLE_FACTORS)
+def test_a_changed_bit_of_a_shared_factor_is_named(shared: Run, cell: str) -> None:
+    assert "lora_" in shared.figures[cell]["desync"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("method", ["switchlora", "sltrain"])
-def test_a_changed_bit_of_a_shared_factor_is_named(shared: Run, method: str, stage: int) -> None:
-    message = shared.figures[f"{method}/fold/{stage}"]["desync"]
-    assert "model.layers.1.mlp.up_proj.lora_A" in message
+def test_a_changed_bit_of_a_shared_norm_is_named(shared: Run, stage: int) -> None:
+    assert "norm.weight" in shared.figures[f"switchlora/act/{stage}"]["desync"]

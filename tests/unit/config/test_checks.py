@@ -100,7 +100,17 @@ ProblemsOf = Callable[..., list[str]]
         ),
         (["train.precision=fp32", "train.attention=flash"], "train.attention", ("auto or sdpa",)),
         (["parallel.tensor=3"], "parallel.tensor", ("must divide", "write 2 or 4")),
-        (["parallel.sequence=true"], "parallel.sequence", ("not available", "use false")),
+        (["parallel.sequence=true"], "parallel.sequence", ("parallel.tensor is 1", "use false")),
+        (
+            ["parallel.tensor=2", "parallel.sequence=true", "train.seq_length=127"],
+            "train.seq_length",
+            ("is 127", "(2) equal parts", "126 or 128"),
+        ),
+        (
+            ["parallel.tensor=2", "parallel.low_rank_plan=act", "method.rank=7"],
+            "parallel.low_rank_plan",
+            ("method.rank (7)", "multiple of 2", "write fold"),
+        ),
         (
             ["checkpoint.allow_change=[train.stps]"],
             "checkpoint.allow_change[0]",

@@ -86,7 +86,7 @@ def test_parts_of_a_sparse_projection_are_parts_of_its_weight(style: str, size: 
     joined = torch.zeros_like(whole)
     count = 0
     for rank in range(size):
-        part = layer(TensorParallel(rank, size))
+        part = layer(TensorParallel(rank, size, plan="fold"))
         dim = 0 if style == "column" else 1
         span = range(*part.spec.tensor.span(whole.shape[dim]))
         part.cut_over_ranks()
@@ -97,13 +97,11 @@ def test_parts_of_a_sparse_projection_are_parts_of_its_weight(style: str, size: 
     torch.testing.assert_close(joined, whole, rtol=0, atol=0)
 
 
-def test_the_plan_goes_by_bytes() -> None:
-    few, many = (TensorParallel(0, 2, plan="auto", tokens=n) for n in (100, 10_000))
-    assert few.sums_activations(4096)
-    assert not many.sums_activations(4096)
-    assert not TensorParallel(0, 2, plan="fold").sums_activations(4096)
-    assert TensorParallel(0, 2, plan="act").sums_activations(1)
-    assert not SINGLE.sums_activations(4096)
+def test_factors_are_cut_along_a_rank_that_divides() -> None:
+    assert TensorParallel(0, 2).cuts_inner(6)
+    assert not TensorParallel(0, 2).cuts_inner(5)
+    assert not TensorParallel(0, 2, plan="fold").cuts_inner(6)
+    assert not SINGLE.cuts_inner(6)
 
 
 def test_a_draw_by_index_is_the_draw() -> None:

@@ -19,7 +19,7 @@ from relora_ds.engine.traffic import bytes_of, expected_payloads
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.memory import expected_memory
-from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.topology import part_of_model
 from relora_ds.train.build import cut_meta_model, meta_model
 from relora_ds.train.memory_report import closed_form, storage_plan
 from relora_ds.train.plan import Cluster, plan
@@ -116,14 +116,15 @@ def test_the_suggestion_follows_memory_and_bandwidth() -> None:
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("lane", ["act", "fold"])
+@pytest.mark.parametrize("lane", ["act", "fold", "sequence"])
 def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: str) -> None:
-    loaded = small("parallel.tensor=2", f"parallel.low_rank_plan={lane}")
+    key = "sequence=true" if lane == "sequence" else f"low_rank_plan={lane}"
+    loaded = small("parallel.tensor=2", f"parallel.{key}")
     config, train = loaded.config, loaded.config.train
     found = plan(loaded, Cluster(gpus=8, gpus_per_node=4))
     assert found["processes"] == 4
     method = plan_phases(config)[-1].method
-    tensor = TensorParallel(0, 2, plan=config.parallel.low_rank_plan)
+    tensor = part_of_model(config.parallel)
     model = cut_meta_model(loaded.architecture, method, train, tensor)
     groups = [group.parameters for group in method.parameter_groups(model)]
     estimate = found["phases"]["relora"]["stages"][str(stage)]
@@ -137,7 +138,7 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
     ]
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 4)
     shares = shares_by_rank(model, groups, stage, 4)
-    assert any(shares) == (lane == "fold")
+    assert any(shares) == (lane != "act")
     within = tensor_payloads(model, resolved, tokens, 2, max(shares), len(groups))
     between = expected_payloads(model, groups, resolved, 4)
     traffic = estimate["traffic"]
@@ -154,7 +155,8 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
 
 @pytest.mark.parametrize(("per_node", "near"), [(2, 1.0), (1, 0.0)])
 def test_a_model_larger_than_a_node_talks_between_nodes(per_node: int, near: float) -> None:
-    found = plan(small("parallel.tensor=2"), Cluster(gpus=4, gpus_per_node=per_node))
+    loaded = small("parallel.tensor=2", "parallel.low_rank_plan=fold")
+    found = plan(loaded, Cluster(gpus=4, gpus_per_node=per_node))
     traffic = found["phases"]["relora"]["stages"]["1"]["traffic"]
     inner = traffic["tensor_within_node"], traffic["tensor_between_nodes"]
     assert inner[0] == pytest.approx(near * sum(inner))
