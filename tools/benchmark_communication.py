@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from relora_ds.command_line import run_tool, tool_parser
 from relora_ds.config.load import read_model_config
-from relora_ds.errors import ReloraError
 from relora_ds.train.benchmark_communication import (
     Workload,
     benchmark_communication,
@@ -31,39 +31,31 @@ example:
 """
 
 
-def main() -> int:
-    """Measure on all ranks, report from rank 0."""
+def main() -> None:
     parsed = _parser().parse_args()
-    try:
-        workload = Workload(
-            read_model_config(parsed.model),
-            tuple(parsed.methods),
-            tuple(parsed.stages),
-            tuple(parsed.accumulation),
-            parsed.rank,
-            parsed.precision,
-            parsed.micro_batch_size,
-            parsed.seq_length,
-            parsed.reduction,
-            parsed.steps,
-            parsed.tensor,
-        )
-        found = benchmark_communication(workload)
-    except ReloraError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+    workload = Workload(
+        read_model_config(parsed.model),
+        tuple(parsed.methods),
+        tuple(parsed.stages),
+        tuple(parsed.accumulation),
+        parsed.rank,
+        parsed.precision,
+        parsed.micro_batch_size,
+        parsed.seq_length,
+        parsed.reduction,
+        parsed.steps,
+        parsed.tensor,
+    )
+    found = benchmark_communication(workload)
     if found is not None:
         parsed.output.parent.mkdir(parents=True, exist_ok=True)
         parsed.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
         plot_benchmark(found, parsed.output.with_suffix(".png"))
         _show(found)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--model", required=True, help="JSON with HF LlamaConfig keys")
     parser.add_argument("--methods", nargs="+", default=["full", "relora", "switchlora"])
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4))
@@ -111,4 +103,4 @@ def _show(found: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -1,14 +1,17 @@
-"""Time one stage-3 merge on slices against gathering whole weights. See --help."""
+"""Time one stage-3 merge on slices against gathering whole weights. See --help.
+
+Prints one JSON line with seconds, bytes and their ratios.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from relora_ds.command_line import run_tool, tool_parser
 from relora_ds.engine.benchmark_merge import benchmark_merge
 
 _EXAMPLE = """
@@ -17,11 +20,8 @@ example:
 """
 
 
-def main() -> int:
-    """Print one JSON line with seconds, bytes and their ratios, from rank 0."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--layers", type=int, default=4, help="matrices to merge")
     parser.add_argument("--width", type=int, default=1536, help="columns; rows are 8/3 of them")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
@@ -29,9 +29,8 @@ def main() -> int:
     parsed = parser.parse_args()
     figures = benchmark_merge(parsed.layers, parsed.width, parsed.rank, parsed.repeats)
     if figures is not None:
-        sys.stdout.write(json.dumps(figures) + "\n")
-    return 0
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

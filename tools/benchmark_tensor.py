@@ -1,14 +1,17 @@
-"""Time steps of one global batch, cut over the model against cut over data. See --help."""
+"""Time steps of one global batch, cut over the model against cut over data. See --help.
+
+Prints one JSON line with seconds, bytes and their ratios; the run's data is not read.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from relora_ds.command_line import add_run, run_tool, tool_parser
 from relora_ds.config.load import load_run_config
 from relora_ds.train.benchmark_tensor import benchmark_tensor
 
@@ -19,22 +22,17 @@ example:
 """
 
 
-def main() -> int:
-    """Print one JSON line with seconds, bytes and their ratio, from rank 0."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN.yaml", help="run description; its data is not read")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+def main() -> None:
+    parser = tool_parser(__doc__, _EXAMPLE)
+    add_run(parser)
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage of both ways")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind")
     parsed = parser.parse_args()
     loaded = load_run_config(parsed.run, parsed.overrides)
     figures = benchmark_tensor(loaded.config, loaded.architecture, parsed.stage, parsed.repeats)
     if figures is not None:
-        sys.stdout.write(json.dumps(figures) + "\n")
-    return 0
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

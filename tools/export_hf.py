@@ -3,7 +3,6 @@
 python tools/export_hf.py --checkpoint runs/quickstart/checkpoints --output my_model
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,20 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from relora_ds.errors import ReloraError
+from relora_ds.command_line import add_checkpoint, run_tool, tool_parser
 from relora_ds.train.export import export_hf
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="step_N, a directory of checkpoints (the latest), or a run directory",
-    )
+def main() -> None:
+    parser = tool_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument(
         "--dtype",
@@ -32,14 +24,9 @@ def main() -> int:
         default="float32",
         help="float32 keeps merged weights exact; bfloat16 halves the size",
     )
-    arguments = parser.parse_args()
-    try:
-        export_hf(arguments.checkpoint, arguments.output, getattr(torch, arguments.dtype))
-    except ReloraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    parsed = parser.parse_args()
+    export_hf(parsed.checkpoint, parsed.output, getattr(torch, parsed.dtype))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from relora_ds.command_line import add_run, run_tool, tool_parser
 from relora_ds.config.load import load_run_config
-from relora_ds.errors import ReloraError
 from relora_ds.train.plan import Cluster, plan
 from relora_ds.train.plan_report import show_plan
 
@@ -24,31 +24,22 @@ example:
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-def main() -> int:
-    """Print the plan; exit code 2 if the run or the cluster does not add up."""
+def main() -> None:
     parsed = _parser().parse_intermixed_args()
     names = ("gpus", "gpus_per_node", "gpu_memory", "node_bandwidth", "bandwidth")
     names += ("latency", "peak_flops", "efficiency")
     given = {name: getattr(parsed, name) for name in names}
     cluster = Cluster(**{name: value for name, value in given.items() if value is not None})
-    try:
-        found = plan(load_run_config(parsed.run, parsed.overrides), cluster)
-    except ReloraError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+    found = plan(load_run_config(parsed.run, parsed.overrides), cluster)
     if parsed.json:
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found, indent=1))
     else:
         show_plan(found, Console(highlight=False))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN.yaml", help="run description")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+    parser = tool_parser(__doc__, _EXAMPLE)
+    add_run(parser)
     parser.add_argument("--gpus", type=int, required=True, help="of the whole job")
     parser.add_argument("--gpus-per-node", type=int, help="default 8")
     parser.add_argument("--gpu-memory", type=_amount, help="default 80GB")
@@ -70,4 +61,4 @@ def _amount(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

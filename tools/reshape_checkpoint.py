@@ -4,48 +4,28 @@ python tools/reshape_checkpoint.py --checkpoint runs/mine --output reshaped --da
 deepspeed --num_gpus 8 launch/pretrain.py RUN.yaml parallel.tensor=2 checkpoint.resume=reshaped
 """  # noqa: E501 - commands to be copied
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.command_line import add_checkpoint, run_tool, tool_parser
 from relora_ds.train.reshape import reshape_checkpoint
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="step_N, a directory of checkpoints (the latest), or a run directory",
-    )
+def main() -> None:
+    parser = tool_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--output", type=Path, required=True, help="new directory to write")
     parser.add_argument(
         "--data-parallel", type=int, help="processes that will continue it; default: as before"
     )
     parser.add_argument("--tensor", type=int, help="tensor-parallel processes; default: as before")
     parser.add_argument("--zero-stage", type=int, help="their ZeRO stage; default: as before")
-    arguments = parser.parse_args()
-    try:
-        reshape_checkpoint(
-            arguments.checkpoint,
-            arguments.output,
-            arguments.data_parallel,
-            arguments.zero_stage,
-            arguments.tensor,
-        )
-    except ReloraError as error:
-        problems = error.problems if isinstance(error, ConfigError) else [error]
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    parsed = parser.parse_args()
+    sizes = parsed.data_parallel, parsed.zero_stage, parsed.tensor
+    reshape_checkpoint(parsed.checkpoint, parsed.output, *sizes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -9,7 +9,6 @@ Prints one JSON line. Exit codes: 0 done, 2 wrong usage, 3 the data cannot be us
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,51 +17,31 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from relora_ds.command_line import add_texts, run_tool, tool_parser
 from relora_ds.data.tokenizer import train_tokenizer
-from relora_ds.errors import ReloraError
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files")
+def main() -> None:
+    parser = tool_parser(__doc__)
+    add_texts(parser)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of ids")
     parser.add_argument("--output", required=True, metavar="FILE", help="model file to write")
-    parser.add_argument("--text-key", default="text", help="key or column of the text")
-    parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="stop at the first input that cannot be used, or count it and go on",
-    )
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Train and report; returns the exit code."""
-    arguments = parse_arguments()
-    try:
-        with Console(stderr=True).status("training the tokenizer"):
-            tokenizer = train_tokenizer(
-                arguments.input,
-                arguments.vocab_size,
-                arguments.output,
-                text_key=arguments.text_key,
-                on_error=arguments.on_error,
-            )
-    except ReloraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    parsed = parser.parse_args()
+    with Console(stderr=True).status("training the tokenizer"):
+        tokenizer = train_tokenizer(
+            parsed.input,
+            parsed.vocab_size,
+            parsed.output,
+            text_key=parsed.text_key,
+            on_error=parsed.on_error,
+        )
     summary = {
-        "output": arguments.output,
+        "output": parsed.output,
         "vocab_size": tokenizer.vocab_size,
         "sha256": tokenizer.sha256,
     }
     print(json.dumps(summary))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))
