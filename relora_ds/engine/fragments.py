@@ -1,15 +1,17 @@
-"""Where the vectors that have a clock lie in the tensors that the optimizer steps."""
+"""What the optimizer has to know of the tensors it steps: vectors with a clock, and draws."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from relora_ds.engine.layout import Layout
 from relora_ds.engine.vector_adamw import storage_key
 from relora_ds.engine.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.shape import whole_shape
+from relora_ds.randomness import Stream
 
 
 def clocked_fragments(
@@ -27,3 +29,14 @@ def clocked_fragments(
     for known in fragments.values():
         known.sort(key=lambda fragment: fragment.offset)
     return fragments
+
+
+def rounding_streams(
+    layout: Layout, names: Mapping[nn.Parameter, str], seed: int
+) -> dict[int, Stream]:
+    """Draws for every bf16 tensor that the optimizer steps; it is one parameter."""
+    return {
+        storage_key(placement.owner): Stream(seed, "rounding", names[parameter])
+        for parameter, placement in layout.placements.items()
+        if placement.owner.dtype == torch.bfloat16
+    }
