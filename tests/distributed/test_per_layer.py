@@ -53,6 +53,12 @@ def test_one_gradient_at_a_time(figures: dict[str, Any], method: str, precision:
     assert kept <= figures[f"{method}/{precision}/4/0"]["expected"]["gradients"]
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_vectors_are_switched_and_frozen(figures: dict[str, Any], accumulation: int) -> None:
+    found = figures[f"switchlora/fp32/{accumulation}/0"]
+    assert found["frozen"] == found["plain"]["frozen"] > 50
+
+
 def test_clipping_is_per_parameter(figures: dict[str, Any]) -> None:
     clipped = figures["sltrain/fp32/1/0.05"]
     # the logged norm is the global one before clipping, from the same first weights
