@@ -89,6 +89,7 @@ def train(config: RunConfig, topology: Topology) -> dict[str, Any]:
             phase.method.after_step(engine.state, engine.model, step + 1)
         losses.append(float(distributed.mean_over_ranks(loss.clone())))
         norms.append(float(norm))
+    engine.check_replicas()  # raises where they differ
     found = {
         "losses": losses,
         "norms": norms,
