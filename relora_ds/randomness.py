@@ -22,6 +22,7 @@ _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+SHORTS_PER_WORD = 4
 _CHUNK = 1 << 22  # elements hashed at once; bounds the int64 temporaries to 32 MiB each
 
 
@@ -80,6 +81,14 @@ class Stream:
             part = out[at : at + _CHUNK]
             part.copy_(_shift_right(self.words(start + at, part.numel(), device), 40))
         return out.mul_(2.0**-24)
+
+    def shorts(self, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Elements ``[start, start + count)`` uniform on range(65536), int32: the quarters of the
+        words, lowest bits first. Cheaper by four than a word each; a stream of its own."""
+        first, skipped = divmod(start, SHORTS_PER_WORD)
+        words = self.words(first, -(-(skipped + count) // SHORTS_PER_WORD), device)
+        quarters = words.view(torch.int16)[skipped : skipped + count]
+        return quarters.to(torch.int32).bitwise_and_(0xFFFF)
 
     def uniform_at(self, index: torch.Tensor) -> torch.Tensor:
         """The same elements by index, int64 of any shape; fp32 of that shape on its device."""

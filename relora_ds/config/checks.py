@@ -119,6 +119,23 @@ def per_layer_update_has_optimizer(
         )
 
 
+def masters_can_be_left_out(train: TrainConfig) -> Iterator[Finding]:
+    if train.master_weights:
+        return
+    if train.precision == "fp32":
+        yield Finding(
+            ("train", "master_weights"),
+            "is false, but train.precision is fp32, where weights are their own masters: remove "
+            "it, or write precision: bf16",
+        )
+    elif not train.per_layer_update:
+        yield Finding(
+            ("train", "master_weights"),
+            "is false, but DeepSpeed updates fp32 copies of bf16 weights at every stage: write "
+            "train.per_layer_update: true, which stands in for it at stage 0, or remove it",
+        )
+
+
 def data_keys_match_source(data: DataConfig) -> Iterator[Finding]:
     files = ("train", "valid", "tokenizer")
     if data.source == "builtin":
@@ -264,6 +281,7 @@ RULES: tuple[Rule, ...] = (
     warm_start_ends,
     warmup_ends,
     per_layer_update_has_optimizer,
+    masters_can_be_left_out,
     data_keys_match_source,
     builtin_vocabulary_fits_model,
     precisions_agree,

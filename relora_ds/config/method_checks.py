@@ -164,11 +164,11 @@ def switched_scale_is_fixed(method: MethodConfig) -> Iterator[Finding]:
 
 
 def switches_have_optimizer(method: MethodConfig, optimizer: OptimizerConfig) -> Iterator[Finding]:
-    if isinstance(method, SwitchLoRAConfig) and optimizer.name != "adamw":
+    if isinstance(method, SwitchLoRAConfig) and not is_ours(optimizer):
         yield Finding(
             ("optimizer", "name"),
-            f"is {optimizer.name}, but only adamw counts steps per adapter vector and freezes "
-            "single ones, which a switch needs: use adamw",
+            f"is {optimizer.name}, but only adamw and adamw8bit count steps per adapter vector and "
+            "freeze single ones, which a switch needs: use adamw",
         )
 
 

@@ -52,7 +52,12 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 42
     """Seed of every random draw: initialisation, restarts, data order."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Working precision. `bf16` keeps fp32 master copies of whatever is trained."""
+    """Working precision. `bf16` keeps fp32 master copies of whatever is trained, unless
+    `master_weights` is off."""
+    master_weights: bool = True
+    """Keep fp32 copies of trained bf16 weights, which the optimizer updates. `false` saves their 4
+    bytes per weight: every update is rounded up or down at random, so that its expectation is the
+    fp32 update. Needs `per_layer_update`."""
     base_precision: Literal["auto", "bf16_residual", "fp32", "bf16"] = "auto"
     """How a frozen base weight that a method edits is stored. `auto`: fp32 in fp32 runs, otherwise
     `bf16_residual` (bf16 plus 16 bits that restore the fp32 word exactly). `fp32`: a full-precision

@@ -15,7 +15,7 @@ from relora_ds.engine.base_weight import KINDS, BaseWeight, Precision
 from relora_ds.engine.communication import recorder
 from relora_ds.engine.deepspeed_config import reduces_once
 from relora_ds.engine.digest import ReplicaDigest
-from relora_ds.engine.fragments import clocked_fragments
+from relora_ds.engine.fragments import clocked_fragments, rounding_streams
 from relora_ds.engine.layout import Layout, build_layout
 from relora_ds.engine.memory import MemoryMeter
 from relora_ds.engine.optimizer import build_optimizer
@@ -76,6 +76,7 @@ class TrainEngine:
         self.clocks = {p: VectorClock(seen_shape(p)[axis], axis) for p, axis in axes}
         if isinstance(self.optimizer, VectorAdamW):
             self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
+            self.optimizer.roundings = rounding_streams(self.layout, self._names(), method.seed)
         self._digest = ReplicaDigest(
             dict(self.model.named_parameters()),
             self.layout,
@@ -294,7 +295,7 @@ class TrainEngine:
         for owner in self.layout.owners() if saved.completed else ():
             self.optimizer.state[owner] = {
                 "step": torch.tensor(float(saved.completed)),
-                **{key: torch.zeros_like(owner) for key in MOMENTS},
+                **{key: torch.zeros_like(owner, dtype=torch.float32) for key in MOMENTS},
             }
         for name, parameter in self.model.named_parameters():
             start, working = self.layout.working(parameter)

@@ -1,15 +1,17 @@
-"""Where the vectors that have a clock lie in the tensors that the optimizer steps."""
+"""What the optimizer has to know of the tensors it steps: vectors with a clock, and draws."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from relora_ds.engine.layout import Layout
 from relora_ds.engine.vector_adamw import storage_key
 from relora_ds.engine.vector_clock import Fragment, Stretch, VectorClock
 from relora_ds.parallel.shape import inner_shard, whole_shape
+from relora_ds.randomness import Stream
 
 
 def clocked_fragments(
@@ -33,3 +35,14 @@ def fragment_of(parameter: nn.Parameter, stretch: Stretch, clock: VectorClock) -
     first = 0 if shard is None else int(shard.index[0])
     cols = whole_shape(parameter)[-1]
     return Fragment(stretch.start, stretch.offset, stretch.length, clock, cols, first)
+
+
+def rounding_streams(
+    layout: Layout, names: Mapping[nn.Parameter, str], seed: int
+) -> dict[int, Stream]:
+    """Draws for every bf16 tensor that the optimizer steps; it is one parameter."""
+    return {
+        storage_key(placement.owner): Stream(seed, "rounding", names[parameter])
+        for parameter, placement in layout.placements.items()
+        if placement.owner.dtype == torch.bfloat16
+    }

@@ -1,4 +1,6 @@
-"""Where every trained parameter's fp32 master and moments live on this rank.
+"""Where every trained parameter's master and moments live on this rank.
+
+A master is in fp32, but for parameters in bf16 that are their own.
 
 One class per layout that DeepSpeed 0.19.8 can produce, chosen once by the type of its optimizer; an
 unknown type is an error. Positions come from storage offsets, not from DeepSpeed's own fragment
@@ -35,7 +37,7 @@ class Placement:
     """Elements of the parameter, and where they lie in `owner`; its length may be 0."""
 
     def master(self) -> torch.Tensor:
-        """This rank's fp32 values of the parameter, a live 1-D view."""
+        """This rank's values of the parameter as the optimizer has them, a live 1-D view."""
         return self.stretch.of(self.owner.detach().view(-1))
 
 
@@ -133,7 +135,7 @@ class Layout(ABC):
 
 
 class WholeParameters(Layout):
-    """Stage 0 in fp32: the optimizer steps the parameters themselves."""
+    """Stage 0 in fp32, or without masters: the optimizer steps the parameters themselves."""
 
     def locate(self, parameter: nn.Parameter, group: int, index: int) -> Placement:
         return Placement(parameter, Stretch(0, 0, parameter.numel()))

@@ -6,6 +6,9 @@ the last backward pass: one update per global batch, never one per micro-batch. 
 the whole optimizer state. This stands in for DeepSpeed's engine, which reduces, clips and steps
 after the backward pass; where ZeRO cuts gradients there is no whole gradient to use.
 
+In bf16 the optimizer steps fp32 masters, or the parameters themselves and rounds them at random.
+Without masters nothing is as large as a gradient in fp32.
+
 Clipping: the global norm is known only when the last update is over, so each parameter's gradient
 is clipped to a norm of `clip` on its own. A run that never reaches the limit is the same run.
 """
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.engine.vector_adamw import VectorAdamW
+from relora_ds.engine.vector_adamw import STRETCH, VectorAdamW
 from relora_ds.errors import CheckpointError
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -39,6 +42,7 @@ class PerLayerEngine:
         optimizer: over the model's parameters; it is given masters where the model is cast.
         resolved: DeepSpeed dictionary, for accumulation, clipping and precision.
         device: where the process computes.
+        masters: give the optimizer fp32 copies of parameters in bf16.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class PerLayerEngine:
         optimizer: torch.optim.Optimizer,
         resolved: Mapping[str, Any],
         device: torch.device,
+        masters: bool = True,
     ) -> None:
         assert isinstance(optimizer, VectorAdamW), "the configuration was checked"
         self.module = model.to(device)
@@ -60,13 +65,13 @@ class PerLayerEngine:
         self._micro_step = 0
         self._norm_sq: torch.Tensor | None = None
         groups = [list(group["params"]) for group in optimizer.param_groups]
+        self.optimizer: Any = optimizer
         if resolved["bf16"]["enabled"]:
             model.bfloat16()
+        if resolved["bf16"]["enabled"] and masters:
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [nn.Parameter(p.detach().float()) for p in parameters]
-            self.optimizer: Any = Masters()
-        else:
-            self.optimizer = optimizer
+            self.optimizer = Masters()
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._updater(number, index))
             for number, parameters in enumerate(groups)
@@ -114,25 +119,23 @@ class PerLayerEngine:
                 owner.grad = parameter.grad.to(owner.dtype)
                 self.before_update()
                 parameter.grad = None
-            self._reduce_and_clip(owner.grad)
-            self._optimizer.update(owner, settings)
+            _average(owner.grad)
+            self._optimizer.update(owner, settings, self._clip_factor(owner.grad))
             owner.grad = None
             if owner is not parameter:
                 parameter.copy_(owner)
 
         return update
 
-    def _reduce_and_clip(self, grad: torch.Tensor) -> None:
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            torch.distributed.all_reduce(grad)
-            grad.div_(size)
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        square = norm.square()
+    def _clip_factor(self, grad: torch.Tensor) -> torch.Tensor | None:
+        """What a gradient is multiplied by, on the device; its norm is taken up."""
+        norms = [torch.linalg.vector_norm(part.float()) for part in _stretches(grad)]
+        square = torch.stack(norms).square().sum()
         self._norm_sq = square if self._norm_sq is None else self._norm_sq + square
-        if self._clip > 0.0:
-            # the factor that torch and DeepSpeed use, on the device
-            grad.mul_((self._clip / (norm + 1e-6)).clamp(max=1.0))
+        if self._clip == 0.0:
+            return None
+        # the factor that torch and DeepSpeed use
+        return (self._clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
 
     def save_checkpoint(self, directory: str, tag: str, **_: Any) -> None:
         """Model, masters and moments in one file: they are the same on every process."""
@@ -159,6 +162,10 @@ class PerLayerEngine:
             raise CheckpointError(
                 f"{path}: was written without train.per_layer_update; resume it as it was"
             )
+        if bool(saved["masters"]) != bool(self._masters()):
+            raise CheckpointError(
+                f"{path}: was written with another train.master_weights; resume it as it was"
+            )
         self.module.load_state_dict(saved["module"])
         with torch.no_grad():
             for master, value in zip(self._masters(), saved["masters"], strict=True):
@@ -176,3 +183,20 @@ class PerLayerEngine:
         for hook in self._hooks:
             hook.remove()
         del self.module, self.optimizer, self._optimizer
+
+
+def _average(grad: torch.Tensor) -> None:
+    """Over all processes, in fp32 also where the gradient is in bf16: it is rounded once."""
+    size = torch.distributed.get_world_size()
+    for part in _stretches(grad) if size > 1 else ():
+        whole = part.float()
+        torch.distributed.all_reduce(whole)
+        whole.div_(size)
+        if whole is not part:
+            part.copy_(whole)
+
+
+def _stretches(grad: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Views of a gradient; where they have to be copied to fp32 they are small."""
+    flat = grad.view(-1)
+    return [flat] if flat.dtype == torch.float32 else flat.split(STRETCH)

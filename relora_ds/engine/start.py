@@ -25,7 +25,8 @@ def start_engine(
     """DeepSpeed's engine, or what stands in for it."""
     if config.train.per_layer_update:
         device = next(model.parameters()).device
-        return PerLayerEngine(model, optimizer, deepspeed_config, device)
+        masters = config.train.master_weights
+        return PerLayerEngine(model, optimizer, deepspeed_config, device, masters)
     engine = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -3,20 +3,32 @@
 Decoupled weight decay (Loshchilov and Hutter, 2019). It knows nothing of DeepSpeed: a layout tells
 it, per flat tensor, which stretches belong to parameters with a `VectorClock`. Stretches of one age
 go to torch's fused kernel, vectors of different ages to a kernel of ours.
+
+A tensor in bf16 is its own master: a few megabytes of it at a time are updated in fp32 and rounded
+at random, by draws that depend on the tensor, its step and the element alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
+from relora_ds.engine.rounding import round_at_random
 from relora_ds.engine.vector_block import Rectangle, Tensors, update_block
 from relora_ds.engine.vector_clock import Fragment, VectorClock
+from relora_ds.randomness import Stream
+
+STRETCH = 1 << 20
+"""Elements that are updated at once where they need temporaries; a multiple of every block."""
+_CACHED = 1 << 18  # the same per thread of a host, where smaller temporaries are faster
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -28,7 +40,8 @@ class VectorAdamW(torch.optim.Optimizer):
     """AdamW whose persistent state is `exp_avg`, `exp_avg_sq` and one scalar `step` per tensor.
 
     `fragments` maps the storage of each flat tensor to its clocked fragments, in order of offset.
-    While it is None (before the layout is known) every element follows the scalar step.
+    While it is None (before the layout is known) every element follows the scalar step. `roundings`
+    maps the storage of each bf16 tensor to the draws it is rounded by, at event 0.
 
     Args:
         params: tensors or parameter groups; a group may set `lr` and `weight_decay`.
@@ -50,6 +63,7 @@ class VectorAdamW(torch.optim.Optimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         self.fragments: dict[int, list[Fragment]] | None = None
+        self.roundings: Mapping[int, Stream] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -64,29 +78,85 @@ class VectorAdamW(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.update(p, group)
 
-    def update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        """One update of one tensor of a group from its gradient, within `torch.no_grad`."""
-        assert p.grad is not None
-        fragments = [] if self.fragments is None else self.fragments[storage_key(p)]
-        self._update(p, p.grad, fragments, group)
-
-    def _update(
-        self, p: torch.Tensor, grad: torch.Tensor, fragments: list[Fragment], group: dict[str, Any]
+    def update(
+        self, p: torch.Tensor, group: dict[str, Any], scale: torch.Tensor | None = None
     ) -> None:
+        """One update of one tensor of a group from its gradient, within `torch.no_grad`.
+
+        Args:
+            scale: fp32 scalar that the gradient is multiplied by.
+        """
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)  # on the host: reading never syncs
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
+            state |= self._first_moments(p)
         completed = int(state["step"])
         state["step"] += 1
-        advance(p, grad, (state["exp_avg"], state["exp_avg_sq"]), fragments, completed, group)
+        key = storage_key(p)
+        fragments = [] if self.fragments is None else self.fragments[key]
+        flat, grad = p.view(-1), p.grad.view(-1)
+        stretch, rounded = self._stretch(p), p.dtype == torch.bfloat16
+        for start in range(0, flat.numel(), stretch):
+            stop = min(flat.numel(), start + stretch)
+            part, inner = flat[start:stop], _within(fragments, start, stop, flat.numel())
+            values, slope = part, grad[start:stop]
+            if rounded:
+                values, slope = values.float(), slope.float()
+            if scale is not None:
+                slope.mul_(scale)
+            moments = self._load(state, start, stop)
+            advance(values, slope, moments, inner, completed, group)
+            self._store(state, start, stop, moments)
+            if rounded:
+                stream = replace(self.roundings[key], event=completed)
+                round_at_random(values, part, stream, start)
+
+    def _stretch(self, p: torch.Tensor) -> int:
+        """How many elements are updated at once."""
+        return cached_stretch(p) if p.dtype == torch.bfloat16 else max(1, p.numel())
+
+    def _first_moments(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the state holds of both moments before the first update."""
+        kind = torch.promote_types(p.dtype, torch.float32)
+        return {key: torch.zeros_like(p, dtype=kind) for key in _MOMENTS}
+
+    def _load(self, state: dict[str, torch.Tensor], start: int, stop: int) -> Moments:
+        """Both moments of a stretch in fp32, 1-D, to be updated in place."""
+        first, second = (state[key].view(-1)[start:stop] for key in _MOMENTS)
+        return first, second
+
+    def _store(
+        self, state: dict[str, torch.Tensor], start: int, stop: int, moments: Moments
+    ) -> None:
+        """Take the updated moments into the state; here they are views of it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Restore a state bit for bit; torch itself would cast it to the parameters' type."""
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = state_dict["state"]
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        owners = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, owner in zip(numbers, owners, strict=True):
+            if number in saved:
+                self.state[owner] = {
+                    key: value.to("cpu" if key == "step" else owner.device)
+                    for key, value in saved[number].items()
+                }
+
+
+Moments = tuple[torch.Tensor, torch.Tensor]
+
+
+def cached_stretch(p: torch.Tensor) -> int:
+    """How many elements to update at once where they need temporaries."""
+    return STRETCH if p.device.type != "cpu" else _CACHED * torch.get_num_threads()
 
 
 def advance(
     p: torch.Tensor,
     grad: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor],
+    moments: Moments,
     fragments: list[Fragment],
     completed: int,
     group: dict[str, Any],
@@ -218,3 +288,16 @@ def _pieces(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run 
         at = fragment.end
     if at < length:
         yield at, length, step
+
+
+def _within(fragments: list[Fragment], start: int, stop: int, length: int) -> list[Fragment]:
+    """The parts of fragments that lie in [start, stop), in its own coordinates."""
+    if stop - start == length:
+        return fragments
+    parts = []
+    for fragment in fragments:
+        low, high = max(fragment.offset, start), min(fragment.end, stop)
+        if low < high:
+            first = fragment.start + low - fragment.offset
+            parts.append(replace(fragment, start=first, offset=low - start, length=high - low))
+    return parts

@@ -10,11 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +18,13 @@ import torch
 from torch._dynamo import config as dynamo
 from torch._dynamo.exc import TorchDynamoException
 
+from relora_ds.engine.host_kernels import in_parts, load_kernels
+
 _SHAPES = 64
 _logger = logging.getLogger(__name__)
 _COMPILED_FROM = 1 << 15
 """Elements; by the size alone, so that a resumed run computes with the same kernel."""
-_SHARED_FROM = 1 << 18
-"""Elements from which several threads are worth waking."""
 _SOURCE = Path(__file__).with_suffix(".c")
-# contraction would round an element by where its slice ends; errno keeps roots from vectorising
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 
 class Tensors(NamedTuple):
@@ -71,7 +65,7 @@ def update_block(
     """
     p = tensors.p
     if p.device.type == "cpu" and p.dtype == tensors.grad.dtype == torch.float32:
-        library = _library()
+        library = load_kernels(_SOURCE)
         if library is not None:
             return _run(library, tensors, block, factors, axis, betas)
     at, rows, cols = block
@@ -94,31 +88,13 @@ class _Rates(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The C kernels for this very processor; None where there is no compiler.
-
-    They are built in less than a second and not kept: nodes that share a directory may differ.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        target = Path(directory) / "vector_block.so"
-        command = [os.environ.get("CC", "cc"), *_FLAGS, "-shared", "-fPIC", str(_SOURCE)]
-        try:
-            subprocess.run(
-                [*command, "-o", str(target), "-lm"], check=True, capture_output=True, text=True
-            )
-            library = ctypes.CDLL(str(target))  # stays mapped without its file
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            _logger.warning(
-                "the optimizer's kernel cannot be compiled, its updates take several times as "
-                "long: install a C compiler or set CC (%s)",
-                reason.strip().partition("\n")[0],
-            )
-            return None
-    for kernel in (library.update_rows, library.update_columns):
+def _kernels(library: ctypes.CDLL) -> tuple[Any, Any]:
+    """For vectors that are rows, and for columns."""
+    kernels = library.update_rows, library.update_columns
+    for kernel in kernels:
         kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_size_t] * 3 + [_Rates]
         kernel.restype = None
-    return library
+    return kernels
 
 
 def _run(
@@ -131,7 +107,7 @@ def _run(
 ) -> None:
     """The C kernel, on as many threads as torch uses; a row is computed by one of them."""
     assert factors.stride(1) == 1
-    kernel = library.update_columns if axis else library.update_rows
+    kernel = _kernels(library)[axis]
     rates, (at, rows, cols) = _rates(betas), block
     starts = [t.data_ptr() + 4 * at for t in tensors]
     vectors, apart = factors.data_ptr(), factors.stride(0)
@@ -140,22 +116,12 @@ def _run(
         skip, own = 4 * first * cols, vectors if axis else vectors + 4 * first
         kernel(*(start + skip for start in starts), own, apart, stop - first, cols, rates)
 
-    threads = min(torch.get_num_threads(), rows) if rows * cols >= _SHARED_FROM else 1
-    if threads == 1:
-        part(0, rows)
-        return
-    cuts = [rows * number // threads for number in range(threads + 1)]
-    list(_pool(threads).map(part, cuts[:-1], cuts[1:]))
+    in_parts(part, rows, rows * cols)
 
 
 @functools.cache
 def _rates(betas: tuple[float, float]) -> _Rates:
     return _Rates(1.0 - betas[0], betas[1], 1.0 - betas[1])
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "vector_block")  # ctypes lets go of the interpreter
 
 
 def _step(

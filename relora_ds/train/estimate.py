@@ -148,15 +148,16 @@ class PhaseEstimator:
         buffers = bucket * self._working() * (2 if zero.get("overlap_comm") else 1)
         near = int(zero.get("zero_hpz_partition_size", 1))
         held = sum(p.numel() for p in self._model.parameters()) // near if near > 1 else 0
-        # shares of gradients are joined for one collective
-        shares = share * self._working()
+        # shares of gradients are joined for one collective, if any outlive the backward pass
+        within = self._config.train.per_layer_update
+        shares = 0 if within else share * self._working()
         return {
             **form,
             "weights": form["weights"] - residual,
             "residual": residual,
             "gathered": (live + held) * self._working(),
             "parked": self._parked(0),
-            "buffers": (buffers if self._copies > 1 else 0) + shares,
+            "buffers": (buffers if self._copies > 1 and not within else 0) + shares,
         }
 
     def _per_sequence(self, resolved: Mapping[str, Any]) -> int:

@@ -27,7 +27,7 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
     return StoragePlan(
         working=2 if bf16 else _FP32,
         # from stage 1 on DeepSpeed updates flat copies, also of fp32 weights
-        master=_FP32 if bf16 or stage >= 1 else 0,
+        master=_FP32 if (bf16 and train.master_weights) or stage >= 1 else 0,
         moment=1 + _FP32 / BLOCK if config.optimizer.name == "adamw8bit" else _FP32,
         beside_edited=_BESIDE[base_precision(config)],
         stage=stage,

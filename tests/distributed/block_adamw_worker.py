@@ -63,9 +63,13 @@ def train(
     exact = None if cutter is None else cutter.finish()
     engine = TrainEngine(model, phase.method, config, resolved, lambda: None, exact)
     losses, resets = [], []
+    with torch.no_grad():
+        phase.method.attach(engine.state, engine.model)
     for step, tokens in enumerate(batches()[:STEPS]):
         factor = phase.method.lr_multiplier(step, phase.schedule)
         engine.set_learning_rates({"dense": factor * 1e-2, "adapter": factor * 1e-2})
+        with torch.no_grad():
+            phase.method.before_step(engine.state, engine.model, step)
         loss, _ = engine.train_step(own_share(tokens, topology))
         with torch.no_grad():
             event = phase.method.after_step(engine.state, engine.model, step + 1)

@@ -47,9 +47,18 @@ PUBLISHED = {
     "130m": {"name": "sltrain", "rank": 256, "alpha": 16, "sparsity": 0.03},
 }
 SEQUENCE = 32
+# one micro-batch per update, so that no gradient is kept
+PER_LAYER = {"per_layer_update": True, "global_batch_size": 1}
+PER_LAYER_CASES = {
+    "masters": ({**PER_LAYER}, "adamw"),
+    "bf16": ({**PER_LAYER, "master_weights": False}, "adamw"),
+    "bf16_8bit": ({**PER_LAYER, "master_weights": False}, "adamw8bit"),
+}
 
 
-def run_config(method: dict[str, Any], precision: str, checkpointing: bool = False) -> RunConfig:
+def run_config(
+    method: dict[str, Any], precision: str, optimizer: str = "adamw", **train: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "output_dir": "unused",
@@ -62,8 +71,9 @@ def run_config(method: dict[str, Any], precision: str, checkpointing: bool = Fal
                 "micro_batch_size": 1,
                 "global_batch_size": 2,
                 "precision": precision,
-                "activation_checkpointing": checkpointing,
+                **train,
             },
+            "optimizer": {"name": optimizer},
         }
     )
 
@@ -71,7 +81,7 @@ def run_config(method: dict[str, Any], precision: str, checkpointing: bool = Fal
 def measure(
     config: RunConfig, architecture: ModelConfig, stage: int, topology: Topology
 ) -> dict[str, Any]:
-    """Both figures after one update of two micro-batches."""
+    """Both figures after one update."""
     phase = plan_phases(config)[-1]
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 1)
     generator = torch.Generator().manual_seed(0)
@@ -86,11 +96,12 @@ def measure(
     engine = TrainEngine(model, phase.method, config, resolved, lambda: None, exact)
     engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
     tokens = torch.randint(0, architecture.vocab_size, (2, 1, SEQUENCE + 1), generator=generator)
-    engine.train_step(tokens.unbind(0))
+    micro_batches = tokens.unbind(0)[: config.train.global_batch_size]
+    engine.train_step(micro_batches)
     plan = storage_plan(config, stage, 1, topology.device)
     expected = closed_form(config, architecture, phase.method, plan)
     measured = engine.memory.measured
-    engine.train_step(tokens.unbind(0))
+    engine.train_step(micro_batches)
     assert measured is engine.memory.measured, "only the first update is measured"
     engine.destroy()
     return {"measured": measured, "expected": expected}
@@ -105,11 +116,14 @@ def main(output: Path) -> None:
                 config = run_config(method, precision)
                 figures[f"{name}/{precision}/{stage}"] = measure(config, SMALL, stage, topology)
     for name in ("full", "sltrain"):
-        config = run_config(METHODS[name], "bf16", checkpointing=True)
+        config = run_config(METHODS[name], "bf16", activation_checkpointing=True)
         figures[f"{name}/checkpointed"] = measure(config, SMALL, 0, topology)
     for size, method in PUBLISHED.items():
         architecture = read_model_config(ROOT / f"configs/model/llama_{size}.json")
         figures[size] = measure(run_config(method, "bf16"), architecture, 0, topology)
+        for kind, (train, optimizer) in PER_LAYER_CASES.items():
+            config = run_config(method, "bf16", optimizer, **train)
+            figures[f"{size}/{kind}"] = measure(config, architecture, 0, topology)
     output.write_text(json.dumps(figures))
     distributed.stop()
 

@@ -34,6 +34,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "restart_warmup_steps": 2,
     },
     "sltrain": {"name": "sltrain", "rank": 3, "scale": 1.0, "sparsity": 0.1},
+    # vectors are switched before two of three updates and frozen for two
+    "switchlora": {
+        "name": "switchlora",
+        "rank": 4,
+        "interval": 4,
+        "freeze_steps": 2,
+        "descent_rate": 1.0,
+    },
 }
 
 
@@ -66,19 +74,26 @@ def train(config: RunConfig, topology: Topology) -> dict[str, Any]:
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     model = build_model(ARCHITECTURE, phase.method, config.train, draw, topology.device)
     engine = TrainEngine(model, phase.method, config, resolved, lambda: None)
-    micro, losses, norms = config.train.micro_batch_size, [], []
+    micro, losses, norms, frozen = config.train.micro_batch_size, [], [], 0
+    with torch.no_grad():
+        phase.method.attach(engine.state, engine.model)
     for step, tokens in enumerate(batches()[:STEPS]):
         factor = phase.method.lr_multiplier(step, phase.schedule)
         engine.set_learning_rates({"dense": factor * 2e-2, "adapter": factor * 3e-2})
+        with torch.no_grad():
+            phase.method.before_step(engine.state, engine.model, step)
+        frozen += sum(int((~clock.live(step)).sum()) for clock in engine.clocks.values())
         mine = tokens.split(micro)[topology.dp_rank :: topology.dp_size]
         loss, norm = engine.train_step(mine)
         with torch.no_grad():
             phase.method.after_step(engine.state, engine.model, step + 1)
         losses.append(float(distributed.mean_over_ranks(loss.clone())))
         norms.append(float(norm))
+    engine.check_replicas()  # raises where they differ
     found = {
         "losses": losses,
         "norms": norms,
+        "frozen": frozen,
         "parameters": engine.exact_parameters(),
         "gradients_left": sum(p.grad is not None for p in engine.model.parameters()),
         "measured": engine.memory.measured,

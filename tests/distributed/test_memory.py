@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.memory_worker import METHODS, PUBLISHED
+from tests.distributed.memory_worker import METHODS, PER_LAYER_CASES, PUBLISHED
 from tests.distributed.ranks import run_worker
 
 pytestmark = pytest.mark.distributed
@@ -27,6 +27,16 @@ def test_published_sizes(figures: dict[str, Any], size: str) -> None:
         measured, expected = found["measured"][component], found["expected"][component]
         assert measured == pytest.approx(expected, rel=0.02), component
     assert found["measured"]["indices"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("kind", PER_LAYER_CASES)
+def test_updates_within_the_backward_pass(figures: dict[str, Any], kind: str, size: str) -> None:
+    found = figures[f"{size}/{kind}"]
+    for component in (*STATES, "activations"):
+        measured, expected = found["measured"][component], found["expected"][component]
+        assert measured == pytest.approx(expected, rel=0.02), component
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -53,6 +53,12 @@ def test_one_gradient_at_a_time(figures: dict[str, Any], method: str, precision:
     assert kept <= figures[f"{method}/{precision}/4/0"]["expected"]["gradients"]
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_vectors_are_switched_and_frozen(figures: dict[str, Any], accumulation: int) -> None:
+    found = figures[f"switchlora/fp32/{accumulation}/0"]
+    assert found["frozen"] == found["plain"]["frozen"] > 50
+
+
 def test_clipping_is_per_parameter(figures: dict[str, Any]) -> None:
     clipped = figures["sltrain/fp32/1/0.05"]
     # the logged norm is the global one before clipping, from the same first weights
@@ -64,8 +70,10 @@ def test_clipping_is_per_parameter(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_resume_is_bit_exact(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("masters", [True, False])
+def test_resume_is_bit_exact(masters: bool, tiny_run: dict[str, Any], tmp_path: Path) -> None:
     tiny_run["train"] |= {"per_layer_update": True, "steps": 8, "precision": "bf16"}
+    tiny_run["train"]["master_weights"] = masters
     tiny_run["optimizer"]["clip"] = 0.5
     tiny_run["output_dir"] = str(tmp_path / "whole")
     Path(tiny_run["deepspeed"]).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
@@ -84,6 +92,11 @@ def test_resume_is_bit_exact(tiny_run: dict[str, Any], tmp_path: Path) -> None:
         for figure in ("train/loss", "train/grad_norm", "eval/loss"):
             assert line.get(figure) == expected[at].get(figure), (at, figure)
     assert (resumed / "hf" / "model.safetensors").is_file()
+    alone = tmp_path / "alone"
+    code, output = run([description, f"output_dir={alone}", f"checkpoint.resume={source}"])
+    assert code == 0, output
+    for at, line in metrics(alone).items():
+        assert line["train/loss"] == pytest.approx(expected[at]["train/loss"], rel=1e-2)
     final = json.loads((resumed / "summary.json").read_text())["final"]
     for kind in ("measured", "expected"):
         assert final[f"memory/{kind}/gradients_bytes"] > 0

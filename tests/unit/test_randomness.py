@@ -45,6 +45,15 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
 
 
+def test_shorts_are_the_quarters_of_the_words() -> None:
+    quarters = [(reference_word(STREAM, i) >> 16 * j) & 0xFFFF for i in range(9) for j in range(4)]
+    for start, count in ((0, 36), (1, 1), (6, 17), (35, 1)):
+        assert STREAM.shorts(start, count).tolist() == quarters[start : start + count]
+    counts = torch.bincount(STREAM.shorts(0, COUNT) >> 8, minlength=256)
+    assert len(counts) == 256
+    assert float((counts - COUNT / 256).abs().max()) < 5 * (COUNT / 256) ** 0.5
+
+
 def test_golden_values() -> None:
     """A resumed run draws what its first part drew: these numbers may never change."""
     assert STREAM.key == (10291092491247658535, 693448995817836489)

@@ -49,6 +49,16 @@ ProblemsOf = Callable[..., list[str]]
         ),
         (["method={name: sltrain, rank: 64}"], "method.rank", ("is 64", "q_proj is 64 x 64")),
         (
+            ["train.precision=bf16", "train.master_weights=false"],
+            "train.master_weights",
+            ("is false", "at every stage", "write train.per_layer_update: true"),
+        ),
+        (
+            ["train.precision=fp32", "train.master_weights=false", "train.per_layer_update=true"],
+            "train.master_weights",
+            ("is false", "their own masters", "write precision: bf16"),
+        ),
+        (
             ["method={name: full}", "train.per_layer_update=true", "optimizer.name=torch_adamw"],
             "train.per_layer_update",
             ("is true", "it is torch_adamw", "use adamw"),

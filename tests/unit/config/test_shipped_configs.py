@@ -20,7 +20,11 @@ from relora_ds.train.preflight import dry_run
 ROOT = Path(__file__).parents[3]
 RUNS = sorted((ROOT / "configs/run").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs/model").glob("*.json"))
-LARGE = [path for path in RUNS if path.stem.startswith(("llama_1b", "llama_7b"))]
+LARGE = [
+    path
+    for path in RUNS
+    if path.stem.startswith(("llama_1b", "llama_7b")) and not path.stem.endswith("single_gpu")
+]
 ZERO = sorted((ROOT / "configs/zero").glob("*.json"))
 SIZES = (9, 20, 35, 40, 60, 71, 100, 130, 250, 350)
 NAMES = {*(f"llama_{size}m" for size in SIZES), "llama_1b", "llama_3b", "llama_7b"}
@@ -61,8 +65,10 @@ def test_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run.config.output_dir == f"runs/{path.stem}"
     size = "_".join(path.stem.split("_")[:2]).replace("quickstart", "llama_quickstart")
     assert run.config.model == f"configs/model/{size}.json"
-    for dp_size in (1, 2):
-        assert zero_stage(resolve_deepspeed_config(run.config.deepspeed, run.config, dp_size)) == 2
+    stage, sizes = (0, (1,)) if run.config.train.per_layer_update else (2, (1, 2))
+    for dp_size in sizes:
+        resolved = resolve_deepspeed_config(run.config.deepspeed, run.config, dp_size)
+        assert zero_stage(resolved) == stage
     dumped = tmp_path / "run.yaml"
     dumped.write_text(dump_run_config(run.config))
     assert load_run_config(dumped).config == run.config
@@ -90,6 +96,16 @@ def test_a_dry_run_says_what_a_tensor_rank_holds(
     text = StringIO()
     dry_run(run, resolved, Console(file=text, width=120))
     assert "one of 8 tensor ranks" in text.getvalue()
+
+
+def test_a_dry_run_says_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = load_run_config("configs/run/llama_7b_sltrain_single_gpu.yaml")
+    resolved = resolve_deepspeed_config(run.config.deepspeed, run.config, 1)
+    text = StringIO()
+    dry_run(run, resolved, Console(file=text, width=120))
+    held = "GB per process: weights 6.29 + indices 0.65 + gradients 0.26 + states 6.39 = 13.59;"
+    assert held in text.getvalue()
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from relora_ds.engine import vector_block
+from relora_ds.engine import host_kernels
 from relora_ds.engine.vector_block import Rectangle, Tensors, update_block
 
 ROWS, COLS, AT, BETAS = 37, 53, 11, (0.9, 0.999)
@@ -57,7 +57,7 @@ def test_every_slice_and_number_of_threads_gives_the_same_bits(
             block = Rectangle(AT + first * COLS, stop - first, COLS)
             update_block(found, block, part, axis, BETAS)
         assert all(map(torch.equal, found, expected))
-    monkeypatch.setattr(vector_block, "_SHARED_FROM", 1)
+    monkeypatch.setattr(host_kernels, "_SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     found = tensors()
     update_block(found, Rectangle(AT, ROWS, COLS), own, axis, BETAS)
@@ -70,11 +70,11 @@ def test_without_a_compiler_the_operations_run_one_by_one(
     expected, found, own = tensors(), tensors(), factors(COLS)
     update_block(expected, Rectangle(AT, ROWS, COLS), own, 1, BETAS)
     monkeypatch.setenv("CC", "/nonexistent/cc")
-    vector_block._library.cache_clear()
+    host_kernels.load_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             update_block(found, Rectangle(AT, ROWS, COLS), own, 1, BETAS)
     finally:
-        vector_block._library.cache_clear()
+        host_kernels.load_kernels.cache_clear()
     assert "install a C compiler or set CC" in caplog.text
     torch.testing.assert_close(found.p, expected.p, rtol=1e-5, atol=1e-6)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.memory import StoragePlan, expected_memory
 from relora_ds.train.build import meta_model
+from relora_ds.train.memory_report import storage_plan
 
 ROOT = Path(__file__).parents[3]
-# one byte per moment and an fp32 scale per block of 256; updates within the backward pass
-EIGHT_BIT = StoragePlan(working=2, master=0, moment=1 + 4 / 256, per_layer=True)
 PURE_BF16 = StoragePlan(working=2, master=0, moment=2)
 
 
-def states(run: str, plan: StoragePlan, *overrides: str) -> int:
-    """Weights, indices, gradients and optimizer states of a shipped run."""
+def states(run: str, plan: StoragePlan | None, *overrides: str) -> int:
+    """Weights, indices, gradients and optimizer states of a shipped run, as it stores them itself
+    or by another plan."""
     loaded = load_run_config(f"configs/run/{run}.yaml", overrides)
+    plan = plan or storage_plan(loaded.config, 0, 1, torch.device("cuda"))
     method = plan_phases(loaded.config)[-1].method
     model = meta_model(loaded.architecture, method, loaded.config.train)
     groups = [group.parameters for group in method.parameter_groups(model)]
@@ -31,7 +33,8 @@ def states(run: str, plan: StoragePlan, *overrides: str) -> int:
 
 def test_sltrain_7b(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    small = states("llama_7b_sltrain", EIGHT_BIT)
+    small = states("llama_7b_sltrain_single_gpu", None)
+    masters = states("llama_7b_sltrain_single_gpu", None, "train.master_weights=true")
     full = states(
         "llama_60m_full", PURE_BF16, "model=configs/model/llama_7b.json", "train.seq_length=256"
     )
@@ -40,6 +43,8 @@ def test_sltrain_7b(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small == pytest.approx(13.59e9, rel=1e-3)
     assert small <= 14.3e9
     assert small <= (1 - 0.73) * full
+    # four bytes of every trained weight and of the largest gradient
+    assert masters - small == 4 * (3_144_735_808 + 131_072_000)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Kernels in C for tensors on the host: compiled when first used, run on torch's threads.
+
+They are built for this very processor in less than a second and not kept: nodes that share a
+directory may differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+_logger = logging.getLogger(__name__)
+_SHARED_FROM = 1 << 18
+"""Elements from which several threads are worth waking."""
+# contraction would round an element by where its slice ends; errno keeps roots from vectorising
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+
+
+@functools.cache
+def load_kernels(source: Path) -> ctypes.CDLL | None:
+    """The functions of a C file; None, with a warning, where there is no compiler."""
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory) / f"{source.stem}.so"
+        command = [os.environ.get("CC", "cc"), *_FLAGS, "-shared", "-fPIC", str(source)]
+        try:
+            subprocess.run(
+                [*command, "-o", str(target), "-lm"], check=True, capture_output=True, text=True
+            )
+            return ctypes.CDLL(str(target))  # stays mapped without its file
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            _logger.warning(
+                "the optimizer's kernel %s cannot be compiled, its updates take several times as "
+                "long: install a C compiler or set CC (%s)",
+                source.stem,
+                reason.strip().partition("\n")[0],
+            )
+            return None
+
+
+def in_parts(kernel: Callable[[int, int], object], units: int, elements: int) -> None:
+    """Run kernel(first, stop) over range(units), on several threads if there is enough to do.
+
+    Args:
+        units: what a thread takes whole, such as rows.
+        elements: of all units together.
+    """
+    threads = min(torch.get_num_threads(), units) if elements >= _SHARED_FROM else 1
+    if threads == 1:
+        kernel(0, units)
+        return
+    cuts = [units * number // threads for number in range(threads + 1)]
+    list(_pool(threads).map(kernel, cuts[:-1], cuts[1:]))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "host_kernels")  # ctypes lets go of the interpreter
