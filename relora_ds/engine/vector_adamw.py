@@ -2,7 +2,7 @@
 
 Decoupled weight decay (Loshchilov and Hutter, 2019). It knows nothing of DeepSpeed: a layout tells
 it, per flat tensor, which stretches belong to parameters with a `VectorClock`. Stretches of one age
-go to torch's fused kernel, vectors of different ages to a kernel of ours.
+go to torch's fused kernel, vectors where some differ in age to a kernel of ours.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def advance(
     """
     tensors = Tensors(*(t.view(-1) for t in (p, grad, *moments)))
     runs = list(_runs(fragments, completed + 1, p.numel()))
-    mixed = [run for run in runs if isinstance(run, Fragment)]
-    if mixed:  # vectors of different ages, or of which some are frozen
-        factors = _factors([fragment.clock for fragment in mixed], completed + 1, group, p)
-        update_blocks(tensors, list(_blocks(mixed)), factors, tuple(group["betas"]))
+    aged = [run for run in runs if isinstance(run, Fragment)]
+    if aged:
+        factors = _factors([fragment.clock for fragment in aged], completed + 1, group, p)
+        update_blocks(tensors, list(_blocks(aged)), factors, tuple(group["betas"]))
     for run in runs:
         if not isinstance(run, Fragment):
             _update_run(tensors, run, group)
@@ -151,13 +151,12 @@ def _factors(
     factors = np.ones((4, len(ages)), np.float64 if like.dtype == torch.float64 else np.float32)
     factors[0] = live
     if group["weight_decay"]:
-        factors[1, live] = 1.0 - lr * group["weight_decay"]
+        np.copyto(factors[1], 1.0 - lr * group["weight_decay"], where=live)
     if lr:
         factors[2] = slopes[ages] / lr
         factors[3] = corrections[ages] * (group["eps"] / lr)
-        factors[3, ~live] = np.inf  # whatever the moment, no update
-    else:
-        factors[3] = np.inf
+    # whatever the moment, no update
+    np.copyto(factors[3], np.inf, where=~live if lr else True)
     return torch.from_numpy(factors).to(like)
 
 
@@ -185,7 +184,11 @@ _Run = tuple[int, int, int]
 
 
 def _runs(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | Fragment]:
-    """Cover the flat tensor with as few runs as possible, and the fragments of mixed ages."""
+    """Cover the flat tensor with as few runs as possible.
+
+    Where the vectors of any fragment differ, every fragment is yielded as it is, and the runs lie
+    between them: one call updates them all, while a run costs a call of its own.
+    """
     run: _Run | None = None
     for piece in _pieces(fragments, step, length):
         if not isinstance(piece, Fragment) and run is not None and piece[2] == run[2]:
@@ -201,12 +204,12 @@ def _runs(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | 
 
 
 def _pieces(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | Fragment]:
-    at = 0
-    for fragment in fragments:
+    births = [fragment.clock.common_birth(step - 1) for fragment in fragments]
+    differ, at = None in births, 0
+    for fragment, birth in zip(fragments, births, strict=True):
         if at < fragment.offset:  # no clock: the flat tensor's own step
             yield at, fragment.offset, step
-        birth = fragment.clock.common_birth(step - 1)
-        yield fragment if birth is None else (fragment.offset, fragment.end, step - birth)
+        yield fragment if differ or birth is None else (fragment.offset, fragment.end, step - birth)
         at = fragment.end
     if at < length:
         yield at, length, step

@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """A matrix that lies in a flat tensor, and its vectors. The C kernel reads these as they are."""
+    """A matrix in a flat tensor, and its vectors. The C kernel reads these as they are."""
 
     at: int
     """Offset of its first element."""
