@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch._dynamo import config as dynamo
-from torch._dynamo.exc import TorchDynamoException
 
 _SHAPES = 64
 _logger = logging.getLogger(__name__)
@@ -179,6 +177,10 @@ def _step(
 @functools.cache
 def _compiled() -> Callable[..., None]:
     """`_step` as one kernel; as it is where no compiler is installed."""
+    # its compiler takes seconds to import, and processes without a GPU never need it
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.exc import TorchDynamoException
+
     # a kernel per shape is a sixth faster than one for all; there are about three shapes per method
     # and two more where a rank's slice ends, while the compiler gives up after eight
     dynamo.recompile_limit = max(dynamo.recompile_limit, _SHAPES)
