@@ -64,12 +64,15 @@ def benchmark_share(
         whole.append(time.perf_counter() - started)
     distributed.stop()
     event_s, step_s = (statistics.median(found[_WARM:]) for found in (events, whole))
-    update = benchmark_update(shapes, ranks.pop(), 1.0, repeat)
+    rank = ranks.pop()
+    alike, update = (benchmark_update(shapes, rank, aged, repeat) for aged in (0.0, 1.0))
     extra_s = 1e-3 * (update["step_ms"] - update["fused_ms"])
     return {
         "tokens": train.global_batch_size * train.seq_length,
         "step_s": step_s,
         "event_s": event_s,
         "optimizer_extra_s": extra_s,
+        "optimizer_over_fused": update["step_over_fused"],
+        "optimizer_over_fused_of_one_age": alike["step_over_fused"],
         "share": (event_s + extra_s) / step_s,
     }
