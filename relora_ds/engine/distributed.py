@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
@@ -57,9 +56,6 @@ def start(timeout_minutes: float) -> Topology:
     timeout = timedelta(minutes=timeout_minutes)
     _bound_every_group(timeout)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
-    # millions of objects of imported libraries stay: a collection that looks at them takes half a
-    # second, and Python starts some by itself while it trains
-    gc.freeze()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
