@@ -17,9 +17,6 @@ step lint-imports --no-cache
 step pyright
 step python tools/check_limits.py
 step shellcheck launch/*.sh launch/*.sbatch .ci/run
-for run in configs/run/*.yaml; do
-  echo "== dry run of $run"
-  python launch/pretrain.py "$run" --dry-run >/dev/null
-done
 step python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not multihost and not distributed"
-step python -m pytest -q -m "distributed and not slow and not gpu and not multihost" --durations 5
+# two files at a time: ranks wait for each other and for their launchers
+step python -m pytest -q -n 2 --dist loadfile -m "distributed and not slow and not gpu and not multihost" --durations 5

@@ -5,12 +5,13 @@ Prints one JSON object: processor nanoseconds per weight, and ratios to 32-bit m
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from relora_ds.command_line import run_tool, tool_parser
 
 _EXAMPLE = """
 example:
@@ -19,9 +20,7 @@ example:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--elements", type=int, default=1 << 23, help="of the parameter")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=9)
@@ -35,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -146,21 +146,36 @@ def benchmark_switch(
     return figures | {"ours_over_loop": ours / loop}
 
 
-@torch.no_grad()
-def benchmark_update(rows: int, cols: int, rank: int, layers: int, repeat: int) -> dict[str, float]:
-    """Processor milliseconds of one AdamW step on factors of projections in one flat tensor.
-
-    Every vector has an age of its own and some are frozen; torch's fused AdamW steps as many
-    elements of one age.
-    """
+def _clocked(shapes: list[tuple[int, int]], rank: int, aged: float) -> tuple[int, list[Fragment]]:
+    """Factors A and B of projections in one flat tensor: its size, and what has a clock."""
     size, fragments = 0, []
-    for _ in range(layers):
+    for number, (rows, cols) in enumerate(shapes):
         for axis, shape in enumerate(((rank, cols), (rows, rank))):
             clock, count = VectorClock(rank, axis), shape[0] * shape[1]
-            clock.tensors()["born"].copy_(torch.arange(rank) % 50 - 50)
-            clock.freeze(10**9, torch.arange(0, rank, 40))
+            if int((number + 1) * aged) > int(number * aged):
+                clock.tensors()["born"].copy_(torch.arange(rank) % 50 - 50)
+                clock.freeze(10**9, torch.arange(0, rank, 40))
             fragments.append(Fragment(0, size, count, clock, shape[1]))
             size += count
+    return size, fragments
+
+
+@torch.no_grad()
+def benchmark_update(
+    shapes: list[tuple[int, int]], rank: int, aged: float, repeat: int
+) -> dict[str, float]:
+    """Processor milliseconds of one AdamW step on the factors of projections in one flat tensor.
+
+    torch's fused AdamW steps as many elements of one age.
+
+    Args:
+        shapes: rows and columns of the projections.
+        rank: vectors per factor.
+        aged: share of the projections of which every vector has an age of its own and some are
+            frozen; the others are of one age.
+        repeat: steps timed; medians are reported.
+    """
+    size, fragments = _clocked(shapes, rank, aged)
     ours, theirs = torch.randn(size), torch.randn(size)
     ours.grad, theirs.grad = torch.randn(size), torch.randn(size)
     optimizer = VectorAdamW([ours], lr=_LR, betas=_BETAS, eps=_EPS)

@@ -15,6 +15,7 @@ backward pass happens as it does in training.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -62,11 +63,12 @@ class Replay(NamedTuple):
     """Most elements of whole parameters that a process holds at once."""
 
 
-def visits(model: nn.Module) -> list[Visit]:
+@functools.lru_cache(maxsize=1)  # a plan asks for several stages of one model
+def visits(model: nn.Module) -> Sequence[Visit]:
     """The modules of one micro-batch in order, as DeepSpeed's hooks see them.
 
     Args:
-        model: a `Llama` in training mode on the meta device.
+        model: a `Llama` in training mode on the meta device, which does not change any more.
     """
     seen: list[Visit] = []
     phase, handles = "forward", []
@@ -138,8 +140,11 @@ class _Coordinator:
         self._live = int(zero.get("stage3_max_live_parameters", LIVE))
         threshold = int(zero.get("stage3_param_persistence_threshold", PERSISTENCE))
         self._persistent = {p for p in model.parameters() if p.numel() <= threshold}
+        # torch walks a module's dictionaries for these: looked up millions of times at 7B
+        self._own = {m: list(m.parameters(recurse=False)) for m in model.modules()}
+        self._size = {m: sum(p.numel() for p in own) for m, own in self._own.items()}
         self._entered = [visit.module for visit in self._visits if visit.enters]
-        self._order = [(p, n) for n, m in enumerate(self._entered) for p in _own(m)]
+        self._order = [(p, n) for n, m in enumerate(self._entered) for p in self._own[m]]
         self._whole: set[nn.Parameter] = set()
         self._kept: dict[tuple[nn.Module, int], set[nn.Parameter]] = {}
         # what has a second copy within the node; DeepSpeed makes it when it cuts a parameter
@@ -180,13 +185,13 @@ class _Coordinator:
             else:
                 self._leave(visit)
         for module in reversed(list(self._open)):  # those whose input needs no gradient
-            self._release(module, {*_own(module), *self._open[module]} - self._persistent)
+            self._release(module, {*self._own[module], *self._open[module]} - self._persistent)
         return self._moved
 
     def _enter(self, visit: Visit) -> None:
         if visit.backward:
             self._open[visit.module] = set()
-        needed = _own(visit.module)
+        needed = self._own[visit.module]
         self._gather(needed, visit.phase)
         for parameter in needed:
             self._users[parameter].add(visit.module)
@@ -228,7 +233,7 @@ class _Coordinator:
 
     def _leave(self, visit: Visit) -> None:
         module = visit.module
-        released = set(_own(module)) if self._recording else self._unneeded(module)
+        released = set(self._own[module]) if self._recording else self._unneeded(module)
         if visit.backward:
             released = released | (self._open.get(module, set()) - self._persistent)
         self._release(module, released, backward=visit.backward)
@@ -237,21 +242,21 @@ class _Coordinator:
         """Decided once for each place in the order, as DeepSpeed's cache does."""
         place = (module, self._number)
         if place not in self._kept:
-            found = {p for p in _own(module) if p not in self._persistent}
+            found = {p for p in self._own[module] if p not in self._persistent}
             found = {p for p in found if self._fetched[p] <= self._number}
             passed = 0
             for later in self._entered[self._number :]:
                 if passed >= self._distance or not found:
                     break
-                found.difference_update(_own(later))
-                passed += sum(p.numel() for p in _own(later))
+                found.difference_update(self._own[later])
+                passed += self._size[later]
             self._kept[place] = found
         return self._kept[place]
 
     def _release(
         self, module: nn.Module, released: set[nn.Parameter], backward: bool = True
     ) -> None:
-        own = set(_own(module))
+        own = set(self._own[module])
         if backward:
             own |= self._open.pop(module, set())
         for parameter in own:
@@ -265,7 +270,3 @@ class _Coordinator:
 
     def _padded(self, parameter: nn.Parameter) -> int:
         return -(-parameter.numel() // self._dp_size) * self._dp_size
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters(recurse=False))

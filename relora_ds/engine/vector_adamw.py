@@ -2,7 +2,7 @@
 
 Decoupled weight decay (Loshchilov and Hutter, 2019). It knows nothing of DeepSpeed: a layout tells
 it, per flat tensor, which stretches belong to parameters with a `VectorClock`. Stretches of one age
-go to torch's fused kernel, vectors of different ages to a kernel of ours.
+go to torch's fused kernel, vectors where some differ in age to a kernel of ours.
 
 A tensor in bf16 is its own master: a few megabytes of it at a time are updated in fp32 and rounded
 at random, by draws that depend on the tensor, its step and the element alone.
@@ -21,7 +21,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from relora_ds.engine.rounding import round_at_random
-from relora_ds.engine.vector_block import Rectangle, Tensors, update_block
+from relora_ds.engine.vector_block import Rectangle, Tensors, update_blocks
 from relora_ds.engine.vector_clock import Fragment, VectorClock
 from relora_ds.randomness import Stream
 
@@ -170,10 +170,10 @@ def advance(
     """
     tensors = Tensors(*(t.view(-1) for t in (p, grad, *moments)))
     runs = list(_runs(fragments, completed + 1, p.numel()))
-    mixed = [run for run in runs if isinstance(run, Fragment)]
-    clocks = [fragment.clock for fragment in mixed]
-    for fragment, factors in zip(mixed, _factors(clocks, completed + 1, group, p), strict=True):
-        _update_vectors(tensors, fragment, factors, tuple(group["betas"]))
+    aged = [run for run in runs if isinstance(run, Fragment)]
+    if aged:
+        factors = _factors([fragment.clock for fragment in aged], completed + 1, group, p)
+        update_blocks(tensors, list(_blocks(aged)), factors, tuple(group["betas"]))
     for run in runs:
         if not isinstance(run, Fragment):
             _update_run(tensors, run, group)
@@ -205,37 +205,29 @@ def _update_run(tensors: Tensors, run: _Run, group: dict[str, Any]) -> None:
 
 def _factors(
     clocks: list[VectorClock], step: int, group: dict[str, Any], like: torch.Tensor
-) -> list[torch.Tensor]:
-    """Four numbers per vector of each clock: `update_block`'s live, decay, slope and shift.
+) -> torch.Tensor:
+    """Four numbers per vector of all clocks: `update_blocks`' live, decay, slope and shift.
 
     With c1 = 1 - beta1^t and c2 = 1 - beta2^t, the bias-corrected denominator of the first moment,
     c1 * (sqrt(v / c2) + eps), is sqrt(v) * (c1 / sqrt(c2)) + eps * c1: two numbers per vector are
     all that distinguishes it from plain AdamW. Both are divided by the learning rate here.
     """
-    if not clocks:
-        return []
     # numpy, for all clocks at once: these are few numbers, and many operations on them
-    tensors = [clock.tensors() for clock in clocks]
-    born, thaw = (np.concatenate([each[key].numpy() for each in tensors]) for key in _TIMES)
+    born, thaw = np.concatenate([clock.times for clock in clocks], axis=1)
     (beta1, beta2), lr, live = group["betas"], group["lr"], thaw < step
     ages = step - born
     slopes, corrections = _corrections(beta1, beta2, 1 << int(ages.max()).bit_length())
     # in float64 and rounded once, as scalars would be; a factor of one keeps all bits
-    factors = np.ones((4, len(ages)))
+    factors = np.ones((4, len(ages)), np.float64 if like.dtype == torch.float64 else np.float32)
     factors[0] = live
     if group["weight_decay"]:
-        factors[1, live] = 1.0 - lr * group["weight_decay"]
+        np.copyto(factors[1], 1.0 - lr * group["weight_decay"], where=live)
     if lr:
         factors[2] = slopes[ages] / lr
         factors[3] = corrections[ages] * (group["eps"] / lr)
-        factors[3, ~live] = np.inf  # whatever the moment, no update
-    else:
-        factors[3] = np.inf
-    along = torch.from_numpy(factors).to(like)
-    return list(along.split([clock.count for clock in clocks], dim=1))
-
-
-_TIMES = ("born", "thaw")
+    # whatever the moment, no update
+    np.copyto(factors[3], np.inf, where=~live if lr else True)
+    return torch.from_numpy(factors).to(like)
 
 
 @functools.lru_cache(maxsize=4)
@@ -247,15 +239,14 @@ def _corrections(beta1: float, beta2: float, ages: int) -> tuple[np.ndarray, np.
     return c1 / np.sqrt(c2), c1
 
 
-def _update_vectors(
-    tensors: Tensors, fragment: Fragment, factors: torch.Tensor, betas: tuple[float, float]
-) -> None:
-    """Vectors of different ages, or of which some are frozen, by the rectangle."""
-    axis = fragment.clock.axis
-    for at, row, col, rows, width in fragment.rectangles:
-        first, count = (row, rows) if axis == 0 else (col, width)
-        along = factors[:, first : first + count]
-        update_block(tensors, Rectangle(at, rows, width), along, axis, betas)
+def _blocks(fragments: list[Fragment]) -> Iterator[Rectangle]:
+    """The rectangles of fragments; the vectors of one clock after the other."""
+    before = 0
+    for fragment in fragments:
+        axis = fragment.clock.axis
+        for at, row, col, rows, width in fragment.rectangles:
+            yield Rectangle(at, rows, width, axis, before + (col if axis else row))
+        before += fragment.clock.count
 
 
 _Run = tuple[int, int, int]
@@ -263,7 +254,11 @@ _Run = tuple[int, int, int]
 
 
 def _runs(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | Fragment]:
-    """Cover the flat tensor with as few runs as possible, and the fragments of mixed ages."""
+    """Cover the flat tensor with as few runs as possible.
+
+    Where the vectors of any fragment differ, every fragment is yielded as it is, and the runs lie
+    between them: one call updates them all, while a run costs a call of its own.
+    """
     run: _Run | None = None
     for piece in _pieces(fragments, step, length):
         if not isinstance(piece, Fragment) and run is not None and piece[2] == run[2]:
@@ -279,12 +274,12 @@ def _runs(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | 
 
 
 def _pieces(fragments: list[Fragment], step: int, length: int) -> Iterator[_Run | Fragment]:
-    at = 0
-    for fragment in fragments:
+    births = [fragment.clock.common_birth(step - 1) for fragment in fragments]
+    differ, at = None in births, 0
+    for fragment, birth in zip(fragments, births, strict=True):
         if at < fragment.offset:  # no clock: the flat tensor's own step
             yield at, fragment.offset, step
-        birth = fragment.clock.common_birth(step - 1)
-        yield fragment if birth is None else (fragment.offset, fragment.end, step - birth)
+        yield fragment if differ or birth is None else (fragment.offset, fragment.end, step - birth)
         at = fragment.end
     if at < length:
         yield at, length, step

@@ -1,4 +1,4 @@
-"""The AdamW update of a matrix whose rows or columns have coefficients of their own.
+"""The AdamW update of matrices whose rows or columns have coefficients of their own.
 
 torch's fused kernel has one step count per tensor, and a rank vector is strided if it is a column.
 One pass over memory needs a kernel: on a CPU a few lines of C, elsewhere what torch's compiler
@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch._dynamo import config as dynamo
-from torch._dynamo.exc import TorchDynamoException
 
 from relora_ds.engine.host_kernels import in_parts, load_kernels
 
@@ -38,43 +37,45 @@ class Tensors(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """A matrix that lies in a flat tensor."""
+    """A matrix in a flat tensor, and its vectors. The C kernel reads these as they are."""
 
     at: int
     """Offset of its first element."""
     rows: int
     cols: int
+    axis: int
+    """0 if the rows are the vectors, 1 if the columns are."""
+    first: int
+    """Column of the factors that belongs to its first vector."""
 
 
-def update_block(
+def update_blocks(
     tensors: Tensors,
-    block: Rectangle,
+    blocks: Sequence[Rectangle],
     factors: torch.Tensor,
-    axis: int,
     betas: tuple[float, float],
 ) -> None:
     """p = decay * p - m / (sqrt(v) * slope + shift), after m and v took up live * grad. In place.
 
     Args:
-        block: the elements to update.
+        blocks: the elements to update, none of them twice.
         factors: (4, vectors), four numbers for each of them. live: 1, or 0 to ignore the gradient;
             decay: factor of the weights; slope: bias correction of the root of v, divided by the
             learning rate; shift: bias-corrected epsilon, divided by it, infinite for no update.
-        axis: 0 if the rows are the vectors, 1 if the columns are.
         betas: decay rates of m and v.
     """
     p = tensors.p
     if p.device.type == "cpu" and p.dtype == tensors.grad.dtype == torch.float32:
         library = load_kernels(_SOURCE)
         if library is not None:
-            return _run(library, tensors, block, factors, axis, betas)
-    at, rows, cols = block
-    matrices = [t[at : at + rows * cols].view(rows, cols) for t in tensors]
-    along = factors.unsqueeze(2 - axis).unbind()
-    # a vector that is one element high has another kernel: not worth it either
-    large = p.device.type != "cpu" and rows * cols >= _COMPILED_FROM and min(rows, cols) > 1
-    step: Callable[..., None] = _compiled() if large else _step
-    return step(*matrices, *along, *betas)
+            return _run(library, tensors, blocks, factors, betas)
+    for at, rows, cols, axis, first in blocks:
+        matrices = [t[at : at + rows * cols].view(rows, cols) for t in tensors]
+        along = factors[:, first : first + (rows, cols)[axis]].unsqueeze(2 - axis).unbind()
+        # a vector that is one element high has another kernel: not worth it either
+        large = p.device.type != "cpu" and rows * cols >= _COMPILED_FROM and min(rows, cols) > 1
+        step: Callable[..., None] = _compiled() if large else _step
+        step(*matrices, *along, *betas)
 
 
 class _Rates(ctypes.Structure):
@@ -88,35 +89,32 @@ class _Rates(ctypes.Structure):
 
 
 @functools.cache
-def _kernels(library: ctypes.CDLL) -> tuple[Any, Any]:
-    """For vectors that are rows, and for columns."""
-    kernels = library.update_rows, library.update_columns
-    for kernel in kernels:
-        kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_size_t] * 3 + [_Rates]
-        kernel.restype = None
-    return kernels
+def _kernel(library: ctypes.CDLL) -> Any:
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.update_blocks.argtypes = [pointer] * 5 + [size, pointer] + [size] * 4 + [_Rates]
+    library.update_blocks.restype = None
+    return library.update_blocks
 
 
 def _run(
     library: ctypes.CDLL,
     tensors: Tensors,
-    block: Rectangle,
+    blocks: Sequence[Rectangle],
     factors: torch.Tensor,
-    axis: int,
     betas: tuple[float, float],
 ) -> None:
     """The C kernel, on as many threads as torch uses; a row is computed by one of them."""
-    assert factors.stride(1) == 1
-    kernel = _kernels(library)[axis]
-    rates, (at, rows, cols) = _rates(betas), block
-    starts = [t.data_ptr() + 4 * at for t in tensors]
-    vectors, apart = factors.data_ptr(), factors.stride(0)
+    assert factors.is_contiguous()
+    table, kernel, rates = np.array(blocks, dtype=np.int64), _kernel(library), _rates(betas)
+    # one call for all of them: a call costs as much as updating some ten thousand elements
+    arguments = [t.data_ptr() for t in tensors]
+    arguments += [table.ctypes.data, len(blocks), factors.data_ptr(), factors.shape[1]]
+    parts = torch.get_num_threads()
 
-    def part(first: int, stop: int) -> None:
-        skip, own = 4 * first * cols, vectors if axis else vectors + 4 * first
-        kernel(*(start + skip for start in starts), own, apart, stop - first, cols, rates)
+    def share(first: int, stop: int) -> None:
+        kernel(*arguments, first, stop, parts, rates)
 
-    in_parts(part, rows, rows * cols)
+    in_parts(share, parts, int(table[:, 1] @ table[:, 2]))
 
 
 @functools.cache
@@ -145,6 +143,10 @@ def _step(
 @functools.cache
 def _compiled() -> Callable[..., None]:
     """`_step` as one kernel; as it is where no compiler is installed."""
+    # its compiler takes seconds to import, and processes without a GPU never need it
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.exc import TorchDynamoException
+
     # a kernel per shape is a sixth faster than one for all; there are about three shapes per method
     # and two more where a rank's slice ends, while the compiler gives up after eight
     dynamo.recompile_limit = max(dynamo.recompile_limit, _SHAPES)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -24,8 +25,9 @@ class VectorClock:
 
     def __init__(self, count: int, axis: int) -> None:
         self.axis = axis
-        self._born = torch.zeros(count, dtype=torch.int32)
-        self._thaw = torch.zeros(count, dtype=torch.int32)
+        self._born, self._thaw = both = torch.zeros(2, count, dtype=torch.int32)
+        self.times: np.ndarray = both.numpy()
+        """Live (2, count) int32 of births and thaws, for arithmetic on many clocks at once."""
         self.refresh()
 
     def refresh(self) -> None:

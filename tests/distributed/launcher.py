@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.ranks import ROOT, free_port, place, rank_environment
 
 
 def write_run(run: dict[str, Any], path: Path) -> Path:
@@ -22,24 +23,14 @@ def start(
     arguments: list[str], processes: int = 1, script: str = "launch/pretrain.py"
 ) -> subprocess.Popen[str]:
     """Start `script` under the deepspeed launcher, or by itself for one process."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, script, *arguments]
+    environment = rank_environment()
     if processes > 1:
         launcher = Path(sys.executable).with_name("deepspeed")
-        port = str(20000 + os.getpid() % 20000)
-        command = [str(launcher), "-q", "--num_gpus", str(processes), "--master_port", port]
-        command += [script, *arguments]
+        command = [str(launcher), "-q", "--num_gpus", str(processes)]
+        command += ["--master_port", str(free_port()), script, *arguments]
         environment["PATH"] = f"{launcher.parent}:{environment['PATH']}"
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return _start(command, environment, subprocess.PIPE)
 
 
 def run(
@@ -47,14 +38,56 @@ def run(
     processes: int = 1,
     script: str = "launch/pretrain.py",
     timeout_s: int = 240,
+    *,
+    launcher: bool = False,
 ) -> tuple[int, str]:
-    """Exit code and everything that was printed."""
+    """Exit code and everything that was printed.
+
+    Args:
+        launcher: several processes are started by DeepSpeed's launcher, which imports torch twice
+            before anything runs; otherwise one by one, and the first one that fails has the code.
+    """
+    if processes > 1 and not launcher:
+        return _run_ranks([sys.executable, script, *arguments], processes, timeout_s)
     process = start(arguments, processes, script)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     finally:
         process.kill()
     return process.returncode, output
+
+
+def _run_ranks(command: list[str], processes: int, timeout_s: int) -> tuple[int, str]:
+    deadline, failed = time.monotonic() + timeout_s, 0
+    environment = rank_environment()
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryFile("w+") as output:
+        ranks = [
+            _start(command, environment | place(rank, processes), output)
+            for rank in range(processes)
+        ]
+        try:
+            while any(rank.poll() is None for rank in ranks):
+                failed = failed or max(rank.returncode or 0 for rank in ranks)
+                assert time.monotonic() < deadline, f"not over after {timeout_s} s: {command}"
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        output.seek(0)
+        return failed or max(abs(rank.returncode) for rank in ranks), output.read()
+
+
+def _start(command: list[str], environment: dict[str, str], output: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def metrics(output_dir: Path) -> dict[int, dict[str, Any]]:

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.distributed
 def test_a_wrong_run_file_exits_2_on_two_ranks(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     tiny_run["method"]["rnak"] = 8
     tiny_run["train"]["steps"] = -1
-    code, output = run([str(write_run(tiny_run, tmp_path / "run.yaml"))], processes=2)
+    description = write_run(tiny_run, tmp_path / "run.yaml")
+    code, output = run([str(description)], processes=2, launcher=True)
     assert code == 2
     assert output.count("method.rnak") == 1, "every rank finds it, one reports it"
     assert "did you mean" in output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -12,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed.launcher import ROOT, metrics, write_run
+from tests.distributed.launcher import metrics, write_run
+from tests.distributed.ranks import ROOT, free_port, rank_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -48,9 +48,7 @@ def test_sigterm_and_a_killed_launcher_save_and_leave_no_rank(
 
 
 def _start(description: Path) -> subprocess.Popen[str]:
-    port = str(20000 + (os.getpid() + 1) % 20000)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "PROCESSES": "2", "MASTER_PORT": port}
+    environment = rank_environment() | {"PROCESSES": "2", "MASTER_PORT": str(free_port())}
     return subprocess.Popen(
         ["bash", "launch/single_node.sh", str(description)],
         cwd=ROOT,

@@ -76,7 +76,7 @@ def test_a_lost_bit_ends_the_run_at_the_next_logged_switch(
     tiny_run["checkpoint"]["every"] = 100
     description = str(write_run(tiny_run, tmp_path / "run.yaml"))
     script = "tests/distributed/pretrain_with_fault.py"
-    code, output = run([description], processes=2, script=script)
+    code, output = run([description], processes=2, script=script, launcher=True)
     assert code == 6, output
     assert "disagrees with the others on model.layers.1.mlp.down_proj.weight" in output
     assert "after a switch" in output

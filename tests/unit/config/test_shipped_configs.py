@@ -15,6 +15,7 @@ from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_sta
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.flops import parameter_counts
 from relora_ds.train.build import meta_model
+from relora_ds.train.main import main
 from relora_ds.train.preflight import dry_run
 
 ROOT = Path(__file__).parents[3]
@@ -84,6 +85,16 @@ def test_large_runs_at_every_tensor_size_and_stage(
         overrides = [f"parallel.tensor={tensor}", f"deepspeed=configs/zero/zero{stage}.json"]
         run = load_run_config(path.relative_to(ROOT), overrides)
         assert zero_stage(resolve_deepspeed_config(run.config.deepspeed, run.config, 2)) == stage
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_dry_run_passes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a command line, in this process: an import of the libraries for each takes a minute."""
+    monkeypatch.chdir(ROOT)
+    assert main([str(path.relative_to(ROOT)), "--dry-run"]) == 0
+    assert "steps 1 to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["llama_1b_switchlora", "llama_7b_switchlora"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relora_ds.engine import host_kernels
-from relora_ds.engine.vector_block import Rectangle, Tensors, update_block
+from relora_ds.engine.vector_block import Rectangle, Tensors, update_blocks
 
 ROWS, COLS, AT, BETAS = 37, 53, 11, (0.9, 0.999)
 
@@ -32,8 +32,8 @@ def factors(count: int) -> torch.Tensor:
 def test_the_kernel_computes_what_float64_does(axis: int) -> None:
     exact, found, own = tensors(torch.float64), tensors(), factors((ROWS, COLS)[axis])
     before = tensors()
-    update_block(exact, Rectangle(AT, ROWS, COLS), own.double(), axis, BETAS)
-    update_block(found, Rectangle(AT, ROWS, COLS), own, axis, BETAS)
+    update_blocks(exact, [Rectangle(AT, ROWS, COLS, axis, 0)], own.double(), BETAS)
+    update_blocks(found, [Rectangle(AT, ROWS, COLS, axis, 0)], own, BETAS)
     for name, value, expected, old in zip(Tensors._fields, found, exact, before, strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
         outside = torch.ones_like(value, dtype=torch.bool)
@@ -49,18 +49,19 @@ def test_every_slice_and_number_of_threads_gives_the_same_bits(
 ) -> None:
     own = factors((ROWS, COLS)[axis])
     expected = tensors()
-    update_block(expected, Rectangle(AT, ROWS, COLS), own, axis, BETAS)
+    update_blocks(expected, [Rectangle(AT, ROWS, COLS, axis, 0)], own, BETAS)
     for cut in (1, 5, 36):
         found = tensors()
-        for first, stop in ((0, cut), (cut, ROWS)):
-            part = own if axis else own[:, first:stop]
-            block = Rectangle(AT + first * COLS, stop - first, COLS)
-            update_block(found, block, part, axis, BETAS)
+        blocks = [
+            Rectangle(AT + first * COLS, stop - first, COLS, axis, 0 if axis else first)
+            for first, stop in ((0, cut), (cut, ROWS))
+        ]
+        update_blocks(found, blocks, own, BETAS)
         assert all(map(torch.equal, found, expected))
     monkeypatch.setattr(host_kernels, "_SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     found = tensors()
-    update_block(found, Rectangle(AT, ROWS, COLS), own, axis, BETAS)
+    update_blocks(found, [Rectangle(AT, ROWS, COLS, axis, 0)], own, BETAS)
     assert all(map(torch.equal, found, expected))
 
 
@@ -68,12 +69,12 @@ def test_without_a_compiler_the_operations_run_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, found, own = tensors(), tensors(), factors(COLS)
-    update_block(expected, Rectangle(AT, ROWS, COLS), own, 1, BETAS)
+    update_blocks(expected, [Rectangle(AT, ROWS, COLS, 1, 0)], own, BETAS)
     monkeypatch.setenv("CC", "/nonexistent/cc")
     host_kernels.load_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            update_block(found, Rectangle(AT, ROWS, COLS), own, 1, BETAS)
+            update_blocks(found, [Rectangle(AT, ROWS, COLS, 1, 0)], own, BETAS)
     finally:
         host_kernels.load_kernels.cache_clear()
     assert "install a C compiler or set CC" in caplog.text
