@@ -23,8 +23,11 @@ from relora_ds.train.estimate import Cluster, PhaseEstimator
 __all__ = ["Cluster", "plan"]
 
 
-def plan(loaded: LoadedRun, cluster: Cluster) -> dict[str, Any]:
+def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> dict[str, Any]:
     """Estimates of every phase of a run at every ZeRO stage, and how to cut the run.
+
+    Args:
+        compare_sizes: look at other tensor-parallel sizes too.
 
     Returns:
         `phases` with the tensor-parallel size that was asked for, and of each size in `sizes` the
@@ -43,9 +46,9 @@ def plan(loaded: LoadedRun, cluster: Cluster) -> dict[str, Any]:
         )
     check_processes(loaded, copies)
     asked = _name(resolve_deepspeed_config(config.deepspeed, config, copies))
+    others = _tensor_sizes(loaded, cluster) if compare_sizes else ()
     phases = {
-        size: _phases(_with_tensor(loaded, size), cluster)
-        for size in sorted({tensor, *_tensor_sizes(loaded, cluster)})
+        size: _phases(_with_tensor(loaded, size), cluster) for size in sorted({tensor, *others})
     }
     candidates = {size: list(_candidates(size, found)) for size, found in phases.items()}
     fitting = (each for found in candidates.values() for each in found if each["fits"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+own_size = partial(plan, compare_sizes=False)
+
+
 def small(*overrides: str) -> LoadedRun:
     return load_run_config(
         "configs/run/quickstart.yaml", ("train.global_batch_size=64", *overrides)
@@ -41,10 +45,12 @@ def small(*overrides: str) -> LoadedRun:
 
 def test_the_published_saving_at_1b_and_what_stage_3_makes_of_it() -> None:
     run = "configs/run/llama_1b_switchlora.yaml"
-    switch = plan(load_run_config(run, PAPER), Cluster(gpus=64))["phases"]["switchlora"]["stages"]
+    switch = own_size(load_run_config(run, PAPER), Cluster(gpus=64))["phases"]["switchlora"][
+        "stages"
+    ]
     overrides = (*PAPER, "model=configs/model/llama_1b.json", "train.seq_length=512")
     overrides += ("train.micro_batch_size=16", "optimizer.adapter_lr=1e-3")
-    full = plan(load_run_config("configs/run/llama_60m_full.yaml", overrides), Cluster(gpus=64))
+    full = own_size(load_run_config("configs/run/llama_60m_full.yaml", overrides), Cluster(gpus=64))
     full = full["phases"]["full"]["stages"]
 
     def moved(key: str, stage: str) -> float:
@@ -66,7 +72,7 @@ def test_the_published_saving_at_1b_and_what_stage_3_makes_of_it() -> None:
 def test_memory_and_bytes_are_the_measured_closed_forms(gpus: int) -> None:
     loaded = small()
     config, train = loaded.config, loaded.config.train
-    found = plan(loaded, Cluster(gpus=gpus))
+    found = own_size(loaded, Cluster(gpus=gpus))
     for phase in plan_phases(config):
         model = meta_model(loaded.architecture, phase.method, train)
         groups = [group.parameters for group in phase.method.parameter_groups(model)]
@@ -90,13 +96,13 @@ def test_memory_and_bytes_are_the_measured_closed_forms(gpus: int) -> None:
 
 def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
     tight = Cluster(gpus=2, gpu_memory=200e6)
-    stage = plan(small(), tight)["phases"]["relora"]["stages"]["1"]
+    stage = own_size(small(), tight)["phases"]["relora"]["stages"]["1"]
     largest = stage["largest_micro_batch"]
     assert largest > 1
 
     def fits(micro: int) -> bool:
         batch = (f"train.micro_batch_size={micro}", f"train.global_batch_size={2 * micro}")
-        return plan(small(*batch), tight)["phases"]["relora"]["stages"]["1"]["fits"]
+        return own_size(small(*batch), tight)["phases"]["relora"]["stages"]["1"]["fits"]
 
     assert fits(largest)
     assert not fits(largest + 1)
@@ -121,7 +127,7 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
     key = "sequence=true" if lane == "sequence" else f"low_rank_plan={lane}"
     loaded = small("parallel.tensor=2", f"parallel.{key}")
     config, train = loaded.config, loaded.config.train
-    found = plan(loaded, Cluster(gpus=8, gpus_per_node=4))
+    found = own_size(loaded, Cluster(gpus=8, gpus_per_node=4))
     assert found["processes"] == 4
     method = plan_phases(config)[-1].method
     tensor = part_of_model(config.parallel)
@@ -156,7 +162,7 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
 @pytest.mark.parametrize(("per_node", "near"), [(2, 1.0), (1, 0.0)])
 def test_a_model_larger_than_a_node_talks_between_nodes(per_node: int, near: float) -> None:
     loaded = small("parallel.tensor=2", "parallel.low_rank_plan=fold")
-    found = plan(loaded, Cluster(gpus=4, gpus_per_node=per_node))
+    found = own_size(loaded, Cluster(gpus=4, gpus_per_node=per_node))
     traffic = found["phases"]["relora"]["stages"]["1"]["traffic"]
     inner = traffic["tensor_within_node"], traffic["tensor_between_nodes"]
     assert inner[0] == pytest.approx(near * sum(inner))
