@@ -80,6 +80,9 @@ def resolve_deepspeed_config(
     if _is_stage_3(data):
         # it replaces torch.nn.functional.linear for the rest of the process; ours saves x alone
         values["zero_optimization", "memory_efficient_linear"] = _Wanted(False)
+    if config.train.per_layer_update:
+        reason = "train.per_layer_update averages gradients in fp32"
+        values["communication_data_type",] = _Wanted("fp32", reason)
     if _offloads_optimizer(data):
         values["zero_force_ds_cpu_optimizer",] = _Wanted(False, "optimizer.name chooses it")
     findings += [finding for item in values.items() for finding in _fill(data, *item)]

@@ -219,6 +219,14 @@ def test_per_layer_updates_need_whole_gradients(
     assert zero_stage(resolve_deepspeed_config({}, run, 1)) == 0
 
 
+def test_per_layer_updates_average_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = load_run_config("configs/run/quickstart.yaml", ["train.per_layer_update=true"]).config
+    assert resolve_deepspeed_config({}, run, 1)["communication_data_type"] == "fp32"
+    (problem,) = problems_with({"communication_data_type": "bf16"}, run)
+    assert "averages gradients in fp32" in problem
+
+
 def test_fp32_sums_of_gradients_need_stage_1_in_bf16(config: RunConfig) -> None:
     types = {"data_types": {"grad_accum_dtype": "fp32"}}
     bf16 = config.train.model_copy(update={"precision": "bf16"})
