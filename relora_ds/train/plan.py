@@ -13,11 +13,12 @@ from typing import Any
 from relora_ds.config.checks import heads_divide_over_tensor, tensor_parallelism_is_supported
 from relora_ds.config.load import LoadedRun, check_processes
 from relora_ds.config.method_checks import rank_divides_over_tensor
-from relora_ds.config.schema import RunConfig
+from relora_ds.config.schema import ParallelConfig, RunConfig
 from relora_ds.config.source import read_json
 from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.tensor import LowRankPlan, TensorParallel
 from relora_ds.train.estimate import Cluster, PhaseEstimator
 
 __all__ = ["Cluster", "plan"]
@@ -27,11 +28,12 @@ def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> dic
     """Estimates of every phase of a run at every ZeRO stage, and how to cut the run.
 
     Args:
-        compare_sizes: look at other tensor-parallel sizes too.
+        compare_sizes: look at other tensor-parallel sizes too, and at both plans for low-rank
+            factors if the run leaves the choice.
 
     Returns:
-        `phases` with the tensor-parallel size that was asked for, and of each size in `sizes` the
-        best stage; `suggested` is None if nothing fits.
+        `phases` with the tensor-parallel size that was asked for, and of each size and plan in
+        `sizes` the best stage; `suggested` is None if nothing fits.
 
     Raises:
         ConfigError: the run does not fit the number of processes.
@@ -47,19 +49,25 @@ def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> dic
     check_processes(loaded, copies)
     asked = _name(resolve_deepspeed_config(config.deepspeed, config, copies))
     others = _tensor_sizes(loaded, cluster) if compare_sizes else ()
-    phases = {
-        size: _phases(_with_tensor(loaded, size), cluster) for size in sorted({tensor, *others})
+    cuts = {
+        (size, plan): loaded.config.parallel.model_copy(
+            update={"tensor": size, "low_rank_plan": plan}
+        )
+        for size in sorted({tensor, *others})
+        for plan in _low_rank_plans(config, size, compare_sizes)
     }
-    candidates = {size: list(_candidates(size, found)) for size, found in phases.items()}
+    phases = {key: _phases(_cut(loaded, parallel), cluster) for key, parallel in cuts.items()}
+    candidates = {key: list(_candidates(cuts[key], found)) for key, found in phases.items()}
     fitting = (each for found in candidates.values() for each in found if each["fits"])
+    chosen = config.parallel.low_rank_plan
     return {
         "cluster": asdict(cluster),
         "processes": copies,
-        "asked": {"tensor": tensor, "stage": asked},
+        "asked": {"tensor": tensor, "low_rank_plan": chosen, "stage": asked},
         "suggested": _best(fitting),
         # the ZeRO file may be one that goes with no other size
         "sizes": [_of_size(found) for found in candidates.values() if found],
-        "phases": phases[tensor],
+        "phases": phases[tensor, chosen],
     }
 
 
@@ -84,8 +92,14 @@ def _tensor_sizes(loaded: LoadedRun, cluster: Cluster) -> Iterator[int]:
         yield size
 
 
-def _with_tensor(loaded: LoadedRun, size: int) -> LoadedRun:
-    parallel = loaded.config.parallel.model_copy(update={"tensor": size})
+def _low_rank_plans(config: RunConfig, size: int, compare: bool) -> list[LowRankPlan]:
+    """The run's own plan, and whole factors where `auto` would cut them."""
+    chosen, rank = config.parallel.low_rank_plan, getattr(config.method, "rank", 0)
+    cuts = chosen == "auto" and rank and TensorParallel(size=size).cuts_inner(rank)
+    return [chosen, "fold"] if compare and cuts else [chosen]
+
+
+def _cut(loaded: LoadedRun, parallel: ParallelConfig) -> LoadedRun:
     return replace(loaded, config=loaded.config.model_copy(update={"parallel": parallel}))
 
 
@@ -128,13 +142,14 @@ def _name(resolved: Mapping[str, Any]) -> str:
     return f"{zero_stage(resolved)}" + (f" hpZ {hpz}" if hpz > 1 else "")
 
 
-def _candidates(size: int, phases: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _candidates(parallel: ParallelConfig, phases: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every stage with the worst of its phases."""
     stages = [phase["stages"] for phase in phases.values()]
     for name in stages[0]:
         each = [estimates[name] for estimates in stages]
         yield {
-            "tensor": size,
+            "tensor": parallel.tensor,
+            "low_rank_plan": parallel.low_rank_plan,
             "stage": name,
             "fits": all(estimate["fits"] for estimate in each),
             "bytes_per_gpu": max(estimate["bytes_per_gpu"] for estimate in each),
@@ -155,6 +170,6 @@ def _best(candidates: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _of_size(candidates: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best stage of a size; the smallest one where none fits."""
+    """The best stage of a cut; the smallest one where none fits."""
     best = _best(each for each in candidates if each["fits"])
     return best or min(candidates, key=lambda each: each["bytes_per_gpu"])

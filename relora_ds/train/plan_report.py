@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 _GB = 1e9
-_ALIKE = "- of these, alike on every tensor-parallel GPU"
+_ALIKE = "- alike on all GPUs of a copy"
 
 
 _TENSOR_ROWS: tuple[tuple[str, Any], ...] = (
@@ -40,7 +40,9 @@ def show_plan(found: dict[str, Any], console: Console) -> None:
         if hosts and max(hosts):
             console.print(f"host memory for candidates: {max(hosts) / _GB:.1f} GB per node")
     if len(found["sizes"]) > 1:
-        console.print("\nwith each tensor-parallel size, its fastest stage that fits:")
+        console.print(
+            "\nwith each tensor-parallel size and low_rank_plan, the fastest stage that fits:"
+        )
         console.print(_sizes(found["sizes"]))
     if suggested is None:
         console.print("\nnothing fits: lower train.micro_batch_size or method.rank")
@@ -53,7 +55,12 @@ def show_plan(found: dict[str, Any], console: Console) -> None:
 
 
 def _way(cut: dict[str, Any]) -> str:
-    return f"ZeRO stage {cut['stage']} with parallel.tensor {cut['tensor']}"
+    return f"ZeRO stage {cut['stage']} with parallel.tensor {_size(cut)}"
+
+
+def _size(cut: dict[str, Any]) -> str:
+    plan = cut["low_rank_plan"]
+    return str(cut["tensor"]) + (f" ({plan})" if plan != "auto" else "")
 
 
 def _sizes(sizes: list[dict[str, Any]]) -> Table:
@@ -66,7 +73,7 @@ def _sizes(sizes: list[dict[str, Any]]) -> Table:
         ("largest micro-batch", lambda c: str(c["largest_micro_batch"])),
         ("step, one after the other (s)", lambda c: f"{c['seconds']:.3f}"),
     ]
-    table = Table("parallel.tensor", *(str(c["tensor"]) for c in sizes))
+    table = Table("parallel.tensor", *map(_size, sizes))
     for label, cell in rows:
         table.add_row(label, *(cell(candidate) for candidate in sizes))
     return table
