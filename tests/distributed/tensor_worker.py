@@ -73,32 +73,43 @@ stage."""
 
 _EVERYWHERE = ("full", "lora", "low_rank", "relora_magnitude", "switchlora", "sltrain")
 MATRIX: list[Cell] = [(method, "act", stage) for method in _EVERYWHERE for stage in STAGES]
-_OFTEN = {"full": (1,), "lora": (0, 3), "low_rank": (2,), "sltrain": (1, 3)}
-REST: list[Cell] = [cell for cell in MATRIX if cell[2] not in _OFTEN.get(cell[0], STAGES)]
 WHOLE_FACTORS: list[Cell] = [
-    ("lora", "fold", 1),
     ("low_rank", "fold", 0),
-    ("relora", "fold", 2),
-    ("switchlora", "fold", 3),
+    ("lora", "fold", 1),
     ("sltrain", "fold", 2),
+    ("switchlora", "fold", 3),
 ]
 CUT_SEQUENCE: list[Cell] = [
     ("full", "sequence", 0),
-    ("relora", "sequence", 3),
     ("switchlora", "sequence", 1),
     ("sltrain", "sequence", 2),
+    ("relora", "sequence", 3),
 ]
-BF16: list[Cell] = [("relora", "bf16", 1), ("switchlora", "bf16", 3), ("sltrain", "bf16", 2)]
+BF16: list[Cell] = [("relora", "bf16", 1), ("switchlora", "bf16", 3)]
+_STAGES = {
+    "full": (1,),
+    "lora": (0,),
+    "low_rank": (2,),
+    "relora_magnitude": (0, 3),
+    "switchlora": (1, 3),
+    "sltrain": (1,),
+}
 USUAL: list[Cell] = [
-    *(cell for cell in MATRIX if cell not in REST),
-    ("relora", "act", 1),
+    *(cell for cell in MATRIX if cell[2] in _STAGES[cell[0]]),
     ("relora_random", "act", 3),
     ("sltrain_step", "act", 2),
     *WHOLE_FACTORS,
     *CUT_SEQUENCE,
     *BF16,
 ]
-"""What two ranks that share a model run by default."""
+"""What two ranks that share a model run by default: all stages, methods and plans, not all of
+their combinations."""
+REST: list[Cell] = [
+    *(cell for cell in MATRIX if cell not in USUAL),
+    ("relora", "act", 1),
+    ("relora", "fold", 2),
+    ("sltrain", "bf16", 2),
+]
 
 
 def run_config(method: str, plan: str, tensor: int = 1) -> RunConfig:

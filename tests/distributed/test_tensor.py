@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_worker
-from tests.distributed.tensor_worker import BF16, MATRIX, REST, STAGES, USUAL, WHOLE_FACTORS, Cell
+from tests.distributed.tensor_worker import BF16, MATRIX, REST, USUAL, WHOLE_FACTORS, Cell
 
-pytestmark = pytest.mark.distributed
+# the slow ones run two dozen engines on four ranks
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 _TENSOR, _REST, _COPIES = "tensor_worker", "rest_worker", "copies_worker"
 
@@ -29,7 +30,7 @@ class Run:
 
 
 def start(worker: str, world_size: int, directory: Path) -> Run:
-    figures = run_worker(f"tests.distributed.{worker}", world_size, directory)
+    figures = run_worker(f"tests.distributed.{worker}", world_size, directory, timeout_s=1500)
     return Run(figures, torch.load(directory / f"{worker}_{world_size}.pt"))
 
 
@@ -95,14 +96,24 @@ def test_one_copy_on_two_ranks(shared: Run, one: Run, cell: str) -> None:
 
 @each(BF16)
 def test_bf16_follows_fp32(shared: Run, one: Run, cell: str) -> None:
-    found, expected = shared.figures[cell], one.figures[f"{cell.partition('/')[0]}/act/0"]
+    follows(shared, one, cell)
+
+
+@pytest.mark.slow
+@each([cell for cell in REST if cell[1] == "bf16"])
+def test_bf16_follows_fp32_at_the_other_stages(rest: Run, one: Run, cell: str) -> None:
+    follows(rest, one, cell)
+
+
+def follows(run: Run, one: Run, cell: str) -> None:
+    found, expected = run.figures[cell], one.figures[f"{cell.partition('/')[0]}/act/0"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
     assert found["switched"] == expected["switched"]
     assert all(drift < 1e-5 for _, _, drift in found["events"])
 
 
 @pytest.mark.slow
-@each(REST)
+@each([cell for cell in REST if cell[1] != "bf16"])
 def test_one_copy_on_two_ranks_at_the_other_stages(rest: Run, one: Run, cell: str) -> None:
     check(rest, one, cell)
     assert rest.figures[cell]["traffic"]["counted"] == rest.figures[cell]["traffic"]["expected"]
@@ -140,6 +151,6 @@ def test_a_changed_bit_of_a_shared_factor_is_named(shared: Run, cell: str) -> No
     assert "lora_" in shared.figures[cell]["desync"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 3])
 def test_a_changed_bit_of_a_shared_norm_is_named(shared: Run, stage: int) -> None:
     assert "norm.weight" in shared.figures[f"switchlora/act/{stage}"]["desync"]
