@@ -10,7 +10,7 @@ With T tokens per micro-batch, D the model's width, L layers, e bytes of an acti
 | gradients of the inputs of attention, MLP and head        | (2 L + 1) e T D        | backward |
 | `act`: the (T, r) products, joined and divided            | e T r each             | both     |
 | `act` without such products: the factor, 2 x and 1 x      | e r n or e m r each    | both     |
-| recomputed outputs, with activation checkpointing         | 2 L e T D              | backward |
+| recomputed outputs of attention, with checkpointing       | L e T D                | backward |
 | `fold`: gradients of factors that every rank holds whole  | this rank's slices     | step     |
 | norm                                                      | 4 per group, and more  | step     |
 
@@ -109,18 +109,19 @@ def _micro_batch(
     projections = [module for module in modules if isinstance(module, Projection)]
     activation = element * tokens * full_shape(embedding.weight)[1]
     blocks = 2 * sum(isinstance(module, Attention) for module in modules)
+    # a layer is recomputed up to the last tensor that its backward pass needs: an input of `down`
     again = blocks if any(layer.recomputed for layer in projections) else 0
     chunks = -(-tokens // chunk_rows(whole_shape(head.weight)[0]))
     yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens, "all_reduce"
     if embedding.tensor.sequence:
         # the embedding is only left, the head only entered; the way back is the transpose
-        for operation in ("all_gather", "reduce_scatter"):
+        for operation, repeated in (("all_gather", again), ("reduce_scatter", again // 2)):
             yield working, "forward", blocks + 1, (blocks + 1) * activation, operation
-            calls = blocks + 1 + again
+            calls = blocks + 1 + repeated
             yield working, "backward", calls, calls * activation, operation
         return
     yield working, "forward", blocks + 1, (blocks + 1) * activation, "all_reduce"
-    calls = blocks + 1 + again
+    calls = blocks + 1 + again // 2
     yield working, "backward", calls, calls * activation, "all_reduce"
 
 

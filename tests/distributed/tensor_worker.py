@@ -68,8 +68,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 Cell = tuple[str, str, int]
-"""Method, plan of its factors (`sequence`: cut, and activations too; `bf16`: cut, in bf16), ZeRO
-stage."""
+"""Method, plan of its factors (`sequence`: cut, and activations too; `bf16`: cut, in bf16; both
+recompute activations), ZeRO stage."""
 
 _EVERYWHERE = ("full", "lora", "low_rank", "relora_magnitude", "switchlora", "sltrain")
 MATRIX: list[Cell] = [(method, "act", stage) for method in _EVERYWHERE for stage in STAGES]
@@ -126,6 +126,7 @@ def run_config(method: str, plan: str, tensor: int = 1) -> RunConfig:
                     "micro_batch_size": MICRO,
                     "global_batch_size": BATCH,
                     "precision": "bf16" if plan == "bf16" else "fp32",
+                    "activation_checkpointing": plan in ("sequence", "bf16"),
                 },
                 # a small eps turns rounding into updates where a gradient is nearly zero
                 "optimizer": {"eps": 1e-3, "weight_decay": 0.1, "clip": 0.3},
