@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "merge_every": 4,
         "restart_warmup_steps": 2,
     },
+    "low_rank": {"name": "low_rank", "rank": 3},
     "sltrain": {"name": "sltrain", "rank": 3, "scale": 1.0, "sparsity": 0.1},
     # vectors are switched before two of three updates and frozen for two
     "switchlora": {
