@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from relora_ds.methods.sparse_support import flat_positions
+from relora_ds.parallel.low_rank import Factors
 
 # said once per process by torch; only the sampled product is used of it
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -31,9 +32,6 @@ _SAMPLED_RATE = {
     ("cuda", torch.float32): 0.007,
     ("cuda", torch.float64): 0.007,
 }
-
-
-Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def _as_they_are(lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
