@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from relora_ds.command_line import run_tool, tool_parser
-from relora_ds.config.load import read_model_config
-from relora_ds.train.benchmark_communication import (
+from benchmarks.communication import (
     Workload,
     benchmark_communication,
     plot_benchmark,
 )
+from relora_ds.command_line import run_tool, tool_parser
+from relora_ds.config.load import read_model_config
 
 _EXAMPLE = """
 example:

@@ -27,7 +27,7 @@ def main() -> None:
     parsed = parser.parse_args()
     import torch
 
-    from relora_ds.engine.benchmark_optimizer import benchmark_optimizer
+    from benchmarks.optimizer import benchmark_optimizer
 
     torch.set_num_threads(parsed.threads)
     print(json.dumps(benchmark_optimizer(parsed.elements, parsed.repeat), indent=1))

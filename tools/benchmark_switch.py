@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override its keys")
     parsed = parser.parse_args()
-    from relora_ds.engine.benchmark_switch import benchmark_switch, benchmark_update
+    from benchmarks.switch_kernels import benchmark_switch, benchmark_update
 
     rows, cols = (int(side) for side in parsed.shape.split("x"))
     shapes, rank, repeat = [(rows, cols)] * parsed.projections, parsed.rank, parsed.repeat
@@ -45,8 +45,8 @@ def main() -> None:
         },
     }
     if parsed.run:
+        from benchmarks.switch import benchmark_share
         from relora_ds.config.load import load_run_config
-        from relora_ds.train.benchmark_switch import benchmark_share
 
         run = load_run_config(parsed.run, parsed.overrides)
         figures["run"] = benchmark_share(run.config, run.architecture, parsed.steps, repeat)

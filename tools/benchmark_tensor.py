@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tensor_parallel import benchmark_tensor
 from relora_ds.command_line import add_run, run_tool, tool_parser
 from relora_ds.config.load import load_run_config
-from relora_ds.train.benchmark_tensor import benchmark_tensor
 
 _EXAMPLE = """
 example:

@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from relora_ds.checkpoint.export import export_hf
 from relora_ds.command_line import add_checkpoint, run_tool, tool_parser
-from relora_ds.train.export import export_hf
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.command_line import add_checkpoint, run_tool, tool_parser
-from relora_ds.train.reshape import reshape_checkpoint
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.engine.vector_adamw import STRETCH, VectorAdamW
 from relora_ds.errors import CheckpointError
+from relora_ds.optim.vector_adamw import STRETCH, VectorAdamW
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 """The name under which DeepSpeed saves a model, so that exports find it."""

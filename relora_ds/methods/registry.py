@@ -13,10 +13,10 @@ from relora_ds.methods.full import Full
 from relora_ds.methods.interface import Method
 from relora_ds.methods.lora import LoRA
 from relora_ds.methods.low_rank import LowRank
-from relora_ds.methods.relora import ReLoRA
+from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.schedule import Schedule
-from relora_ds.methods.sltrain import SLTrain
-from relora_ds.methods.switchlora import SwitchLoRA
+from relora_ds.methods.sltrain.sltrain import SLTrain
+from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 
 METHODS: dict[str, type[Method[Any]]] = {
     "full": Full,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.parallel.shape import TensorShard
 from relora_ds.randomness import Stream
 
@@ -39,22 +40,6 @@ class MomentShard:
         if self.shard is None:
             return stream.uniform(self.start, count, device)
         return stream.uniform_at(self.shard.flat_index(self.start, count).to(device))
-
-
-@dataclass(frozen=True)
-class WeightEdit:
-    """How an edit of a frozen weight came out, over the elements that this rank edited."""
-
-    elements: int
-    """Elements whose authoritative value changed."""
-    error_sq: float
-    """Squared norm of (intended - stored) @ x on probe inputs x, in float64."""
-    output_sq: float
-    """Squared norm of the edited weight @ x on the same inputs."""
-    intended_sq: float
-    """Squared Frobenius norm of the intended change."""
-    lost_sq: float
-    """Squared Frobenius norm of the part of it that the stored weight did not take up."""
 
 
 class TrainState(ABC):

@@ -63,6 +63,16 @@ class TensorShard:
         return (before * self.whole[self.dim] + positions) * behind + rest
 
 
+def slice_of(elements: int, rank: int, size: int) -> tuple[int, int]:
+    """First element and number of elements of a rank's slice of a flattened parameter.
+
+    Slices are equal but for padding, which is not counted; the last ones may be empty.
+    """
+    share = -(-elements // size)
+    start = min(elements, rank * share)
+    return start, min(share, elements - start)
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of what this process's tensor-parallel rank holds, also where ZeRO has cut that."""
     # ZeRO stage 3 leaves an empty placeholder and notes the true shape on the parameter

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from relora_ds.checkpoint.export import DenseModel
 from relora_ds.config.method import FullConfig
 from relora_ds.config.schema import DataConfig, TrainConfig
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import ConfigError
+from relora_ds.methods.build import build_model
 from relora_ds.methods.full import Full
 from relora_ds.model.llama import Llama
-from relora_ds.train.build import build_model
 from relora_ds.train.evaluate import perplexity, validation_loss
-from relora_ds.train.export import DenseModel
 
 _DEFAULT_SEQ_LENGTH = 2048
 

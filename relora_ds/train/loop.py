@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
+from relora_ds.accounting.recorder import recorder
+from relora_ds.checkpoint.store import CheckpointStore, TrainerState
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus
-from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_engine import TrainEngine
 from relora_ds.engine.distributed import mean_over_ranks
+from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DivergenceError, PreemptedError
 from relora_ds.methods.interface import Event
 from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.checkpoint import CheckpointStore, TrainerState
 from relora_ds.train.evaluate import perplexity, validation_loss
 from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.memory import max_allocated_bytes

@@ -81,8 +81,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def _dry_run(loaded: LoadedRun) -> None:
-    from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-    from relora_ds.train.preflight import dry_run
+    from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+    from relora_ds.planning.dry_run import dry_run
 
     # a single process speaks for one copy of the model, however many will share it
     copies = max(1, int(os.environ.get("WORLD_SIZE", "1")) // loaded.config.parallel.tensor)

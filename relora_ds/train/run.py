@@ -10,38 +10,35 @@ from typing import Any
 
 import torch
 
-from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
-from relora_ds.data.source import Corpus, open_corpus
-from relora_ds.engine import distributed
-from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_config import (
-    reduction_advice,
-    resolve_deepspeed_config,
-    zero_stage,
-)
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import DenseSlices, build_cutter
-from relora_ds.engine.saved_state import SavedState, is_written_state
-from relora_ds.engine.tensor_state import PartOfState
-from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
-from relora_ds.methods.registry import Phase, plan_phases
-from relora_ds.model.flops import flops_per_token, parameter_counts
-from relora_ds.model.init import InitialWeights
-from relora_ds.model.llama import Llama
-from relora_ds.parallel.topology import Topology, share_models
-from relora_ds.train.build import DenseSource, build_model
-from relora_ds.train.checkpoint import (
+from relora_ds.accounting.flops import flops_per_token, parameter_counts
+from relora_ds.accounting.recorder import recorder
+from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.resume import check_resume, choose_checkpoint, set_aside_earlier_run
+from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.checkpoint.saved_state import SavedState, is_written_state
+from relora_ds.checkpoint.store import (
     CheckpointStore,
     TrainerState,
     verify_on_main,
 )
-from relora_ds.train.export import DenseModel, export_hf
+from relora_ds.checkpoint.tp_state import PartOfState
+from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
+from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
+from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.engine import distributed
+from relora_ds.engine.assemble import DenseWeights, build_engine
+from relora_ds.engine.deepspeed.config import (
+    reduction_advice,
+    resolve_deepspeed_config,
+    zero_stage,
+)
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
+from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.planning.memory_report import closed_form, memory_figures, storage_plan
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
-from relora_ds.train.memory_report import closed_form, memory_figures, storage_plan
-from relora_ds.train.resume import check_resume, choose_checkpoint, set_aside_earlier_run
-from relora_ds.train.saved_run import SavedRun
 from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
@@ -197,7 +194,7 @@ def _train(
         names = [phase.name for phase in phases]
         phases = phases[names.index(state.phase) :]
     completed, device = state.step if state else 0, trainer.topology.device
-    weights = _initial_weights(trainer) if state is None else None
+    weights: DenseWeights = _initial_weights(trainer) if state is None else None
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
             engine = _build_engine(trainer, phase, deepspeed_config, weights)
@@ -260,32 +257,21 @@ def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:
 
 
 def _build_engine(
-    trainer: Trainer,
-    phase: Phase,
-    deepspeed_config: dict[str, Any],
-    weights: Mapping[str, torch.Tensor] | DenseSlices | None,
+    trainer: Trainer, phase: Phase, deepspeed_config: dict[str, Any], weights: DenseWeights
 ) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
-    train, device = trainer.config.train, trainer.topology.device
-    source: DenseSource
-    slices = whole = None
-    if isinstance(weights, DenseSlices):
-        source, slices = weights.rest, weights
-    elif weights is not None:
-        source, whole = (lambda name, shape: weights[name]), weights
-    else:
-        source = InitialWeights(trainer.architecture, train.seed)
-    tensor = trainer.topology.tensor
-    cutter = build_cutter(deepspeed_config, train.precision, slices, whole or (), tensor)
-    model = build_model(trainer.architecture, phase.method, train, source, device, cutter, tensor)
-    probe = _Probe(model, trainer)
-    exact = None if cutter is None else cutter.finish()
-    engine = TrainEngine(
-        model, phase.method, trainer.config, deepspeed_config, probe, exact, tensor
+    file = trainer.corpus.valid or trainer.corpus.train[0]
+    count = min(_PROBE_TOKENS, trainer.config.train.seq_length)
+    engine = build_engine(
+        trainer.architecture,
+        phase.method,
+        trainer.config,
+        deepspeed_config,
+        trainer.topology,
+        weights,
+        torch.from_numpy(file.window(0, count)).unsqueeze(0),
     )
-    if cutter is None and whole is not None:
-        engine.restore_masters(whole)
-    counts = parameter_counts(model)
+    counts = parameter_counts(engine.model)
     _logger.info(
         "phase %s: %s trained and %s frozen parameters",
         phase.name,
@@ -293,22 +279,6 @@ def _build_engine(
         f"{counts.frozen:,}",
     )
     return engine
-
-
-class _Probe:
-    """Logits of the working model on the first tokens of the validation (or training) file."""
-
-    def __init__(self, model: Llama, trainer: Trainer) -> None:
-        file = trainer.corpus.valid or trainer.corpus.train[0]
-        count = min(_PROBE_TOKENS, trainer.config.train.seq_length)
-        self._tokens = torch.from_numpy(file.window(0, count)).unsqueeze(0)
-        self._model = model
-
-    @torch.no_grad()
-    def __call__(self) -> torch.Tensor:
-        self._model.eval()
-        device = self._model.model.embed_tokens.weight.device
-        return self._model.logits(self._tokens.to(device)).float()
 
 
 def _build_meter(trainer: Trainer, engine: TrainEngine) -> ThroughputMeter:

@@ -11,12 +11,13 @@ import torch
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import TrainConfig
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import DenseSlices
+from relora_ds.engine.deepspeed.partition import DenseSlices
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.engine.handover import exact_parameters, exact_slices
+from relora_ds.methods.build import dense_weights
 from relora_ds.methods.interface import Method
 from relora_ds.parallel.shape import TensorShard, shard_of
 from relora_ds.parallel.tensor import TensorParallel
-from relora_ds.train.build import dense_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -76,13 +77,13 @@ def take_dense_weights(
     The new phase builds new modules: hooks of the old engine stay on the old ones, and two engines
     never exist at once.
     """
-    weights = engine.exact_slices()
+    weights = exact_slices(engine)
     if weights is None and tensor.size > 1:
         found = {n: shard_of(p) for n, p in engine.model.named_parameters()}
         shards = {name: shard for name, shard in found.items() if shard is not None}
-        weights = JoinedWeights(engine.exact_parameters(), shards, tensor, engine.device)
+        weights = JoinedWeights(exact_parameters(engine), shards, tensor, engine.device)
     elif weights is None:
-        weights = dict(dense_weights(architecture, method, train, engine.exact_parameters()))
+        weights = dict(dense_weights(architecture, method, train, exact_parameters(engine)))
     old_model = weakref.ref(engine.model)
     engine.destroy()
     if old_model() is not None:

@@ -11,15 +11,18 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
+from relora_ds.checkpoint.inventory import take_inventory
+from relora_ds.checkpoint.restore import load_side_tensors, side_tensors
+from relora_ds.checkpoint.saved_state import open_state
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine, base_precision
-from relora_ds.engine.layout import Bf16Partitions
-from relora_ds.engine.saved_state import open_state, take_inventory
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.engine.precision import base_precision
+from relora_ds.engine.zero.layout import Bf16Partitions
+from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
 from tests.distributed import relora_worker as base
 
 CONFIG = base.run_config(1, base.RESETS["zero"], "bf16")
@@ -74,14 +77,14 @@ def main(output: Path) -> None:
     figures["layout"] = type(engine.layout) is Bf16Partitions
     figures["losses"] = train(phase, engine, topology, 0, BREAK_AT)
     engine.save(str(output.parent), "tag")
-    side = {name: tensor.clone() for name, tensor in engine.side_tensors().items()}
+    side = {name: tensor.clone() for name, tensor in side_tensors(engine).items()}
     figures["losses"] += train(phase, engine, topology, BREAK_AT, LAST)
     inventory = take_inventory(engine.model, phase.method, base_precision(CONFIG), torch.bfloat16)
     figures["wrong"] = contract(engine)
     engine.destroy()
     phase, engine = build(topology, **fp32)
     engine.load(str(output.parent), "tag")
-    engine.load_side_tensors(side)
+    load_side_tensors(engine, side)
     if topology.is_main:
         save_file(side, output.parent / "tag" / "side.safetensors")
     distributed.barrier()

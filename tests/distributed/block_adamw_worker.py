@@ -14,14 +14,14 @@ import torch
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
-from relora_ds.train.memory_report import closed_form, storage_plan
+from relora_ds.planning.memory_report import closed_form, storage_plan
 from tests.distributed.per_layer_worker import METHODS, STEPS
 from tests.distributed.relora_worker import ARCHITECTURE, BATCH, SEQUENCE, batches, own_share
 

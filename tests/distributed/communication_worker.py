@@ -17,19 +17,19 @@ import torch
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.profiler import ProfilerActivity, profile
 
+from relora_ds.accounting.collectives import CALLS
+from relora_ds.accounting.recorder import Volume, recorder
+from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.collectives import CALLS
-from relora_ds.engine.communication import Volume, recorder
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
-from relora_ds.engine.traffic import bytes_of, expected_payloads
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.methods.build import build_model, meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model, meta_model
 
 STAGES, PRECISIONS, METHODS, ACCUMULATIONS = (0, 1, 2), ("fp32", "bf16"), ("full", "relora"), (1, 2)
 TIMEOUT_MINUTES = 5.0

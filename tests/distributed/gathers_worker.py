@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
-from relora_ds.engine.communication import recorder
 from tests.distributed.communication_worker import record, run_config
 from tests.distributed.ranks import ROOT
 

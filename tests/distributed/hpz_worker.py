@@ -12,17 +12,17 @@ from typing import Any, cast
 
 import torch
 
+from relora_ds.accounting.recorder import recorder
+from relora_ds.accounting.zero_traffic import expected_payloads
 from relora_ds.engine import distributed
-from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
-from relora_ds.engine.traffic import expected_payloads
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.methods.build import build_model, meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.shape import whole_shape
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model, meta_model
 from tests.distributed.communication_worker import ARCHITECTURE, VOCAB, run_config
 
 STEPS, NODE = 6, 2

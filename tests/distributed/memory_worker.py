@@ -16,13 +16,13 @@ from relora_ds.config.load import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
-from relora_ds.train.memory_report import closed_form, storage_plan
+from relora_ds.planning.memory_report import closed_form, storage_plan
 from tests.distributed.ranks import ROOT
 
 SMALL = ModelConfig(

@@ -15,9 +15,9 @@ import torch
 from relora_ds.config.method import ReLoRAConfig
 from relora_ds.config.schema import OptimizerConfig
 from relora_ds.engine import distributed
+from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.train.build import build_model
 from tests.distributed import relora_worker as common
 from tests.distributed.reference import PlainAdamW, PlainReLoRA
 

@@ -14,13 +14,14 @@ import torch
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.engine.handover import exact_parameters
+from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
-from relora_ds.train.memory_report import closed_form, storage_plan
+from relora_ds.planning.memory_report import closed_form, storage_plan
 from tests.distributed.relora_worker import ARCHITECTURE, BATCH, SEQUENCE, batches
 
 STEPS = 10
@@ -95,7 +96,7 @@ def train(config: RunConfig, topology: Topology) -> dict[str, Any]:
         "losses": losses,
         "norms": norms,
         "frozen": frozen,
-        "parameters": engine.exact_parameters(),
+        "parameters": exact_parameters(engine),
         "gradients_left": sum(p.grad is not None for p in engine.model.parameters()),
         "measured": engine.memory.measured,
         "expected": closed_form(

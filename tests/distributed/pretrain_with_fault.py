@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from relora_ds.methods.adapter import adapter_layers
-from relora_ds.methods.switchlora import SwitchLoRA
+from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.train.main import main
 
 _FAULT_AT = 5

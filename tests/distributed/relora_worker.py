@@ -18,16 +18,16 @@ from relora_ds.config.method import ReLoRAConfig, ResetConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.methods.build import build_model
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.shape import whole_shape
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
 from tests.distributed.reference import PlainAdamW, PlainAdapter, PlainReLoRA
 
 STAGES = (0, 1, 2, 3)

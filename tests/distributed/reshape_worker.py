@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.checkpoint.saved_state import SavedState
+from relora_ds.checkpoint.store import CheckpointStore, TrainerState
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.saved_state import SavedState
+from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.registry import Phase
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.checkpoint import CheckpointStore, TrainerState
-from relora_ds.train.reshape import reshape_checkpoint
-from relora_ds.train.saved_run import SavedRun
 from tests.distributed import relora_worker as relora
 from tests.distributed import switchlora_worker as switchlora
 

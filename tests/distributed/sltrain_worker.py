@@ -17,17 +17,18 @@ from torch.nn import functional as F
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.engine.handover import exact_parameters
+from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import Phase, plan_phases
-from relora_ds.methods.sparse_support import draw_support, flat_positions, support_size
+from relora_ds.methods.sltrain.support import draw_support, flat_positions, support_size
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.topology import Topology
 from relora_ds.randomness import Stream
-from relora_ds.train.build import build_model
 from tests.distributed.reference import PlainAdamW
 from tests.distributed.relora_worker import (
     ARCHITECTURE,
@@ -157,7 +158,7 @@ def main(output: Path) -> None:
             before = supports(engine)
             found: dict[str, Any] = {"losses": train(phase, engine, topology)}
             if stage < 3:
-                exact = engine.exact_parameters()
+                exact = exact_parameters(engine)
                 gaps = [float((exact[n] - p).abs().max()) for n, p in parameters.items()]
                 found["difference"] = max(gaps)
             low, high = supports(engine), supports(engine)

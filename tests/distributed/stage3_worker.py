@@ -14,18 +14,18 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
+from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
-from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DesyncError
+from relora_ds.methods.build import build_model
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.shape import whole_shape
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.build import build_model
 from relora_ds.train.transition import take_dense_weights
 from tests.distributed import relora_worker as base
 

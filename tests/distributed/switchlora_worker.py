@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from relora_ds.accounting.recorder import recorder
+from relora_ds.checkpoint.restore import load_side_tensors, side_slices, side_tensors
 from relora_ds.config.method import SwitchLoRAConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_engine import TrainEngine
+from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DesyncError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import projection_layers
@@ -179,7 +180,7 @@ def resumed(stage: int, config: RunConfig, topology: Topology, directory: Path) 
     engine.save(str(directory), "tag")
     side = {
         name: tensor.clone()
-        for name, tensor in (engine.side_tensors() | engine.side_slices()).items()
+        for name, tensor in (side_tensors(engine) | side_slices(engine)).items()
     }
     with torch.no_grad():
         method = deepcopy(distributed.broadcast_object(phase.method.state_dict()))
@@ -188,7 +189,7 @@ def resumed(stage: int, config: RunConfig, topology: Topology, directory: Path) 
     engine.destroy()
     phase, engine = build(stage, config, topology, whole_copies=False)
     engine.load(str(directory), "tag")
-    engine.load_side_tensors(side)
+    load_side_tensors(engine, side)
     phase.method.load_state_dict(method)
     distributed.barrier()
     found = train(phase, engine, topology, BREAK_AT, BREAK_AT + AFTER)

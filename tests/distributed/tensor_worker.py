@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from relora_ds.accounting.recorder import recorder
+from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_payloads
+from relora_ds.accounting.zero_traffic import expected_payloads
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.communication import recorder
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
-from relora_ds.engine.deepspeed_engine import TrainEngine
-from relora_ds.engine.partition import build_cutter
-from relora_ds.engine.tensor_traffic import shares_by_rank, tensor_payloads
-from relora_ds.engine.traffic import expected_payloads
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DesyncError
+from relora_ds.methods.build import build_model, cut_meta_model
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import partial_gradients
 from relora_ds.parallel.shape import shard_of, whole_shape
 from relora_ds.parallel.topology import Topology, share_models
-from relora_ds.train.build import build_model, cut_meta_model
 
 STAGES = (0, 1, 2, 3)
 STEPS, EVENTS = 40, 10

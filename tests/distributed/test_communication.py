@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from relora_ds.accounting.zero_traffic import bytes_of, control_payloads, step_payloads
 from relora_ds.config.load import load_run_config
-from relora_ds.engine.traffic import bytes_of, control_payloads, step_payloads
+from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases
-from relora_ds.train.build import meta_model
 from tests.distributed.communication_worker import TIMEOUT_MINUTES
 from tests.distributed.launcher import metrics, run, write_run
 from tests.distributed.ranks import run_worker

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.train.export import DenseModel, export_hf
+from relora_ds.checkpoint.export import DenseModel, export_hf
 from tests.distributed.launcher import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed

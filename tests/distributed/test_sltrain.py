@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.methods.sparse_support import draw_support
+from relora_ds.methods.sltrain.support import draw_support
 from tests.distributed.launcher import metrics, run, write_run
 from tests.distributed.ranks import run_worker
 from tests.distributed.sltrain_worker import STAGES, VARIANTS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.train.export import DenseModel
+from relora_ds.checkpoint.export import DenseModel
 from tests.distributed.launcher import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.train.checkpoint import read_trainer_state
-from relora_ds.train.export import DenseModel
+from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.store import read_trainer_state
 from tests.distributed.launcher import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed

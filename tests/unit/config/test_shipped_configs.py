@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from relora_ds.accounting.flops import parameter_counts
 from relora_ds.config.load import dump_run_config, load_run_config, read_model_config
 from relora_ds.config.method_checks import projection_shapes
 from relora_ds.config.model import ModelConfig
-from relora_ds.engine.deepspeed_config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
+from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases
-from relora_ds.model.flops import parameter_counts
-from relora_ds.train.build import meta_model
+from relora_ds.planning.dry_run import dry_run
 from relora_ds.train.main import main
-from relora_ds.train.preflight import dry_run
 
 ROOT = Path(__file__).parents[3]
 RUNS = sorted((ROOT / "configs/run").glob("*.yaml"))

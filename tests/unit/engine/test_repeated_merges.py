@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relora_ds.engine.base_weight import KINDS, Precision, add_product
-from relora_ds.engine.layout import slice_of
+from relora_ds.numerics.base_weight import KINDS, Precision, add_product
+from relora_ds.parallel.shape import slice_of
 
 EVENTS, ROWS, COLS, RANK = 1000, 48, 40, 4
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.method import ReLoRAConfig
-from relora_ds.methods.relora import ReLoRA
+from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.parallel.linear import LinearSpec
 
 SHAPES = {"first": (20, 12), "second": (12, 20), "third": (16, 16)}

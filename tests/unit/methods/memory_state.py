@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from relora_ds.engine.base_weight import (
+from relora_ds.methods.interface import projection_layers
+from relora_ds.methods.train_state import MomentShard, TrainState
+from relora_ds.numerics.base_weight import (
     KINDS,
     BaseWeight,
     Precision,
+    WeightEdit,
     add_product,
     apply_product,
     weight_times,
 )
-from relora_ds.engine.vector_clock import VectorClock
-from relora_ds.methods.interface import projection_layers
-from relora_ds.methods.train_state import MomentShard, TrainState, WeightEdit
+from relora_ds.optim.vector_clock import VectorClock
 
 
 @dataclass

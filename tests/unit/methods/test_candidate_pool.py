@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora_ds.methods.candidate_pool import CandidatePool
+from relora_ds.methods.switchlora.candidate_pool import CandidatePool
 from relora_ds.randomness import Stream
 
 SLOTS, WIDTH = 20, 6

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from relora_ds.config.method import ResetConfig
-from relora_ds.engine.order_statistic import order_statistics
-from relora_ds.methods.pruning import reset_moments
+from relora_ds.engine.zero.order_statistic import order_statistics
+from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.train_state import MomentShard
 from tests.unit.fake_ranks import Sum, on_ranks
 from tests.unit.methods.memory_state import MemoryState, Moments

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.engine.base_weight import Precision, Working
 from relora_ds.errors import DivergenceError
 from relora_ds.methods import train_state
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Event
-from relora_ds.methods.relora import ReLoRA
+from relora_ds.methods.relora.relora import ReLoRA
+from relora_ds.numerics.base_weight import Precision, Working
 from tests.unit.methods.memory_state import MemoryState, memory_state
 
 Build = Callable[..., tuple[ReLoRA, nn.ModuleDict]]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from relora_ds.config.method import ReLoRAConfig
-from relora_ds.engine.base_weight import Working
-from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
-from relora_ds.engine.vector_clock import Fragment, VectorClock
-from relora_ds.methods.relora import ReLoRA
+from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.train_state import MomentShard
+from relora_ds.numerics.base_weight import Working
+from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
+from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.linear import LinearSpec
 from tests.unit.methods.memory_state import MemoryState
 

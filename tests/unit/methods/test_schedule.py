@@ -10,7 +10,7 @@ import pytest
 from relora_ds.config.method import FullConfig, LoRAConfig, ReLoRAConfig
 from relora_ds.methods.full import Full
 from relora_ds.methods.lora import LoRA
-from relora_ds.methods.relora import ReLoRA
+from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.schedule import Schedule
 
 STEPS, WARMUP, RAMP, EVERY, FLOOR = 15000, 500, 100, 5000, 0.1

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from relora_ds.config.method import SLTrainConfig
-from relora_ds.methods import sltrain, sparse_linear
-from relora_ds.methods.sltrain import SLTrain, SparseLowRankLinear
-from relora_ds.methods.sparse_linear import prefers_low_rank
-from relora_ds.methods.sparse_support import flat_positions
+from relora_ds.methods.sltrain import sltrain, sparse_linear
+from relora_ds.methods.sltrain.sltrain import SLTrain, SparseLowRankLinear
+from relora_ds.methods.sltrain.sparse_linear import prefers_low_rank
+from relora_ds.methods.sltrain.support import flat_positions
 from relora_ds.parallel.linear import LinearSpec
 
 Spec = Callable[..., LinearSpec]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora_ds.methods.sparse_support import (
+from relora_ds.methods.sltrain.support import (
     column_type,
     draw_support,
     flat_positions,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relora_ds.config.method import SwitchLoRAConfig
-from relora_ds.methods.switch_plan import (
+from relora_ds.methods.switchlora.plan import (
     SELECTIONS,
     PairCensus,
     RandomSelection,

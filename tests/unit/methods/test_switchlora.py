@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from relora_ds.config.method import SwitchLoRAConfig
-from relora_ds.engine.base_weight import Precision, Working
-from relora_ds.engine.vector_adamw import VectorAdamW, storage_key
-from relora_ds.engine.vector_clock import Fragment, VectorClock
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
-from relora_ds.methods.switchlora import SwitchLoRA
+from relora_ds.methods.switchlora.switchlora import SwitchLoRA
+from relora_ds.numerics.base_weight import Precision, Working
+from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
+from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.linear import LinearSpec
 from relora_ds.randomness import Stream
 from tests.unit.methods.memory_state import MemoryState, Moments, memory_state

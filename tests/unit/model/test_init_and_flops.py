@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from relora_ds.accounting.flops import flops_per_token, kind_of, parameter_counts
 from relora_ds.config.model import ModelConfig
-from relora_ds.model.flops import flops_per_token, kind_of, parameter_counts
 from relora_ds.model.init import InitialWeights, dense_shapes
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import DenseLinear, LinearSpec

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from relora_ds.config.method import LowRankConfig, ReLoRAConfig, SLTrainConfig
-from relora_ds.engine.fragments import fragment_of
-from relora_ds.engine.inner_factors import lay_out_wire
-from relora_ds.engine.vector_clock import Stretch, VectorClock
+from relora_ds.engine.zero.fragments import fragment_of
+from relora_ds.engine.zero.inner_factors import lay_out_wire
 from relora_ds.methods.adapter import draw_factors
 from relora_ds.methods.interface import Method
 from relora_ds.methods.low_rank import LowRank
-from relora_ds.methods.relora import ReLoRA
-from relora_ds.methods.sltrain import SLTrain
+from relora_ds.methods.relora.relora import ReLoRA
+from relora_ds.methods.sltrain.sltrain import SLTrain
+from relora_ds.optim.vector_clock import Stretch, VectorClock
 from relora_ds.parallel.linear import LinearSpec
 from relora_ds.parallel.low_rank import LowRankProjection
 from relora_ds.parallel.shape import full_shape, inner_shard, seen_shape, whole_shape

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.method import SLTrainConfig
-from relora_ds.methods.sltrain import SLTrain, SparseLowRankLinear
+from relora_ds.methods.sltrain.sltrain import SLTrain, SparseLowRankLinear
 from relora_ds.parallel.linear import DenseLinear, LinearSpec
 from relora_ds.parallel.shape import TensorShard, cut, full_shape, shard_of, whole_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel

@@ -1,0 +1,102 @@
+"""What a merge on slices saves over the usual way of merging under ZeRO stage 3."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from relora_ds.accounting.recorder import recorder
+from relora_ds.engine import distributed
+from relora_ds.engine.deepspeed.partition import Cutter
+from relora_ds.engine.zero.layout import PartitionedParameters
+from relora_ds.engine.zero.state import ZeroState
+from relora_ds.numerics.base_weight import KINDS
+
+_SCALE = 1e-3
+_CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+
+
+def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[str, Any] | None:
+    """Merge `layers` fp32 matrices (8/3 width, width) both ways, best of `repeats`.
+
+    Returns:
+        Seconds and payload bytes of both and their ratios; None on other ranks than 0.
+    """
+    topology = distributed.start(10.0)
+    triples = [_triple(width * 8 // 3, width, rank, topology.device) for _ in range(layers)]
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    # the layout of an engine that trains nothing: only its slices are used
+    layout = PartitionedParameters([], torch.optim.SGD([torch.zeros(1)]), group, None)
+    bases = {}
+    for weight, _, _ in triples:
+        _, working = layout.working(weight)
+        bases[weight] = KINDS["working"](working, working.clone())
+    state = ZeroState(layout, bases, {}, lambda: 0, lambda: None)
+
+    def on_slices() -> None:
+        factors = state.whole_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
+        edits = [
+            state.add_product(weight, left, right, _SCALE)
+            for (weight, _, _), (left, right) in zip(triples, factors, strict=True)
+        ]
+        state.total_edits([edit for edit in edits if edit is not None])
+
+    def gathered() -> None:
+        for triple in triples:
+            weight, lora_a, lora_b = triple
+            with deepspeed.zero.GatheredParameters(list(triple), modifier_rank=0):
+                if topology.rank == 0:
+                    weight.data.add_(lora_b.data @ lora_a.data, alpha=_SCALE)
+
+    with torch.no_grad():
+        slices_s, slices_bytes = _measure(on_slices, repeats)
+        gathered_s, gathered_bytes = _measure(gathered, repeats)
+    distributed.stop()
+    if topology.rank != 0:
+        return None
+    return {
+        "slices_seconds": slices_s,
+        "gathered_seconds": gathered_s,
+        "seconds_ratio": slices_s / gathered_s,
+        "slices_bytes": slices_bytes,
+        "gathered_bytes": gathered_bytes,
+        "bytes_ratio": slices_bytes / gathered_bytes,
+    }
+
+
+def _triple(
+    rows: int, cols: int, rank: int, device: torch.device
+) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """W, A and B, cut."""
+    shapes = {"weight": (rows, cols), "lora_A": (rank, cols), "lora_B": (rows, rank)}
+    cutter = Cutter(_CONFIG, torch.float32)
+    made = []
+    for name, shape in shapes.items():
+        generator = torch.Generator().manual_seed(len(name))
+        parameter = nn.Parameter(torch.randn(shape, generator=generator).to(device))
+        cutter(name, parameter)
+        made.append(parameter)
+    return made[0], made[1], made[2]
+
+
+def _measure(merge: Callable[[], None], repeats: int) -> tuple[float, int]:
+    """Least seconds of a merge, and the payload of one."""
+    merge()
+    recorder.reset()
+    with recorder:
+        merge()
+    moved = sum(volume.payload for volume in recorder.volumes().values())
+    best = float("inf")
+    for _ in range(repeats):
+        distributed.barrier()
+        started = time.perf_counter()
+        merge()
+        distributed.barrier()
+        best = min(best, time.perf_counter() - started)
+    return best, moved

@@ -1,0 +1,165 @@
+"""Bytes of one training step over a tensor-parallel group, in closed form. Pure.
+
+With T tokens per micro-batch, D the model's width, L layers, e bytes of an activation, r the rank:
+
+| what                                                      | payload                | phase    |
+|-----------------------------------------------------------|------------------------|----------|
+| embedding                                                 | e T D                  | forward  |
+| outputs of attention and MLP                              | 2 L e T D              | forward  |
+| softmax over the vocabulary: maximum; sum and target      | 3 x 4 T                | forward  |
+| gradients of the inputs of attention, MLP and head        | (2 L + 1) e T D        | backward |
+| `act`: the (T, r) products, joined and divided            | e T r each             | both     |
+| `act` without such products: the factor, 2 x and 1 x      | e r n or e m r each    | both     |
+| recomputed outputs of attention, with checkpointing       | L e T D                | backward |
+| `fold`: gradients of factors that every rank holds whole  | this rank's slices     | step     |
+| norm                                                      | 4 per group, and more  | step     |
+
+The first seven are per micro-batch, the others once per optimizer step. With sequence parallelism
+each of the (T, D) sums is an all-gather where a block is entered or a reduce-scatter where it is
+left, and the shares are those of norms and biases too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.accounting.recorder import Volume, Volumes
+from relora_ds.accounting.zero_traffic import Payloads, Traffic, padded
+from relora_ds.model.attention import Attention
+from relora_ds.model.embedding import LanguageHead, TokenEmbedding
+from relora_ds.model.llama import partial_gradients
+from relora_ds.model.loss import chunk_rows
+from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.shape import full_shape, whole_shape
+
+_NORM_BYTES = 4
+_WIDE_BYTES = 4
+
+
+def tensor_payloads(
+    model: nn.Module,
+    resolved: Mapping[str, Any],
+    tokens: int,
+    size: int,
+    share_elements: int,
+    groups: int,
+    group: str = "tp",
+) -> Payloads:
+    """What one update moves within a tensor-parallel group, from its first forward pass on.
+
+    Args:
+        model: a `Llama` that belongs to the group, on any device.
+        resolved: output of `resolve_deepspeed_config`.
+        tokens: read per micro-batch.
+        size: ranks of the group.
+        share_elements: gradient elements in this rank's slices of the model's
+            `partial_gradients`; see `shares_by_rank`.
+        groups: optimizer groups.
+        group: the recorder's name of it.
+    """
+    found = tensor_volumes(model, resolved, tokens, size, share_elements, groups, group)
+    return {kind: volume.payload for kind, volume in found.items()}
+
+
+def tensor_volumes(
+    model: nn.Module,
+    resolved: Mapping[str, Any],
+    tokens: int,
+    size: int,
+    share_elements: int,
+    groups: int,
+    group: str = "tp",
+) -> Volumes:
+    """The same with the number of calls."""
+    bf16 = bool(resolved["bf16"]["enabled"])
+    working, element = ("bfloat16", 2) if bf16 else ("float32", 4)
+    micro_batches = int(resolved["gradient_accumulation_steps"])
+    moved: Volumes = {}
+
+    def add(
+        dtype: str, phase: str, calls: int, payload: int, operation: str = "all_reduce"
+    ) -> None:
+        if payload:
+            kind = Traffic(operation, group, size, dtype, phase)
+            volume = moved.setdefault(kind, Volume())
+            volume.calls, volume.payload = volume.calls + calls, volume.payload + payload
+
+    for dtype, phase, calls, payload, *operation in _micro_batch(model, working, element, tokens):
+        add(dtype, phase, micro_batches * calls, micro_batches * payload, *operation)
+    for layer in (module for module in model.modules() if isinstance(module, Projection)):
+        for operation, phase, calls, elements in layer.exchanged(tokens, micro_batches):
+            add(working, phase, calls, element * elements, operation)
+    add(working, "step", 1, element * share_elements)
+    for dtype, calls, payload in _norms(resolved, groups, bf16):
+        add(dtype, "step", calls, payload)
+    return moved
+
+
+def _micro_batch(
+    model: nn.Module, working: str, element: int, tokens: int
+) -> Iterator[tuple[str, str, int, int, str]]:
+    """Type, phase, calls, payload and operation of a forward and a backward pass."""
+    modules = list(model.modules())
+    embedding = next(module for module in modules if isinstance(module, TokenEmbedding))
+    head = next(module for module in modules if isinstance(module, LanguageHead))
+    projections = [module for module in modules if isinstance(module, Projection)]
+    activation = element * tokens * full_shape(embedding.weight)[1]
+    blocks = 2 * sum(isinstance(module, Attention) for module in modules)
+    # a layer is recomputed up to the last tensor that its backward pass needs: an input of `down`
+    again = blocks if any(layer.recomputed for layer in projections) else 0
+    chunks = -(-tokens // chunk_rows(whole_shape(head.weight)[0]))
+    yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens, "all_reduce"
+    if embedding.tensor.sequence:
+        # the embedding is only left, the head only entered; the way back is the transpose
+        for operation, repeated in (("all_gather", again), ("reduce_scatter", again // 2)):
+            yield working, "forward", blocks + 1, (blocks + 1) * activation, operation
+            calls = blocks + 1 + repeated
+            yield working, "backward", calls, calls * activation, operation
+        return
+    yield working, "forward", blocks + 1, (blocks + 1) * activation, "all_reduce"
+    calls = blocks + 1 + again // 2
+    yield working, "backward", calls, calls * activation, "all_reduce"
+
+
+def _norms(resolved: Mapping[str, Any], groups: int, bf16: bool) -> list[tuple[str, int, int]]:
+    """Scalars: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow flag,
+    which stage 3 does not exchange."""
+    stage, clips = int(resolved["zero_optimization"]["stage"]), resolved["gradient_clipping"] > 0
+    if stage == 0 and not bf16:
+        return [("float32", 1 + clips, _NORM_BYTES * (1 + clips))]
+    # stage 3 adds its norms up in double precision
+    norm = ("float64", groups, 8 * groups) if stage == 3 else ("float32", groups, 4 * groups)
+    checks = stage == 0 or (stage < 3 and resolved["bf16"].get("check_grad_overflow", True))
+    return [norm, ("uint8", 1, 1)] if bf16 and checks else [norm]
+
+
+def shares_by_rank(
+    model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], stage: int, dp_size: int
+) -> list[int]:
+    """Elements of unfinished gradients that each data-parallel rank has to add up.
+
+    Args:
+        model: a tensor-parallel rank's part of a `Llama`, on the meta device.
+        groups: its trained parameters by optimizer group.
+        stage: ZeRO stage: from 1 on a rank keeps a slice of each group, at 3 of each parameter.
+        dp_size: data-parallel processes.
+    """
+    partial = set(partial_gradients(model))
+    flats = [[p] for group in groups for p in group] if stage == 3 else groups
+    held = torch.zeros(dp_size, dtype=torch.int64)
+    for flat in flats:
+        whole = sum(parameter.numel() for parameter in flat)
+        share = -(-whole // dp_size) if stage == 3 else padded(whole, dp_size) // dp_size
+        first = torch.arange(dp_size) * share if stage else torch.zeros_like(held)
+        last = first + (share if stage else whole)
+        at = 0
+        for parameter in flat:
+            end = at + parameter.numel()
+            if parameter in partial:
+                held += (last.clamp(max=end) - first.clamp(min=at)).clamp(min=0)
+            at = end
+    return held.tolist()

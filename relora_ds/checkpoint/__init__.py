@@ -1,0 +1,1 @@
+"""Everything that knows the files of a saved run."""

@@ -1,0 +1,79 @@
+"""From a checkpoint to the dense model, for evaluation, initialisation and export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from relora_ds.checkpoint.manifest import verify_manifest
+from relora_ds.checkpoint.saved_run import SavedRun, read_run
+from relora_ds.checkpoint.saved_state import WorkingValues
+from relora_ds.checkpoint.store import find_checkpoint
+from relora_ds.methods.build import dense_weights
+from relora_ds.model.hf import read_hf, write_hf
+
+
+class DenseModel:
+    """The dense model in a checkpoint of ours or in a Hugging Face directory.
+
+    Args:
+        path: `step_N`, a directory that holds `latest`, a run directory, or an HF directory.
+
+    Raises:
+        CheckpointError: it is none of these, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokenizer: Path | None
+        """SentencePiece model, if one is there."""
+        self.seq_length: int | None = None
+        """What the run trained on; an HF directory does not say."""
+        if (path / "config.json").is_file():
+            self.architecture, self._hf = read_hf(path)
+            directory = path
+        else:
+            self._hf = None
+            directory = self._checkpoint = find_checkpoint(path)
+            verify_manifest(directory)
+            self._config, self.architecture = read_run(directory)
+            self.seq_length = self._config.train.seq_length
+        tokenizer = directory / "tokenizer.model"
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
+        if self._hf is not None:
+            return _InFp32(self._hf)
+        saved = SavedRun(self._checkpoint, self._config, self.architecture)
+        values = WorkingValues(saved.state())
+        return dense_weights(self.architecture, saved.method, self._config.train, values)
+
+
+class _InFp32(Mapping[str, torch.Tensor]):
+    """Weights of any float type, cast on access."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
+    """Write the dense model of a checkpoint as a Hugging Face directory.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: the output directory is taken.
+    """
+    model = DenseModel(checkpoint)
+    write_hf(output, model.architecture, model.weights().items(), model.tokenizer, dtype)

@@ -1,0 +1,109 @@
+"""A saved state into a live engine, and what DeepSpeed does not save of one.
+
+Beside DeepSpeed's shards a checkpoint holds the clocks of vectors and whatever restores edited
+weights exactly: `side_tensors`, the same on every rank, and `side_slices`, which differ by rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from relora_ds.checkpoint.saved_state import SavedState
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.errors import CheckpointError
+from relora_ds.optim.vector_adamw import MOMENTS, VectorAdamW
+
+
+@torch.no_grad()
+def load_state(engine: TrainEngine, saved: SavedState) -> None:
+    """Restore a state that may have been saved with another number of processes or stage.
+
+    Every rank reads its own slices.
+
+    Raises:
+        CheckpointError: the optimizer keeps its moments in another form, or the clocks are of
+            another method.
+    """
+    if type(engine.optimizer) not in (VectorAdamW, torch.optim.AdamW):
+        raise CheckpointError(
+            "a checkpoint of other processes or another ZeRO stage can be continued with "
+            "optimizer.name adamw or torch_adamw only: the others keep moments in blocks or "
+            "kernels of their own; resume with the processes and stage it was saved with"
+        )
+    for owner in engine.layout.owners() if saved.completed else ():
+        engine.optimizer.state[owner] = {
+            "step": torch.tensor(float(saved.completed)),
+            **{key: torch.zeros_like(owner, dtype=torch.float32) for key in MOMENTS},
+        }
+    for name, parameter in engine.model.named_parameters():
+        start, working = engine.layout.working(parameter)
+        if parameter in engine.layout.placements:
+            _load_trained(engine, saved, name, parameter)
+            working.copy_(saved.read("master", name, start, working.numel()))
+        else:
+            exact = saved.frozen(name, start, working.numel()).to(working.device)
+            if parameter in engine.bases:
+                engine.bases[parameter].store(working, 0, exact)
+            else:
+                working.copy_(exact)
+        engine.layout.drop_copies(parameter)
+    load_side_tensors(engine, saved.clocks | _base_tensors(engine))
+
+
+def _load_trained(
+    engine: TrainEngine, saved: SavedState, name: str, parameter: nn.Parameter
+) -> None:
+    placement = engine.layout.placements[parameter]
+    start, length = placement.stretch.start, placement.stretch.length
+    placement.master().copy_(saved.read("master", name, start, length))
+    for key in MOMENTS if saved.completed and length else ():
+        own = engine.layout.optimizer_state(parameter, key)
+        assert own is not None
+        own.copy_(saved.read(key, name, start, length))
+
+
+def side_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """State that DeepSpeed does not know, the same on every rank, as live tensors by name."""
+    names = engine.names()
+    tensors = {}
+    for parameter, clock in engine.clocks.items():
+        for key, tensor in clock.tensors().items():
+            tensors[f"clock.{names[parameter]}.{key}"] = tensor
+    return tensors if engine.layout.weights_cut else tensors | _base_tensors(engine)
+
+
+def side_slices(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """More of the same that differs by rank: what lies beside this rank's slices of weights."""
+    return _base_tensors(engine) if engine.layout.weights_cut else {}
+
+
+def _base_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    names = engine.names()
+    return {
+        f"base.{names[weight]}.{key}": tensor
+        for weight, base in engine.bases.items()
+        for key, tensor in base.tensors().items()
+    }
+
+
+def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) -> None:
+    """Restore `side_tensors` and `side_slices` in place.
+
+    Raises:
+        CheckpointError: the saved names are not the ones of this run.
+    """
+    live = side_tensors(engine) | side_slices(engine)
+    if live.keys() != saved.keys():
+        odd = sorted(live.keys() ^ saved.keys())
+        raise CheckpointError(
+            f"the checkpoint's method state differs from the run's, first at {odd[0]!r}: it "
+            "was written with another method or precision; resume with the run file it names"
+        )
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+    for clock in engine.clocks.values():
+        clock.refresh()
+    engine.seal_frozen()

@@ -1,0 +1,112 @@
+"""A saved run by name, whichever way it was cut when it was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from relora_ds.checkpoint.inventory import Inventory, take_inventory
+from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
+from relora_ds.checkpoint.store import METHOD_FILE, TrainerState, read_trainer_state
+from relora_ds.checkpoint.tp_state import JoinedState
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.source import read_yaml
+from relora_ds.engine.precision import base_precision
+from relora_ds.methods.build import cut_meta_model, shards_of
+from relora_ds.methods.interface import Method
+from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.shape import TensorShard
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
+from relora_ds.parallel.topology import part_of_model
+
+
+def read_run(checkpoint: Path) -> tuple[RunConfig, ModelConfig]:
+    """The resolved run and the architecture that a checkpoint belongs to."""
+    config = read_yaml(checkpoint / "run.yaml").data
+    architecture = (checkpoint / "model.json").read_text()
+    return (
+        RunConfig.model_validate_json(json.dumps(config)),
+        ModelConfig.model_validate_json(architecture),
+    )
+
+
+class SavedRun:
+    """What a checkpoint holds of one phase.
+
+    Args:
+        checkpoint: a directory `step_N`.
+        config: the run, of which the checkpoint is; how it is cut may differ.
+        architecture: its model.
+    """
+
+    def __init__(self, checkpoint: Path, config: RunConfig, architecture: ModelConfig) -> None:
+        self.checkpoint = checkpoint
+        self.trainer: TrainerState = read_trainer_state(checkpoint)
+        self._config, self._architecture = config, architecture
+        phases = {phase.name: phase for phase in plan_phases(config)}
+        self.method: Method[Any] = phases[self.trainer.phase].method
+        # rewritten for other processes: by name, and whole
+        self._ranks = 1 if is_written_state(checkpoint) else self.trainer.tensor_size
+        self._parallel = read_run(checkpoint)[0].parallel.model_copy(update={"tensor": self._ranks})
+
+    def is_cut_like(self, tensor: TensorParallel) -> bool:
+        """Whether the ranks of the group hold the parts that the files do."""
+        alike = tensor.size == 1 or tensor.plan == self._parallel.low_rank_plan
+        return tensor.size == self._ranks and alike
+
+    def state(self) -> SavedState:
+        """Weights and optimizer state of the whole model, read when they are asked for.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or of an optimizer that cannot be read so.
+        """
+        whole = self._inventory(SINGLE)
+        stage, dp_size = self.trainer.zero_stage, self.trainer.dp_size
+        if self._ranks == 1:
+            return open_state(self.checkpoint, whole, stage, dp_size)
+        groups = self._groups()
+        parts = [
+            open_state(self.checkpoint, self._inventory(group), stage, dp_size, group)
+            for group in groups
+        ]
+        return JoinedState(whole, parts, [self.shards(group) for group in groups])
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's state for the whole model, on the CPU."""
+        groups = self._groups()
+        states = [self._method_file(group) for group in groups]
+        if len(states) == 1:
+            return states[0]
+        return self.method.join_states(states, [self.shards(group) for group in groups])
+
+    def own_method_state(self, tensor: TensorParallel) -> dict[str, Any]:
+        """The same for one rank of a tensor-parallel group, as `load_state_dict` takes it."""
+        if self.is_cut_like(tensor):
+            return self._method_file(tensor)
+        whole = self.method_state()
+        return whole if tensor.size == 1 else self.method.part_of_state(whole, self.shards(tensor))
+
+    def shards(self, tensor: TensorParallel) -> Mapping[str, TensorShard]:
+        """Which part of every cut parameter a rank of a tensor-parallel group holds."""
+        parts = self._architecture, self.method, self._config.train
+        return shards_of(cut_meta_model(*parts, tensor))
+
+    def _groups(self) -> list[TensorParallel]:
+        """The ranks that wrote it."""
+        return [part_of_model(self._parallel, rank) for rank in range(self._ranks)]
+
+    def _method_file(self, tensor: TensorParallel) -> dict[str, Any]:
+        path = self.checkpoint / METHOD_FILE.format(tensor.suffix)
+        return self.trainer.method | (load_file(path) if path.is_file() else {})
+
+    def _inventory(self, tensor: TensorParallel) -> Inventory:
+        train = self._config.train
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        model = cut_meta_model(self._architecture, self.method, train, tensor)
+        return take_inventory(model, self.method, base_precision(self._config), dtype)

@@ -1,0 +1,209 @@
+"""A saved run by parameter name, whichever way it was cut when it was written.
+
+Per trained parameter the fp32 master and both moments, per frozen one the exact value, and one
+count of updates: nothing here knows how many processes or which ZeRO stage will read it. The source
+is either DeepSpeed's shards of any stage, which are put together as slices are asked for, or a
+directory that `write_state` wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from relora_ds.checkpoint.deepspeed_state import DeepSpeedShards
+from relora_ds.checkpoint.inventory import Inventory, Pieces
+from relora_ds.errors import CheckpointError
+from relora_ds.numerics.base_weight import KINDS
+from relora_ds.optim.vector_adamw import MOMENTS
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
+
+_FILE = "state-{:05d}.safetensors"
+_FILE_BYTES = 2_000_000_000
+_STEP = "completed_steps"
+
+
+class SavedState:
+    """Values by name; every read is a slice of a flattened parameter, on the CPU.
+
+    Args:
+        completed: updates of the phase that were done.
+        clocks: births and thaws of vectors by the names of `TrainEngine.side_tensors`.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        completed: int,
+        clocks: Mapping[str, torch.Tensor],
+        pieces: dict[str, Pieces],
+    ) -> None:
+        self.inventory = inventory
+        self.completed = completed
+        self.clocks = dict(clocks)
+        self._pieces = pieces
+
+    def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
+        """A slice of a trained parameter's `master` or of one of its `MOMENTS`: fp32, 1-D.
+
+        Raises:
+            CheckpointError: the optimizer that wrote it keeps its moments in another form.
+        """
+        if f"{kind}.{name}" not in self._pieces:
+            raise CheckpointError(
+                f"the checkpoint holds no {kind} of {name} by element: its optimizer keeps moments "
+                "in blocks; resume with the processes, ZeRO stage and optimizer it was saved with"
+            )
+        return self._pieces[f"{kind}.{name}"].read(start, length)
+
+    def frozen(self, name: str, start: int, length: int) -> torch.Tensor:
+        """A slice of a frozen parameter's exact value: fp32, 1-D."""
+        if f"frozen.{name}" in self._pieces:
+            return self._pieces[f"frozen.{name}"].read(start, length)
+        working = self._pieces[f"working.{name}"].read(start, length)
+        if name not in self.inventory.edited:
+            return working.float()
+        base = KINDS[self.inventory.precision](working.clone(), working.float())
+        for key, tensor in base.tensors().items():
+            tensor.copy_(self._pieces[f"base.{name}.{key}"].read(start, length))
+        return base.load(working, 0)
+
+    def working(self, name: str) -> torch.Tensor:
+        """A whole parameter as the forward pass uses it, in the model's dtype."""
+        trained = self.inventory.trained
+        if name in trained:
+            whole = self.read("master", name, 0, trained[name].numel())
+            return whole.to(self.inventory.dtype).view(trained[name])
+        shape = self.inventory.frozen[name]
+        if f"working.{name}" in self._pieces:
+            return self._pieces[f"working.{name}"].read(0, shape.numel()).view(shape)
+        value = torch.empty(shape.numel(), dtype=self.inventory.dtype)
+        kind = self.inventory.precision if name in self.inventory.edited else "working"
+        KINDS[kind](value, self.frozen(name, 0, shape.numel()))  # it rounds ties its own way
+        return value.view(shape)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything, whole, one at a time, by the keys of the files that `write_state` writes."""
+        for name, shape in self.inventory.trained.items():
+            for kind in ("master", *(MOMENTS if self.completed else ())):
+                yield f"{kind}.{name}", self.read(kind, name, 0, shape.numel())
+        for name, shape in self.inventory.frozen.items():
+            yield f"frozen.{name}", self.frozen(name, 0, shape.numel())
+
+
+class WorkingValues(Mapping[str, torch.Tensor]):
+    """Every parameter as the forward pass uses it, by name, read on access."""
+
+    def __init__(self, state: SavedState) -> None:
+        self._state = state
+        self._names = [*state.inventory.trained, *state.inventory.frozen]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._state.working(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_state(state: SavedState, directory: Path) -> None:
+    """Write a state so that any topology can read it; at most one file is held in memory."""
+    pending: dict[str, torch.Tensor] = {_STEP: torch.tensor(state.completed)}
+    size, number = 0, 0
+    for key, tensor in state.tensors():
+        grown = tensor.numel() * tensor.element_size()
+        if pending and size + grown > _FILE_BYTES:
+            save_file(pending, directory / _FILE.format(number))
+            pending, size, number = {}, 0, number + 1
+        pending[key] = tensor.contiguous()
+        size += grown
+    save_file(pending, directory / _FILE.format(number))
+
+
+def is_written_state(directory: Path) -> bool:
+    """Whether `write_state` wrote the directory's weights, not DeepSpeed."""
+    return (directory / _FILE.format(0)).is_file()
+
+
+def open_state(
+    directory: Path,
+    inventory: Inventory,
+    stage: int,
+    dp_size: int,
+    tensor: TensorParallel = SINGLE,
+) -> SavedState:
+    """The state in a checkpoint; large tensors are read when they are asked for.
+
+    Args:
+        inventory: of what the tensor-parallel rank holds.
+        stage: ZeRO stage that it was written at.
+        dp_size: data-parallel processes that wrote it.
+        tensor: the rank, of as many as wrote it, whose part is read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or of another run.
+    """
+    side = _load_side(directory / f"side{tensor.suffix}.safetensors")
+    clocks = {name: tensor for name, tensor in side.items() if name.startswith("clock.")}
+    if is_written_state(directory):
+        completed, pieces = _written_pieces(directory)
+    else:
+        reader = DeepSpeedShards(directory, inventory, stage, dp_size, tensor.rank)
+        completed, pieces = reader.completed, reader.pieces
+        # at stage 3 what lies beside the edited weights is cut like them
+        cut = stage == 3 and inventory.edited and inventory.precision != "working"
+        ranks = [tensor.rank + copy * tensor.size for copy in range(dp_size)] if cut else []
+        names = [f"side_rank_{rank}.safetensors" for rank in ranks]
+        slices = [_load_side(directory / name) for name in names] or [side]
+        for part in slices:
+            for key, values in part.items():
+                if key.startswith("base."):
+                    pieces.setdefault(key, Pieces()).append(values, values.numel())
+    _check_complete(directory, inventory, pieces)
+    return SavedState(inventory, completed, clocks, pieces)
+
+
+def _check_complete(directory: Path, inventory: Inventory, pieces: Mapping[str, Pieces]) -> None:
+    for name, shape in (inventory.trained | inventory.frozen).items():
+        kinds = ("master",) if name in inventory.trained else ("frozen", "working")
+        found = max(pieces.get(f"{kind}.{name}", Pieces()).length for kind in kinds)
+        if found < shape.numel():
+            raise CheckpointError(
+                f"{directory}: holds {found} of {shape.numel()} elements of {name}: it is damaged "
+                "or of another run; use another one"
+            )
+
+
+def _written_pieces(directory: Path) -> tuple[int, dict[str, Pieces]]:
+    pieces, completed = {}, 0
+    for path in sorted(directory.glob("state-*.safetensors")):
+        file = _open(path)
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            if key == _STEP:
+                completed = int(file.get_tensor(key))
+                continue
+            part = file.get_slice(key)
+            pieces[key] = Pieces()
+            pieces[key].append(part, part.get_shape()[0])
+    return completed, pieces
+
+
+def _load_side(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error

@@ -1,0 +1,81 @@
+"""From a method and dense weights to a live engine: the one way to build one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine.deepspeed.partition import DenseSlices, build_cutter
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.engine.handover import restore_masters
+from relora_ds.methods.build import DenseSource, build_model
+from relora_ds.methods.interface import Method
+from relora_ds.model.init import InitialWeights
+from relora_ds.model.llama import Llama
+from relora_ds.parallel.topology import Topology
+
+DenseWeights = Mapping[str, torch.Tensor] | DenseSlices | None
+"""Uncut weights by name, this rank's slices of them, or None for the seed's random draw."""
+
+
+def build_engine(
+    architecture: ModelConfig,
+    method: Method[Any],
+    config: RunConfig,
+    deepspeed_config: dict[str, Any],
+    topology: Topology,
+    weights: DenseWeights = None,
+    probe_tokens: torch.Tensor | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> TrainEngine:
+    """A fresh engine for one phase of a run. A collective call.
+
+    Args:
+        architecture: the model.
+        method: builds its projections and says what is trained.
+        config: the run's settings; nothing of its data is read.
+        deepspeed_config: resolved DeepSpeed dictionary.
+        topology: this process's place.
+        weights: what the model starts from.
+        probe_tokens: (B, S) int64; methods report drift with the model's output on them.
+        prepare: called with the filled model before it is handed to DeepSpeed.
+    """
+    source: DenseSource
+    slices = whole = None
+    if isinstance(weights, DenseSlices):
+        source, slices = weights.rest, weights
+    elif weights is not None:
+        source, whole = (lambda name, shape: weights[name]), weights
+    else:
+        source = InitialWeights(architecture, config.train.seed)
+    tensor = topology.tensor
+    cutter = build_cutter(deepspeed_config, config.train.precision, slices, whole or (), tensor)
+    model = build_model(architecture, method, config.train, source, topology.device, cutter, tensor)
+    if prepare is not None:
+        prepare(model)
+    exact = None if cutter is None else cutter.finish()
+    probe = _Probe(model, probe_tokens)
+    engine = TrainEngine(model, method, config, deepspeed_config, probe, exact, tensor)
+    if cutter is None and whole is not None:
+        restore_masters(engine, whole)
+    return engine
+
+
+class _Probe:
+    """Logits of the working model on fixed tokens; None where there are none."""
+
+    def __init__(self, model: Llama, tokens: torch.Tensor | None) -> None:
+        self._model, self._tokens = model, tokens
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor | None:
+        if self._tokens is None:
+            return None
+        self._model.eval()
+        device = self._model.model.embed_tokens.weight.device
+        return self._model.logits(self._tokens.to(device)).float()

@@ -1,0 +1,138 @@
+"""Cutting a model over ranks while it is built, one parameter at a time.
+
+Under ZeRO stage 3 no rank ever holds the whole model: a parameter is allocated, filled, cut and
+freed before the next one is allocated.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.utils import groups
+from torch import nn
+
+from relora_ds.accounting.recorder import recorder
+from relora_ds.accounting.zero_traffic import HPZ_GROUP
+from relora_ds.engine.deepspeed.config import zero_stage
+from relora_ds.parallel.shape import slice_of
+from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
+
+
+@dataclass(frozen=True)
+class DenseSlices:
+    """This rank's slices of the dense model at full precision, cut as ZeRO stage 3 cuts."""
+
+    values: dict[str, torch.Tensor]
+    """Flattened slice of every parameter, fp32 on the CPU, by name; the cutter takes them out."""
+
+    @staticmethod
+    def rest(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """What a parameter is filled with before the cutter adds its slice: zeros."""
+        return torch.zeros(shape)
+
+
+class Cutter:
+    """Cuts parameters into one slice per data-parallel rank.
+
+    Args:
+        deepspeed_config: resolved, of stage 3.
+        dtype: working precision of the slices.
+        slices: dense values that are added to the parameters of the same name. A method's frozen
+            or dense weight is the dense weight plus a term of its own, so the slice is enough.
+        restored: names of trained parameters whose fp32 values are kept for their masters, besides
+            those in `slices`.
+        tensor: what a parameter was cut over before; its other ranks have slices of their own.
+    """
+
+    def __init__(
+        self,
+        deepspeed_config: dict[str, Any],
+        dtype: torch.dtype,
+        slices: DenseSlices | None = None,
+        restored: Collection[str] = (),
+        tensor: TensorParallel = SINGLE,
+    ) -> None:
+        self._group = tensor.data_group
+        self._init = _LocalInit(
+            config_dict_or_path=deepspeed_config,
+            dtype=dtype,
+            data_parallel_group=self._group,
+            mpu=None if tensor.size == 1 else ModelParallelUnit(),
+        )
+        self._dtype = dtype
+        self._slices = slices
+        self._restored = set(restored) | set(() if slices is None else slices.values)
+        self._exact: dict[nn.Parameter, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str, parameter: nn.Parameter) -> None:
+        """Leave this rank's slice of a filled fp32 parameter in place of the parameter."""
+        rank = torch.distributed.get_rank(self._group)
+        size = torch.distributed.get_world_size(self._group)
+        start, length = slice_of(parameter.numel(), rank, size)
+        mine = parameter.data.view(-1)[start : start + length]
+        if self._slices is not None and name in self._slices.values:
+            mine.add_(self._slices.values.pop(name).to(mine.device))
+        kept = name in self._restored or not parameter.requires_grad
+        if kept and self._dtype != torch.float32:
+            self._exact[parameter] = mine.clone()
+        parameter.data = parameter.data.to(self._dtype)
+        self._init._convert_to_zero_parameters([parameter])
+        # padding is never read, but DeepSpeed leaves it uninitialised and writes it to checkpoints
+        cast(Any, parameter).ds_tensor.data[length:].zero_()
+
+    def finish(self) -> dict[nn.Parameter, torch.Tensor]:
+        """fp32 values of the slices that the cast to the working precision rounded."""
+        assert self._slices is None or not self._slices.values, sorted(self._slices.values)[:3]
+        return self._exact
+
+
+class _LocalInit(deepspeed.zero.Init):
+    """Every rank draws the same values, so broadcasting the whole model would be for nothing."""
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def name_hpz_group() -> None:
+    """Count what moves between the holders of one of hpZ's copies by itself."""
+    group = groups._get_zero_param_intra_parallel_group()
+    if isinstance(group, torch.distributed.ProcessGroup):
+        recorder.name_group(group, HPZ_GROUP)
+
+
+def release_stage3() -> None:
+    """Drop the global references by which DeepSpeed 0.19.8 keeps a destroyed stage-3 engine alive.
+
+    One parameter that is alive keeps all of them alive, masters and moments too.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # or hpZ cannot be set up a second time
+    # an lru_cache on a private method, keyed by (coordinator, module), inside other decorators
+    cached = functools._lru_cache_wrapper
+    for thing in gc.get_objects():
+        # not isinstance: asking lazy objects for their class makes some of them warn
+        if type(thing) is cached and thing.__module__.startswith("deepspeed.runtime.zero"):
+            thing.cache_clear()
+
+
+def build_cutter(
+    deepspeed_config: dict[str, Any],
+    precision: str,
+    slices: DenseSlices | None = None,
+    restored: Collection[str] = (),
+    tensor: TensorParallel = SINGLE,
+) -> Cutter | None:
+    """What cuts the model while it is built; None where every rank keeps it whole."""
+    if zero_stage(deepspeed_config) < 3:
+        return None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Cutter(deepspeed_config, dtype, slices, restored, tensor)

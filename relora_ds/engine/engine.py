@@ -1,0 +1,239 @@
+"""One model under DeepSpeed: updates, gradient norm, learning rates, and the state methods see."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.accounting.memory_meter import MemoryMeter
+from relora_ds.accounting.recorder import recorder
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine.backend import start_engine
+from relora_ds.engine.deepspeed.config import reduces_once
+from relora_ds.engine.deepspeed.layouts import build_layout
+from relora_ds.engine.deepspeed.partition import release_stage3
+from relora_ds.engine.optimizer import build_optimizer
+from relora_ds.engine.precision import base_precision
+from relora_ds.engine.zero.digest import ReplicaDigest
+from relora_ds.engine.zero.fragments import clocked_fragments, rounding_streams
+from relora_ds.engine.zero.layout import Layout
+from relora_ds.engine.zero.state import Probe, ZeroState
+from relora_ds.engine.zero.tensor_gradients import TensorGradients, global_norm
+from relora_ds.methods.interface import Method
+from relora_ds.numerics.base_weight import KINDS, BaseWeight
+from relora_ds.optim.vector_adamw import VectorAdamW
+from relora_ds.optim.vector_clock import VectorClock
+from relora_ds.parallel.shape import seen_shape
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
+
+
+class TrainEngine:
+    """A model, its optimizer and its partitioned state for one phase of a run.
+
+    Args:
+        model: built by the method, in fp32, already holding its initial values.
+        method: says what is trained, edited and clocked.
+        config: the run.
+        deepspeed_config: resolved DeepSpeed dictionary.
+        probe: output of the working model on a fixed batch; methods report drift with it.
+        exact: fp32 slices of parameters that a `Cutter` rounded; emptied.
+        tensor: the group that shares this copy of the model; the model is already cut over it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method[Any],
+        config: RunConfig,
+        deepspeed_config: dict[str, Any],
+        probe: Probe,
+        exact: dict[nn.Parameter, torch.Tensor] | None = None,
+        tensor: TensorParallel = SINGLE,
+    ) -> None:
+        self._tensor = tensor
+        groups = method.parameter_groups(model)
+        self.groups = [(group.role, list(group.parameters)) for group in groups]
+        self.optimizer = build_optimizer(config.optimizer, groups)
+        edited = method.edited_weights(model)
+        if exact is None:  # taken before DeepSpeed casts the model
+            exact = {w: w.detach().clone().view(-1) for w in edited}
+        self._engine: Any = start_engine(model, self.optimizer, config, deepspeed_config, tensor)
+        # bf16 stage 0 took an update on zero gradients; it must not count as a step
+        self.optimizer.state.clear()
+        self.model: nn.Module = self._engine.module
+        self.device: torch.device = self._engine.device
+        wrapper, replicas = self._engine.optimizer, self._engine.data_parallel_group
+        grouped = [parameters for _, parameters in self.groups]
+        self.layout: Layout = build_layout(wrapper, self.optimizer, grouped, replicas)
+        self.bases = self._store(edited, KINDS[base_precision(config)], exact)
+        self._restore_slices(exact)
+        axes = method.vector_axes(model).items()
+        self.clocks = {p: VectorClock(seen_shape(p)[axis], axis) for p, axis in axes}
+        if isinstance(self.optimizer, VectorAdamW):
+            self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
+            self.optimizer.roundings = rounding_streams(self.layout, self.names(), method.seed)
+        self._digest = ReplicaDigest(
+            dict(self.model.named_parameters()),
+            self.layout,
+            self.bases,
+            self.clocks,
+            replicas,
+            tensor,
+        )
+        self.state = ZeroState(
+            self.layout,
+            self.bases,
+            self.clocks,
+            self.completed_steps,
+            probe,
+            lambda weight: self._digest.seal([weight]),
+            tensor,
+        )
+        self._shares = TensorGradients(model, self.layout, wrapper, tensor)
+        kept = [base.tensors() for base in self.bases.values()]
+        self.memory = MemoryMeter(self.model, self.optimizer, wrapper, kept)
+        if config.train.per_layer_update:
+            self._engine.before_update = self.memory.after_backward
+        # DeepSpeed reports none at stage 0 in fp32
+        own_optimizer = wrapper is self.optimizer
+        self._reduces_once = reduces_once(config, deepspeed_config)
+        self._computes_norm = own_optimizer and not config.train.per_layer_update
+
+    def _store(
+        self,
+        edited: Iterable[nn.Parameter],
+        kind: type[BaseWeight],
+        exact: dict[nn.Parameter, torch.Tensor],
+    ) -> dict[nn.Parameter, BaseWeight]:
+        """The authoritative values of edited weights; takes them out of `exact`."""
+        bases = {}
+        for weight in edited:
+            _, working = self.layout.working(weight)
+            bases[weight] = kind(working, exact.pop(weight, working.float()))
+        return bases
+
+    def check_replicas(
+        self, more: Mapping[str, torch.Tensor] | None = None, event: str | None = None
+    ) -> None:
+        """Make sure that all ranks still hold the same run. A collective call.
+
+        Args:
+            more: further tensors by name, which every rank must hold alike.
+            event: what happened last to the weights, for the message.
+
+        Raises:
+            DesyncError: they do not; names the first tensor and the ranks.
+        """
+        self._digest.check(more or {}, event)
+
+    def completed_steps(self) -> int:
+        """Updates that the optimizer itself has applied in this phase, skipped ones not counted."""
+        for owner in self.layout.owners():
+            step = self.optimizer.state.get(owner, {}).get("step")
+            if step is not None:
+                return int(step)
+        return 0
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Learning rate by group role, for the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["role"]]
+
+    def train_step(
+        self, micro_batches: Iterable[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update from this rank's micro-batches of tokens (B, S + 1).
+
+        Returns:
+            The mean loss over this rank's micro-batches, not yet averaged over ranks, and the
+            global gradient norm before clipping. Both fp32 scalars on the device: reading them
+            waits for it.
+        """
+        self._engine.train()
+        losses, norm = [], None
+        with self._one_reduction() if self._reduces_once else nullcontext():
+            for tokens in micro_batches:
+                with recorder.phase("forward"), self.memory.forward():
+                    loss = self._engine(tokens.to(self.device, non_blocking=True))
+                with recorder.phase("backward"):
+                    self._engine.backward(loss)
+                losses.append(loss.detach().float())
+                self.memory.after_backward()
+                if not self._reduces_once:
+                    norm = self._update(self._engine.is_gradient_accumulation_boundary())
+        if self._reduces_once:
+            norm = self._update(at_boundary=True)
+        self.memory.finish()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+
+    def _update(self, at_boundary: bool) -> torch.Tensor | None:
+        """DeepSpeed's step, which updates at an accumulation boundary only.
+
+        Returns:
+            The gradient norm, where DeepSpeed is not going to know it.
+        """
+        norm = None
+        with recorder.phase("step"):
+            if at_boundary:
+                self._shares.complete()
+                if self._computes_norm:
+                    norm = self._gradient_norm()
+            self._engine.step()
+        return norm
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Gradients of the backward passes inside are summed over processes on the way out.
+
+        Anything that lets processes drift apart for several updates, such as averaging adapters
+        every N steps, belongs here too.
+        """
+        with recorder.phase("backward"), self._engine.coalesce_grad_reduction():
+            yield
+
+    def _restore_slices(self, exact: dict[nn.Parameter, torch.Tensor]) -> None:
+        """Give masters the bits that the cast to the working precision took, where `exact` has
+        this rank's slices of trained parameters."""
+        for parameter in list(exact):
+            value = exact.pop(parameter)
+            if parameter in self.layout.placements:
+                self.layout.placements[parameter].master().copy_(value)
+
+    def destroy(self) -> None:
+        """Free the engine so that another phase can build its own."""
+        self._engine.destroy()
+        if self.layout.weights_cut:
+            release_stage3()
+        del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
+        del self._digest, self.memory, self._shares
+        self.bases, self.clocks = {}, {}
+        gc.collect()
+
+    def save(self, directory: str, tag: str) -> None:
+        """DeepSpeed's own shards of model and optimizer, frozen weights always included."""
+        self._engine.save_checkpoint(directory, tag=tag, save_latest=False)
+
+    def load(self, directory: str, tag: str) -> None:
+        """Restore what `save` wrote, into the same layout."""
+        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
+        assert path is not None, "the caller verified that the files are there"
+        for parameter in self.model.parameters():
+            self.layout.drop_copies(parameter)
+
+    def names(self) -> dict[nn.Parameter, str]:
+        """Full name of every parameter of the model."""
+        return {parameter: name for name, parameter in self.model.named_parameters()}
+
+    def seal_frozen(self) -> None:
+        """Take all weights as they are now for what replica checks compare with."""
+        self._digest.seal(self.model.parameters())
+
+    def _gradient_norm(self) -> torch.Tensor:
+        return global_norm([p for _, group in self.groups for p in group], self._tensor)

@@ -1,0 +1,224 @@
+"""Do the replicas still agree? Cheap enough to ask after every event and every so many steps.
+
+A fault in one rank's memory or arithmetic spreads into the average of all gradients, and nothing in
+the loss shows it. Every tensor that several ranks hold alike is reduced to 64 bits, and these are
+compared; of what is cut over ranks, the working values must be the rounded masters, and frozen
+slices must be the ones that the last edit left behind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from relora_ds.engine.zero.layout import Layout
+from relora_ds.errors import DesyncError
+from relora_ds.numerics.base_weight import BaseWeight
+from relora_ds.optim.vector_adamw import MOMENTS
+from relora_ds.optim.vector_clock import VectorClock
+from relora_ds.parallel.shape import shard_of
+from relora_ds.parallel.tensor import SINGLE, TensorParallel
+
+_WIDTH = 4096
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ReplicaDigest:
+    """The comparison for one engine.
+
+    Args:
+        names: every parameter of the model by name.
+        layout: where they and their masters are.
+        bases: what lies beside the edited ones.
+        clocks: step counts of vectors.
+        group: data-parallel ranks.
+        tensor: the tensor-parallel group, whose ranks hold some parameters alike.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, nn.Parameter],
+        layout: Layout,
+        bases: Mapping[nn.Parameter, BaseWeight],
+        clocks: Mapping[nn.Parameter, VectorClock],
+        group: ProcessGroup,
+        tensor: TensorParallel = SINGLE,
+    ) -> None:
+        self._names = names
+        self._layout = layout
+        self._bases = bases
+        self._clocks = clocks
+        self._group = group
+        self._tensor = tensor
+        self._seals: dict[nn.Parameter, torch.Tensor] = {}
+        self.seal(names.values())
+
+    @torch.no_grad()
+    def seal(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember frozen slices as they are now: no other rank has them to compare with."""
+        if self._layout.weights_cut:
+            for parameter in parameters:
+                if parameter not in self._layout.placements:
+                    self._seals[parameter] = self._fingerprint_of_slice(parameter)
+
+    @torch.no_grad()
+    def check(self, more: Mapping[str, torch.Tensor], event: str | None) -> None:
+        """Compare. A collective call; waits for the device.
+
+        Args:
+            more: further tensors by name, which every rank must hold alike.
+            event: what happened last to the weights, for the message.
+
+        Raises:
+            DesyncError: on every rank, with the first tensor that differs and the ranks concerned.
+        """
+        further = [(name, fingerprint(tensor)) for name, tensor in more.items()]
+        entries = [*self._replicated(), *further, *self._local()]
+        problem = self._compare(entries, self._group, event)
+        if self._tensor.group is not None:
+            within = self._compare([*self._shared()], self._tensor.group, event)
+            problem = self._agree(problem or within)
+        if problem is not None:
+            raise DesyncError(problem)
+
+    def _agree(self, problem: str | None) -> str | None:
+        """The first problem that any rank has, so that all of them stop."""
+        found = torch.tensor(int(problem is not None), device=self._device())
+        for group in (self._group, self._tensor.group):
+            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
+        if not int(found):
+            return None
+        problems: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+        return next(text for text in problems if text is not None)
+
+    def _compare(
+        self, entries: Sequence[tuple[str, torch.Tensor]], group: ProcessGroup, event: str | None
+    ) -> str | None:
+        """What differs between the ranks of a group, if anything does."""
+        mine = torch.stack([value.to(self._device()) for _, value in entries])
+        # the largest and, inverted, the smallest in one reduction
+        extremes = torch.cat([mine, ~mine])
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
+        high, low = extremes.chunk(2)
+        wrong = (high != ~low).nonzero()
+        own = torch.tensor([name.endswith(_LOCAL) for name, _ in entries], device=mine.device)
+        if not len(wrong) and not bool((high * own).any()):
+            return None
+        everyone = mine.new_empty(torch.distributed.get_world_size(group) * mine.numel())
+        torch.distributed.all_gather_into_tensor(everyone, mine, group=group)
+        ranks = torch.distributed.get_process_group_ranks(group)
+        found = everyone.view(-1, mine.numel())
+        return _report([name for name, _ in entries], found, ranks, event)
+
+    def _shared(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fingerprints of what the ranks of a tensor-parallel group hold alike: the same slices of
+        uncut parameters, of their moments, and all clocks."""
+        for name, parameter in self._names.items():
+            if shard_of(parameter) is None:
+                yield name, fingerprint(self._layout.working(parameter)[1])
+                if parameter in self._layout.placements:
+                    for key in MOMENTS:
+                        moment = self._layout.optimizer_state(parameter, key)
+                        if moment is not None and moment.dtype.itemsize > 1:
+                            yield f"{name} ({key})", fingerprint(moment)
+            if parameter in self._clocks:
+                for key, tensor in self._clocks[parameter].tensors().items():
+                    yield f"{name} ({key})", fingerprint(tensor)
+
+    def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fingerprints of what every rank must hold alike."""
+        for name, parameter in self._names.items():
+            # under stage 3 a gathered copy where there is one; whether there is agrees on all ranks
+            yield name, fingerprint(parameter.data)
+            if not self._layout.weights_cut and parameter in self._bases:
+                for key, tensor in self._bases[parameter].tensors().items():
+                    yield f"{name} ({key})", fingerprint(tensor)
+            if self._layout.partition_group is None and parameter in self._layout.placements:
+                for key in MOMENTS:
+                    moment = self._layout.optimizer_state(parameter, key)
+                    if moment is not None:
+                        yield f"{name} ({key})", fingerprint(moment)
+            if parameter in self._clocks:
+                for key, tensor in self._clocks[parameter].tensors().items():
+                    yield f"{name} ({key})", fingerprint(tensor)
+
+    def _local(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """1 where this rank disagrees with itself, 0 elsewhere."""
+        for name, parameter in self._names.items():
+            if parameter in self._layout.placements:
+                broken = self._layout.mismatch(parameter)
+            elif parameter in self._seals:
+                broken = self._fingerprint_of_slice(parameter) != self._seals[parameter]
+            else:
+                continue
+            yield name + _LOCAL, broken.to(torch.int64)
+
+    def _fingerprint_of_slice(self, parameter: nn.Parameter) -> torch.Tensor:
+        _, working = self._layout.working(parameter)
+        value = fingerprint(working)
+        if parameter in self._bases:
+            for tensor in self._bases[parameter].tensors().values():
+                value = value * 31 + fingerprint(tensor).to(value.device)
+        return value
+
+    def _device(self) -> torch.device:
+        return next(iter(self._names.values())).device
+
+
+_LOCAL = " (its masters, or the last edit of it)"
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """64 bits of a tensor's content, as an int64 scalar on its device, without waiting for it.
+
+    Two sums over rows and columns of 64-bit words, each with weights of its own, modulo 2^64: a
+    change of any one word always shows.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    words = flat.view(_INTEGERS[flat.element_size()])
+    per_word = 8 // words.element_size()
+    body = words.numel() // (_WIDTH * per_word) * _WIDTH * per_word
+    total = _weighted(words[body:].to(torch.int64))
+    if body:
+        aligned = words[:body]
+        if aligned.data_ptr() % 8 or aligned.storage_offset() % per_word:
+            aligned = aligned.clone()
+        table = aligned.view(torch.int64).view(-1, _WIDTH)
+        total = total * 31 + _weighted(table.sum(0)) * 17 + _weighted(table.sum(1))
+    return total
+
+
+def _weighted(values: torch.Tensor) -> torch.Tensor:
+    # odd weights: a single change is never lost modulo 2^64
+    weights = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
+    return (values * (weights * -7046029254386353131 | 1)).sum()
+
+
+def _report(
+    names: list[str], everyone: torch.Tensor, ranks: Sequence[int], event: str | None
+) -> str:
+    """Describe the first tensor that is wrong.
+
+    Args:
+        everyone: (ranks, tensors).
+        ranks: global numbers of the ranks.
+        event: what happened last to the weights.
+    """
+    after = f", after a {event}" if event else ""
+    for index, name in enumerate(names):
+        values = everyone[:, index].tolist()
+        usual = 0 if name.endswith(_LOCAL) else Counter(values).most_common(1)[0][0]
+        odd = [rank for rank, value in zip(ranks, values, strict=True) if value != usual]
+        if odd:
+            return (
+                f"rank {', '.join(map(str, odd))} disagrees with the others on "
+                f"{name.removesuffix(_LOCAL)}, or with itself{after}: its memory or arithmetic is "
+                "at fault, or it runs other code; check the machine and resume from the last "
+                "checkpoint"
+            )
+    raise AssertionError("called without a difference")

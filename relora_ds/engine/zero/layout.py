@@ -1,0 +1,129 @@
+"""Where every trained parameter's master and moments live on this rank.
+
+A master is in fp32, but for parameters in bf16 that are their own. `engine.deepspeed.layouts` has
+one class per layout that the library can produce. Positions come from storage offsets, not from
+DeepSpeed's own fragment bookkeeping (which is wrong under some options and stale after a load), and
+every position is verified by value when the layout is built: drift in the library is a start-up
+error, never a silent corruption.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from relora_ds.errors import ReloraError
+from relora_ds.optim.vector_clock import Stretch
+from relora_ds.parallel.shape import whole_shape
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One parameter's stretch of the tensor that the optimizer steps on this rank."""
+
+    owner: torch.Tensor
+    """The tensor under which the optimizer keeps its state."""
+    stretch: Stretch
+    """Elements of the parameter, and where they lie in `owner`; its length may be 0."""
+
+    def master(self) -> torch.Tensor:
+        """This rank's values of the parameter as the optimizer has them, a live 1-D view."""
+        return self.stretch.of(self.owner.detach().view(-1))
+
+
+class Layout(ABC):
+    """Placements of all trained parameters.
+
+    Args:
+        groups: parameters per optimizer group, as they were before DeepSpeed took them over.
+        optimizer: the client optimizer that DeepSpeed drives.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
+        partition_group: ProcessGroup | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.partition_group = partition_group
+        """Ranks that hold parts of the same moments; None where every rank holds all of them."""
+        self.placements: dict[nn.Parameter, Placement] = {}
+        for number, group in enumerate(groups):
+            for index, parameter in enumerate(group):
+                placement = self.locate(parameter, number, index)
+                self.placements[parameter] = placement
+                self._verify(parameter)
+
+    @abstractmethod
+    def locate(self, parameter: nn.Parameter, group: int, index: int) -> Placement:
+        """Find parameter number `index` of a group."""
+
+    def owners(self) -> Iterator[torch.Tensor]:
+        """Every tensor that the optimizer steps on this rank."""
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+    def working(self, parameter: nn.Parameter) -> tuple[int, torch.Tensor]:
+        """What this rank stores of a working weight, trained or frozen.
+
+        Returns:
+            Index of its first element in the flattened parameter, and the elements as a live 1-D
+            view.
+        """
+        return 0, parameter.data.view(-1)
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Working values of whole parameters on every rank. A collective where they are cut."""
+        return [parameter.detach() for parameter in parameters]
+
+    def write_copies(self, parameter: nn.Parameter, value: torch.Tensor) -> None:  # noqa: B027
+        """Set whole copies of a working weight that are kept beside its slices, if there are any"""
+
+    def drop_copies(self, parameter: nn.Parameter) -> None:  # noqa: B027
+        """Forget such copies after an edit of the slices; the next use gathers them again."""
+
+    @property
+    def weights_cut(self) -> bool:
+        """Whether a rank stores only a slice of each working weight."""
+        return False
+
+    def full_master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """All fp32 values of a parameter, 1-D, on every rank. A collective where state is cut."""
+        placement, stretch = self.placements[parameter], self.placements[parameter].stretch
+        # beside the parameter: an offloaded master is where no collective can reach it
+        full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        full[stretch.start : stretch.start + stretch.length] = placement.master()
+        if self.partition_group is not None:
+            # every element is non-zero on one rank at most, so the sum is exact
+            torch.distributed.all_reduce(full, group=self.partition_group)
+        return full
+
+    def optimizer_state(self, parameter: nn.Parameter, key: str) -> torch.Tensor | None:
+        """This rank's stretch of a state tensor; None before the first step or if it has none."""
+        placement = self.placements[parameter]
+        state = self.optimizer.state.get(placement.owner)
+        if not state or not placement.stretch.length:
+            return None
+        return placement.stretch.of(state[key].view(-1))
+
+    def mismatch(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Whether a trained parameter's working values are not its rounded masters: bool scalar."""
+        placement = self.placements[parameter]
+        stretch, (first, working) = placement.stretch, self.working(parameter)
+        start = stretch.start - first
+        working = working[start : start + stretch.length]
+        return (placement.master().to(working) != working).any()
+
+    def _verify(self, parameter: nn.Parameter) -> None:
+        if bool(self.mismatch(parameter)):
+            raise ReloraError(
+                f"the fp32 master of a parameter of shape {tuple(whole_shape(parameter))} was not "
+                "found where DeepSpeed 0.19.8 keeps it: another version is installed, or an option "
+                "moved it; install the pinned version and use the shipped ZeRO files"
+            )

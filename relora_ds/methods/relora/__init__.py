@@ -1,0 +1,1 @@
+"""ReLoRA: merge the adapters into the base, restart them, repeat."""

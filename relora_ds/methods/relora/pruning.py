@@ -1,0 +1,116 @@
+"""Resetting Adam moments at a restart, on whatever part of them this rank holds.
+
+Every mask is a pure function of (seed, parameter name, restart, element), or of an exact order
+statistic over the whole parameter, so the outcome does not depend on how the state is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from relora_ds.config.method import ResetConfig
+from relora_ds.errors import DivergenceError
+from relora_ds.methods.train_state import MomentShard, TrainState
+from relora_ds.optim.vector_adamw import MOMENTS
+from relora_ds.randomness import Stream
+
+
+def reset_moments(
+    state: TrainState,
+    parameters: Mapping[str, nn.Parameter],
+    config: ResetConfig,
+    seed: int,
+    event: int,
+) -> float:
+    """Prune the moments of `parameters` by the configured rule.
+
+    Args:
+        parameters: by full name; the name is part of the random draws.
+        event: number of the restart.
+
+    Returns:
+        The share of non-zero moment elements, over all ranks, that are zero now.
+
+    Raises:
+        DivergenceError: every moment is zero already, so nothing can be reset.
+    """
+    shards = {name: state.moments(parameter) for name, parameter in parameters.items()}
+    before = _count_non_zero(state, shards)
+    if not before:
+        raise DivergenceError(
+            "every Adam moment of the adapters is zero at a restart: they got no gradient since "
+            "the last one; look for a learning rate, mask or loss that cuts them off"
+        )
+    if config.mode == "magnitude":
+        masks = _magnitude_masks(state, parameters, shards, config.fraction)
+    else:
+        masks = {
+            name: _random_masks(shard, name, config, seed, event)
+            for name, shard in shards.items()
+            if shard is not None
+        }
+    for name, shard in shards.items():
+        if shard is None:
+            continue
+        first, second = masks[name]
+        if config.joint:
+            first = second = first & second
+        shard.exp_avg.masked_fill_(~first, 0.0)
+        shard.exp_avg_sq.masked_fill_(~second, 0.0)
+    return 1.0 - _count_non_zero(state, shards) / before
+
+
+def _count_non_zero(state: TrainState, shards: Mapping[str, MomentShard | None]) -> int:
+    """Moment elements over all ranks that are not zero."""
+    here = sum(
+        int(shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero())
+        for shard in shards.values()
+        if shard is not None and shard.counted
+    )
+    return state.total([here])[0]
+
+
+def _random_masks(
+    shard: MomentShard, name: str, config: ResetConfig, seed: int, event: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which elements survive. `zero` keeps none; `random` draws one mask per moment."""
+    if config.mode == "zero":
+        none = torch.zeros_like(shard.exp_avg, dtype=torch.bool)
+        return none, none
+    first, second = (
+        shard.uniform(Stream(seed, f"reset.{moment}", name, event)) >= config.fraction
+        for moment in MOMENTS
+    )
+    # a joint mask is one draw: the intersection of two would keep (1 - p)^2 instead of 1 - p
+    return (first, first) if config.joint else (first, second)
+
+
+def _magnitude_masks(
+    state: TrainState,
+    parameters: Mapping[str, nn.Parameter],
+    shards: Mapping[str, MomentShard | None],
+    fraction: float,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Survivors are strictly larger than the quantile `fraction` of the parameter's magnitudes.
+
+    The threshold is the order statistic at which `torch.quantile` starts to interpolate, so the
+    surviving set is the published one; ties with it are dropped.
+    """
+    values, ranks = [], []
+    for name, parameter in parameters.items():
+        shard, count = shards[name], state.shape(parameter).numel()
+        for moment in MOMENTS:
+            absent = shard is None or not shard.counted
+            values.append(torch.empty(0) if absent else getattr(shard, moment))
+            ranks.append(math.floor(fraction * (count - 1)) + 1)
+    thresholds = iter(state.order_statistics(values, ranks))
+    masks = {}
+    for name, shard in shards.items():
+        first, second = next(thresholds), next(thresholds)
+        if shard is not None:
+            masks[name] = (shard.exp_avg.abs() > first, shard.exp_avg_sq.abs() > second)
+    return masks

@@ -1,0 +1,150 @@
+"""ReLoRA (Lialin et al., arXiv 2307.05695): merge the adapters into W, restart them, repeat."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import nn
+
+from relora_ds.config.method import ReLoRAConfig
+from relora_ds.errors import DivergenceError
+from relora_ds.methods.adapter import (
+    AdapterLinear,
+    AdapterMethod,
+    adapter_layers,
+    draw_factors,
+)
+from relora_ds.methods.interface import Event
+from relora_ds.methods.relora.pruning import reset_moments
+from relora_ds.methods.schedule import Schedule
+from relora_ds.methods.train_state import TrainState
+from relora_ds.numerics.base_weight import WeightEdit
+
+
+class ReLoRA(AdapterMethod[ReLoRAConfig]):
+    """Restarts after every `merge_every` updates, with a jagged learning rate."""
+
+    def lr_multiplier(self, step: int, schedule: Schedule) -> float:
+        """The jagged schedule (section 3 of the paper; exact order as in the authors' scheduler).
+
+        The first updates after a restart ramp from zero to the value that the schedule has at the
+        end of the ramp.
+        """
+        if step < schedule.warmup_steps:
+            return schedule(step)
+        every, ramp = self.config.merge_every, self.config.restart_warmup_steps
+        shifted = step + self.config.adjust_step
+        cycle, position = divmod(shifted, every)
+        if step >= every and position < ramp:
+            return position / ramp * schedule.decay(cycle * every + ramp)
+        return schedule.decay(shifted)
+
+    def edited_weights(self, model: nn.Module) -> list[nn.Parameter]:
+        return [layer.weight for layer in adapter_layers(model).values()]
+
+    def vector_axes(self, model: nn.Module) -> dict[nn.Parameter, int]:
+        if not self.config.reset.steps:
+            return {}
+        axes = {}
+        for layer in adapter_layers(model).values():
+            axes[layer.lora_A], axes[layer.lora_B] = 0, 1
+            if layer.scaling is not None:
+                axes[layer.scaling] = 0
+        return axes
+
+    def is_merge_step(self, step: int) -> bool:
+        """Whether a merge follows update number `step`; never after the last one."""
+        return 0 < step < self.steps and step % self.config.merge_every == 0
+
+    def after_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
+        if not self.is_merge_step(step):
+            return None
+        number = step // self.config.merge_every
+        layers = adapter_layers(model)
+        before = state.probe()
+        started, moved = time.perf_counter(), state.bytes_moved
+        factors = state.whole_in_turn([_own_parameters(layer) for layer in layers.values()])
+        parts = [
+            self._restart(state, layer, number, values)
+            for layer, values in zip(layers.values(), factors, strict=True)
+        ]
+        edits = dict(zip(layers, state.total_edits(parts), strict=True))
+        _refuse_lost_merge(edits)
+        merged = time.perf_counter(), state.bytes_moved
+        fraction = self._reset_optimizer(state, layers, number)
+        details = {
+            "method/merges": float(number),
+            "method/lost_update": max(_ratio(e.lost_sq, e.intended_sq) for e in edits.values()),
+            # the reports waited for the device
+            "method/merge_seconds": merged[0] - started,
+            "method/merge_bytes": float(merged[1] - moved),
+            "method/reset_seconds": time.perf_counter() - merged[0],
+            "method/reset_bytes": float(state.bytes_moved - merged[1]),
+        }
+        after = state.probe()
+        if before is not None and after is not None:
+            details["method/output_drift"] = float((after - before).norm() / before.norm())
+        drift = max(_ratio(edit.error_sq, edit.output_sq) for edit in edits.values())
+        return Event("merge", drift, fraction, details)
+
+    def _restart(
+        self, state: TrainState, layer: AdapterLinear, number: int, values: list[torch.Tensor]
+    ) -> WeightEdit:
+        """W += scale * B A, then fresh factors; what they add at once, W absorbs.
+
+        Args:
+            values: of `_own_parameters`, whole.
+        """
+        dtype = layer.lora_A.dtype
+        # rounded first, so that W absorbs exactly what the forward pass will compute with
+        lora_a, lora_b = (f.to(dtype) for f in draw_factors(layer, self.config, self.seed, number))
+        left, right, *scaling = values
+        scale = fresh_scale = layer.merge_scale(*scaling)
+        if layer.scaling is not None:
+            fresh = torch.ones_like(scaling[0])
+            fresh_scale = float(torch.tanh(fresh))
+            state.write(layer.scaling, fresh)
+        if self.config.init == "balanced":
+            left = torch.cat([left.float() * scale, lora_b.float() * -fresh_scale], dim=1)
+            right = torch.cat([right.float(), lora_a.float()])
+            scale = 1.0
+        edit = state.add_product(layer.weight, left, right, scale)
+        assert edit is not None
+        state.write(layer.lora_A, lora_a)
+        state.write(layer.lora_B, lora_b)
+        return edit
+
+    def _reset_optimizer(
+        self, state: TrainState, layers: dict[str, AdapterLinear], number: int
+    ) -> float:
+        factors: dict[str, nn.Parameter] = {}
+        for name, layer in layers.items():
+            factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
+            if layer.scaling is not None:
+                factors[f"{name}.scaling"] = layer.scaling
+        fraction = reset_moments(state, factors, self.config.reset, self.seed, number)
+        if self.config.reset.steps:
+            for parameter in factors.values():
+                state.reset_steps(parameter)
+        return fraction
+
+
+def _own_parameters(layer: AdapterLinear) -> list[nn.Parameter]:
+    return [layer.lora_B, layer.lora_A] + ([] if layer.scaling is None else [layer.scaling])
+
+
+def _ratio(part_sq: float, whole_sq: float) -> float:
+    return math.sqrt(part_sq / whole_sq) if whole_sq else 0.0
+
+
+def _refuse_lost_merge(edits: dict[str, WeightEdit]) -> None:
+    """A merge that was meant to change a weight and changed nothing must not pass silently."""
+    lost = [name for name, e in edits.items() if e.intended_sq > 0.0 and not e.elements]
+    if lost:
+        raise DivergenceError(
+            f"the merge changed no element of {lost[0]}.weight ({len(lost)} of {len(edits)} "
+            "projections): the update is below half a unit in the last place of the stored "
+            "weight; set train.base_precision to bf16_residual or fp32"
+        )

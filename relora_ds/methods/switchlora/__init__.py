@@ -1,0 +1,1 @@
+"""SwitchLoRA: replace single vectors of the adapters, a few at every step."""

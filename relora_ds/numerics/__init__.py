@@ -1,0 +1,1 @@
+"""Exact weights, rounding, 8-bit codes and their kernels."""

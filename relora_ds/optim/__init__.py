@@ -1,0 +1,1 @@
+"""Optimizers over flat tensors; they know no DeepSpeed and no method."""

@@ -1,0 +1,77 @@
+"""What can be said about a run before it starts: the parameters and the memory of a dry run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from relora_ds.accounting.flops import flops_per_token, parameter_counts
+from relora_ds.config.load import LoadedRun
+from relora_ds.methods.build import cut_over_ranks, meta_model
+from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.parallel.topology import part_of_model
+from relora_ds.planning.memory_report import closed_form, storage_plan
+
+_ADAM_STATES = 2
+_GB = 1e9
+_HELD = ("weights", "indices", "gradients", "states")
+
+
+def dry_run(run: LoadedRun, deepspeed_config: dict[str, Any], console: Console) -> None:
+    """Build every phase on the meta device and print what it trains. Nothing is allocated."""
+    for phase in plan_phases(run.config):
+        console.print(_parameter_table(run, phase))
+        console.print(_memory(run, phase, deepspeed_config), soft_wrap=True)
+    console.print(
+        f"ZeRO stage {deepspeed_config['zero_optimization']['stage']}, "
+        f"{deepspeed_config['train_batch_size']} sequences of {run.config.train.seq_length} tokens "
+        f"per step, {deepspeed_config['gradient_accumulation_steps']} micro-batches per process, "
+        f"{run.config.train.steps} steps: the configuration is valid"
+    )
+
+
+def _memory(run: LoadedRun, phase: Phase, deepspeed_config: dict[str, Any]) -> str:
+    """The closed form on a GPU; what DeepSpeed's buffers add depends on the cluster."""
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    together = deepspeed_config["train_micro_batch_size_per_gpu"]
+    together *= deepspeed_config["gradient_accumulation_steps"]
+    copies = deepspeed_config["train_batch_size"] // together
+    plan = storage_plan(run.config, stage, copies, torch.device("cuda"))
+    form = closed_form(run.config, run.architecture, phase.method, plan)
+    held = " + ".join(f"{name} {form[name] / _GB:.2f}" for name in _HELD if form[name])
+    rest = ", ".join(f"{name} {n / _GB:.2f}" for name, n in form.items() if n and name not in _HELD)
+    total = sum(form[name] for name in _HELD) / _GB
+    return f"GB per process: {held} = {total:.2f}; besides {rest}"
+
+
+def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
+    tensor = part_of_model(run.config.parallel)
+    model = meta_model(run.architecture, phase.method, run.config.train, tensor)
+    counts = parameter_counts(model)
+    table = Table(
+        title=f"{phase.name}: steps {phase.first_step + 1} to {phase.last_step}",
+        caption=f"{flops_per_token(model, run.config.train.seq_length):.3g} FLOP per token",
+    )
+    table.add_column("part")
+    for heading in ("frozen", "trainable", "optimizer"):
+        table.add_column(heading, justify="right")
+    for kind, (trainable, frozen) in counts.by_kind.items():
+        table.add_row(kind, *_numbers(frozen, trainable))
+    table.add_section()
+    table.add_row("total", *_numbers(counts.frozen, counts.trainable))
+    size = run.config.parallel.tensor
+    if size > 1:
+        for module in model.modules():
+            cut_over_ranks(module)
+        held = list(model.parameters())
+        trainable = sum(p.numel() for p in held if p.requires_grad)
+        frozen = sum(p.numel() for p in held) - trainable
+        table.add_row(f"one of {size} tensor ranks", *_numbers(frozen, trainable))
+    return table
+
+
+def _numbers(frozen: int, trainable: int) -> list[str]:
+    return [f"{n:,}" for n in (frozen, trainable, _ADAM_STATES * trainable)]

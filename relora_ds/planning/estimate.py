@@ -1,0 +1,279 @@
+"""What one phase of a run takes up, moves and needs in time on a cluster. Allocates nothing.
+
+Memory and bytes are the closed forms of `model.memory`, `engine.traffic` and
+`engine.tensor_traffic`, for the process that holds most. Time is a model: the operations of
+`model.flops` at a share of the peak, and latency plus bytes over bandwidth for communication. What
+tensor-parallel processes exchange stands between one block and the next and overlaps with nothing;
+the true step lies between the larger of the other two, if they overlap, and their sum. Composing
+weights (SLTrain) and events are not among those operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.accounting.collectives import Wire, wire_by_link
+from relora_ds.accounting.flops import flops_per_token, parameter_counts
+from relora_ds.accounting.memory_model import StoragePlan
+from relora_ds.accounting.recorder import Volumes
+from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_volumes
+from relora_ds.accounting.zero3_gathers import Replay, gathered
+from relora_ds.accounting.zero_traffic import HPZ_GROUP, Payloads, bytes_of, expected_payloads
+from relora_ds.config.load import LoadedRun
+from relora_ds.engine.deepspeed.config import reduces_once, zero_stage
+from relora_ds.methods.interface import projection_layers
+from relora_ds.methods.registry import Phase
+from relora_ds.parallel.shape import shard_of
+from relora_ds.parallel.topology import part_of_model
+from relora_ds.planning.memory_report import largest_part, memory_of_part, storage_plan
+
+# DeepSpeed flattens so many elements at a time at stage 0
+_STAGE_0_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and what connects them; the defaults are H100s with one 400 Gb/s port each."""
+
+    gpus: int
+    gpus_per_node: int = 8
+    gpu_memory: float = 80e9
+    """Bytes."""
+    node_bandwidth: float = 450e9
+    """Bytes per second that a GPU sends within its node."""
+    bandwidth: float = 50e9
+    """Bytes per second that a GPU sends to other nodes."""
+    latency: float = 10e-6
+    """Seconds of a collective per doubling of its processes."""
+    peak_flops: float = 989.4e12
+    """Per GPU."""
+    efficiency: float = 0.4
+    """Share of the peak that the model reaches."""
+    reserve: float = 0.08
+    """Share of the memory left to CUDA, kernels and fragmentation."""
+
+
+class PhaseEstimator:
+    """Estimates of one phase.
+
+    Args:
+        loaded: the run, with the tensor-parallel size to estimate.
+        phase: one of its phases.
+        cluster: where it is to run.
+        copies: data-parallel size.
+    """
+
+    def __init__(self, loaded: LoadedRun, phase: Phase, cluster: Cluster, copies: int) -> None:
+        config, train = loaded.config, loaded.config.train
+        self._config, self._method = config, phase.method
+        self._cluster, self._copies = cluster, copies
+        self._tensor = part_of_model(config.parallel)
+        self._model = largest_part(loaded.architecture, self._method, train, self._tensor)
+        self._groups = [g.parameters for g in self._method.parameter_groups(self._model)]
+        trained = [parameter for group in self._groups for parameter in group]
+        self._trained = sum(p.numel() for p in trained)
+        self._alike = sum(p.numel() for p in trained if shard_of(p) is None)
+        self._edited = sum(p.numel() for p in self._method.edited_weights(self._model))
+
+    def counts(self) -> dict[str, int]:
+        """Parameters of the phase's whole model."""
+        counts = parameter_counts(self._model)
+        return {"trained": counts.trainable, "frozen": counts.frozen}
+
+    def estimate(self, resolved: Mapping[str, Any]) -> dict[str, Any]:
+        """Memory, bytes and time with one DeepSpeed configuration."""
+        shares = shares_by_rank(self._model, self._groups, zero_stage(resolved), self._copies)
+        replay = self._gathers(resolved)
+        memory = self._memory(resolved, replay.live, max(shares))
+        total = sum(memory.values())
+        per_sequence, room = self._per_sequence(resolved), self._room()
+        largest = self._config.train.micro_batch_size + math.floor((room - total) / per_sequence)
+        volumes = self._tensor_volumes(resolved, max(shares))
+        moved = self._traffic(self._payloads(resolved, replay), volumes)
+        alike = self._alike / self._trained if self._tensor.size > 1 else 0.0
+        return {
+            "memory": memory,
+            "bytes_per_gpu": total,
+            "states_held_alike": round(memory["states"] * alike),
+            "host_bytes_per_node": self._parked(1) * self._parts_per_node(),
+            "fits": total <= room,
+            "largest_micro_batch": max(0, largest),
+            "traffic": moved,
+            "seconds": self._seconds(resolved, moved, replay.calls, volumes),
+        }
+
+    def _working(self) -> int:
+        return 2 if self._config.train.precision == "bf16" else 4
+
+    def _room(self) -> float:
+        return self._cluster.gpu_memory * (1 - self._cluster.reserve)
+
+    def _parked(self, place: int) -> int:
+        return self._method.parked_elements(self._model)[place] * self._working()
+
+    def _parts_per_node(self) -> int:
+        """Different parts of the model on one node: each has host memory of its own."""
+        return min(self._tensor.size, self._cluster.gpus_per_node)
+
+    def _gathers(self, resolved: Mapping[str, Any]) -> Replay:
+        """What stage 3 gathers of the weights; nothing at other stages."""
+        if zero_stage(resolved) < 3 or self._copies == 1:
+            return Replay({}, 0, 0)
+        zero, steps = resolved["zero_optimization"], resolved["gradient_accumulation_steps"]
+        return gathered(self._model, zero, self._copies, int(steps))
+
+    def _storage(self, resolved: Mapping[str, Any]) -> StoragePlan:
+        device = torch.device("cuda")
+        return storage_plan(self._config, zero_stage(resolved), self._copies, device)
+
+    def _form(self, resolved: Mapping[str, Any], micro: int) -> dict[str, int]:
+        train = self._config.train.model_copy(update={"micro_batch_size": micro})
+        return memory_of_part(self._model, self._method, train, self._storage(resolved))
+
+    def _memory(self, resolved: Mapping[str, Any], live: int, share: int) -> dict[str, int]:
+        """Bytes per GPU by component, that of residuals apart from that of weights."""
+        zero, stage = resolved["zero_optimization"], zero_stage(resolved)
+        form = self._form(resolved, self._config.train.micro_batch_size)
+        residual = self._storage(resolved).beside_edited * self._edited
+        residual //= self._copies if stage == 3 else 1
+        bucket = min(int(zero.get("reduce_bucket_size", _STAGE_0_BUCKET)), self._trained)
+        if stage == 0:
+            bucket = min(_STAGE_0_BUCKET, self._trained)
+        buffers = bucket * self._working() * (2 if zero.get("overlap_comm") else 1)
+        near = int(zero.get("zero_hpz_partition_size", 1))
+        held = sum(p.numel() for p in self._model.parameters()) // near if near > 1 else 0
+        # shares of gradients are joined for one collective, if any outlive the backward pass
+        within = self._config.train.per_layer_update
+        shares = 0 if within else share * self._working()
+        return {
+            **form,
+            "weights": form["weights"] - residual,
+            "residual": residual,
+            "gathered": (live + held) * self._working(),
+            "parked": self._parked(0),
+            "buffers": (buffers if self._copies > 1 and not within else 0) + shares,
+        }
+
+    def _per_sequence(self, resolved: Mapping[str, Any]) -> int:
+        one, two = (self._form(resolved, micro)["activations"] for micro in (1, 2))
+        return two - one
+
+    def _payloads(self, resolved: Mapping[str, Any], replay: Replay) -> Payloads:
+        once = reduces_once(self._config, resolved)
+        groups, copies = self._groups, self._copies
+        return expected_payloads(self._model, groups, resolved, copies, once=once, replay=replay)
+
+    def _tensor_volumes(self, resolved: Mapping[str, Any], share: int) -> Volumes:
+        if self._tensor.size == 1:
+            return {}
+        train = self._config.train
+        tokens = train.micro_batch_size * train.seq_length
+        groups = len(self._groups)
+        return tensor_volumes(self._model, resolved, tokens, self._tensor.size, share, groups)
+
+    def _traffic(self, payloads: Payloads, volumes: Volumes) -> dict[str, Any]:
+        """Bytes per step and GPU: payload of gradients and of everything, wire bytes by link.
+
+        Args:
+            payloads: between copies of the model.
+            volumes: within a copy.
+        """
+        across = {kind: volume.payload for kind, volume in volumes.items()}
+        data, tensor = self._by_link(payloads), self._by_link(across)
+        gradients = [
+            size
+            for kind, size in payloads.items()
+            if kind.phase == "backward" and kind.operation != "all_gather"
+        ]
+        payload, wire = bytes_of(payloads, across)
+        return {
+            "gradient_payload": sum(gradients),
+            "payload": payload,
+            "wire": wire,
+            "within_node": data.near + tensor.near,
+            "between_nodes": data.far + tensor.far,
+            "tensor_payload": sum(across.values()),
+            "tensor_within_node": tensor.near,
+            "tensor_between_nodes": tensor.far,
+        }
+
+    def _by_link(self, payloads: Payloads) -> Wire:
+        """Wire bytes; ranks that share a model are neighbours, copies lie that far apart."""
+        near = far = 0.0
+        node, size = self._cluster.gpus_per_node, self._tensor.size
+        for kind, payload in payloads.items():
+            if kind.group == HPZ_GROUP:  # its copies lie within nodes
+                per_node = kind.size
+            elif kind.group == "tp":  # a size that does not divide a node straddles two
+                per_node = size if self._cluster.gpus <= node else math.gcd(size, node)
+            else:
+                per_node = max(1, node // size)
+            link = wire_by_link(kind.operation, payload, kind.size, per_node)
+            near, far = near + link.near, far + link.far
+        return Wire(near, far)
+
+    def _seconds(
+        self,
+        resolved: Mapping[str, Any],
+        moved: Mapping[str, Any],
+        gathers: int,
+        volumes: Volumes,
+    ) -> dict[str, float]:
+        cluster, compute = self._cluster, self._compute_seconds()
+        bucket = int(resolved["zero_optimization"].get("reduce_bucket_size", _STAGE_0_BUCKET))
+        bucket *= self._working()
+        calls = gathers + math.ceil(moved["gradient_payload"] / bucket) + len(self._groups)
+
+        def over(near: float, far: float, calls: int, size: int) -> float:
+            """Seconds of collectives on so many processes."""
+            waits = calls * cluster.latency * math.ceil(math.log2(size))
+            return waits + near / cluster.node_bandwidth + far / cluster.bandwidth
+
+        near, far = moved["tensor_within_node"], moved["tensor_between_nodes"]
+        inner = sum(volume.calls for volume in volumes.values())
+        tensor = over(near, far, inner, self._tensor.size)
+        rest = moved["within_node"] - near, moved["between_nodes"] - far
+        communication = over(*rest, calls, self._copies)
+        return {
+            "compute": compute,
+            "communication": communication,
+            "tensor": tensor,
+            "overlapped": tensor + max(compute, communication),
+            "serial": tensor + compute + communication,
+        }
+
+    def _compute_seconds(self) -> float:
+        train, cluster = self._config.train, self._cluster
+        tokens = train.global_batch_size * train.seq_length / cluster.gpus
+        # every rank multiplies with what every rank holds whole
+        again = (self._tensor.size - 1) * _held_alike(self._model)
+        operations = (flops_per_token(self._model, train.seq_length) + 6.0 * again) * tokens
+        if train.activation_checkpointing:
+            operations += (_forward_flops(self._model) + 2.0 * again) * tokens
+        return operations / (cluster.peak_flops * cluster.efficiency)
+
+
+def _held_alike(model: nn.Module) -> int:
+    """Elements of matrices that are whole on every tensor-parallel rank and read activations.
+
+    A layer that makes a whole weight of its factors composes its own part of it instead.
+    """
+    return sum(
+        parameter.numel()
+        for layer in projection_layers(model).values()
+        if not layer.scratch_bytes(working=2)
+        for name, parameter in layer.named_parameters()
+        if name != "bias" and parameter.requires_grad and shard_of(parameter) is None
+    )
+
+
+def _forward_flops(model: nn.Module) -> float:
+    """What recomputing the layers adds per token: two per element of a projection."""
+    kinds = parameter_counts(model).by_kind
+    return 2.0 * sum(sum(kinds.get(kind, (0, 0))) for kind in ("attention", "mlp"))

@@ -1,0 +1,88 @@
+"""What a run takes up, measured and in closed form, side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from relora_ds.accounting.memory_model import StoragePlan, expected_memory
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig, TrainConfig
+from relora_ds.engine.precision import base_precision
+from relora_ds.methods.build import cut_over_ranks, meta_model
+from relora_ds.methods.interface import Method
+from relora_ds.model.llama import Llama
+from relora_ds.numerics.block_codes import BLOCK
+from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.topology import part_of_model
+
+_FP32 = 4
+_BESIDE = {"working": 0, "bf16_residual": 2, "fp32": 4}
+
+
+def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.device) -> StoragePlan:
+    """How the run stores its numbers under DeepSpeed."""
+    train, bf16 = config.train, config.train.precision == "bf16"
+    return StoragePlan(
+        working=2 if bf16 else _FP32,
+        # from stage 1 on DeepSpeed updates flat copies, also of fp32 weights
+        master=_FP32 if (bf16 and train.master_weights) or stage >= 1 else 0,
+        moment=1 + _FP32 / BLOCK if config.optimizer.name == "adamw8bit" else _FP32,
+        beside_edited=_BESIDE[base_precision(config)],
+        stage=stage,
+        dp_size=dp_size,
+        tensor=config.parallel.tensor,
+        sequence=config.parallel.sequence,
+        per_layer=train.per_layer_update,
+        accumulates=train.global_batch_size > train.micro_batch_size * dp_size,
+        host=device.type == "cpu",
+    )
+
+
+def largest_part(
+    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tensor: TensorParallel
+) -> Llama:
+    """Without memory, what the first tensor-parallel rank holds: no other one holds more.
+
+    What is cut by the values of a draw is taken for cut evenly.
+    """
+    model = meta_model(architecture, method, train, tensor)
+    if tensor.size > 1:
+        for module in model.modules():
+            cut_over_ranks(module)
+    return model
+
+
+def closed_form(
+    config: RunConfig, architecture: ModelConfig, method: Method[Any], plan: StoragePlan
+) -> dict[str, int]:
+    """Expected bytes per process by component; nothing is allocated."""
+    part = largest_part(architecture, method, config.train, part_of_model(config.parallel))
+    return memory_of_part(part, method, config.train, plan)
+
+
+def memory_of_part(
+    part: Llama, method: Method[Any], train: TrainConfig, plan: StoragePlan
+) -> dict[str, int]:
+    """The same for what `largest_part` returned."""
+    return expected_memory(
+        part,
+        plan,
+        [group.parameters for group in method.parameter_groups(part)],
+        method.edited_weights(part),
+        train.micro_batch_size * train.seq_length,
+        train.activation_checkpointing,
+    )
+
+
+def memory_figures(measured: dict[str, int] | None, expected: dict[str, int]) -> dict[str, int]:
+    """Both as metrics, such as `memory/measured/states_bytes`; nothing if no step was measured."""
+    if measured is None:
+        return {}
+    named = {"measured": measured, "expected": expected}
+    return {
+        f"memory/{kind}/{component}_bytes": count
+        for kind, found in named.items()
+        for component, count in found.items()
+    }

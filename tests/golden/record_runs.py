@@ -1,0 +1,210 @@
+"""Record what small runs of every method end with, to the last bit, and compare two recordings.
+
+A change that is meant to leave numbers alone is held by it: record before, record after, compare.
+
+    python tests/golden/record_runs.py --output before.json --project ../other_checkout
+    python tests/golden/record_runs.py --output after.json
+    python tests/golden/record_runs.py --compare before.json after.json
+
+Only what a user sees is used, so that any two versions can be compared: the command line,
+`metrics.jsonl` and the exported model. A cell is a method, a ZeRO stage, and how many processes
+(data x tensor); --only takes a regular expression on its name, such as `relora/zero3/2x1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"rank": 4},
+    "low_rank": {"rank": 4},
+    "relora": {"rank": 4, "merge_every": 3, "restart_warmup_steps": 1, "warm_start_steps": 3},
+    "sltrain": {"rank": 4, "sparsity": 0.1},
+    "switchlora": {"rank": 4, "interval": 4, "freeze_steps": 2},
+}
+PROCESSES = ((1, 1), (2, 1), (1, 2))
+KEPT = ("train/loss", "train/grad_norm", "eval/loss", "method/function_drift")
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+TRAIN = {
+    "steps": 11,
+    "seq_length": 32,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "precision": "fp32",
+}
+
+
+def cells() -> Iterator[tuple[str, str, int, int, int]]:
+    """Name, method, ZeRO stage, data-parallel and tensor-parallel processes of every cell."""
+    for method in METHODS:
+        for stage in range(4):
+            for data, tensor in PROCESSES:
+                yield f"{method}/zero{stage}/{data}x{tensor}", method, stage, data, tensor
+
+
+def prepare_data(project: Path, directory: Path) -> None:
+    """A tokenizer and token files from Python's language reference."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    for part, chosen in (("train", names[:40]), ("valid", names[40:46])):
+        (directory / f"{part}.txt").write_text("\n\n".join(topics[name] for name in chosen))
+    tokenizer = str(directory / "tokenizer.model")
+    text = str(directory / "train.txt")
+    call(project, "tools/train_tokenizer.py", "--input", text, "--vocab-size", "512",
+         "--output", tokenizer)  # fmt: skip
+    for part in ("train", "valid"):
+        call(project, "tools/prepare_data.py", "--input", str(directory / f"{part}.txt"),
+             "--tokenizer", tokenizer, "--output", str(directory / part))  # fmt: skip
+    (directory / "model.json").write_text(json.dumps(MODEL))
+
+
+def run_cell(
+    project: Path, directory: Path, method: str, stage: int, data: int, tensor: int
+) -> dict[str, Any]:
+    """Train one cell in a directory of its own; what it ended with."""
+    output = directory / f"{method}_{stage}_{data}_{tensor}"
+    zero = directory / f"zero{stage}.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    run = {
+        "output_dir": str(output),
+        "model": str(directory / "model.json"),
+        "deepspeed": str(zero),
+        "method": {"name": method, **METHODS[method]},
+        "data": {
+            "train": str(directory / "train"),
+            "valid": str(directory / "valid"),
+            "tokenizer": str(directory / "tokenizer.model"),
+        },
+        "train": TRAIN,
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.01},
+        "schedule": {"warmup_steps": 2},
+        "eval": {"every": 5, "batches": 2},
+        "checkpoint": {"every": 5, "keep": None},
+        "log": {"every": 1},
+        "parallel": {"tensor": tensor},
+    }
+    path = directory / f"{output.name}.yaml"
+    path.write_text(json.dumps(run))
+    call(project, "launch/pretrain.py", str(path), processes=data * tensor)
+    return outcome(output)
+
+
+def outcome(output: Path) -> dict[str, Any]:
+    """Metrics by step and a hash of the exported weights of a finished run."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]
+    metrics = {
+        str(line["step"]): {key: line[key] for key in KEPT if key in line}
+        for line in lines
+        if "train/loss" in line
+    }
+    digest = hashlib.sha256()
+    for file in sorted((output / "hf").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return {"metrics": metrics, "weights": digest.hexdigest()}
+
+
+def call(project: Path, script: str, *arguments: str, processes: int = 1) -> None:
+    """Run a script of a checkout on as many ranks as asked for, and fail with its output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCHDYNAMO_DISABLE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(project),
+    }
+    command = [sys.executable, script, *arguments]
+    ranks = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        own = environment | (place if processes > 1 else {})
+        ranks.append(
+            subprocess.Popen(
+                command, cwd=project, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    outputs = [rank.communicate()[0].decode() for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{' '.join(command)} failed:\n" + "\n".join(o[-4000:] for o in outputs))
+
+
+def record(project: Path, output: Path, only: str, work: Path, keep: bool) -> None:
+    """Run all cells that match and write what they ended with."""
+    work.mkdir(parents=True, exist_ok=True)
+    prepare_data(project, work)
+    found: dict[str, Any] = {}
+    for name, method, stage, data, tensor in cells():
+        if re.search(only, name):
+            started = time.monotonic()
+            found[name] = run_cell(project, work, method, stage, data, tensor)
+            print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+            output.write_text(json.dumps(found, indent=1) + "\n")
+    if not keep:
+        shutil.rmtree(work)
+
+
+def compare(first: Path, second: Path) -> int:
+    """Print the cells that differ, of those that both recordings have; 1 if there are any."""
+    one, two = json.loads(first.read_text()), json.loads(second.read_text())
+    both = [name for name in one if name in two]
+    wrong = [name for name in both if one[name] != two[name]]
+    for name in wrong:
+        steps = one[name]["metrics"]
+        odd = [step for step in steps if steps[step] != two[name]["metrics"].get(step)]
+        print(f"{name}: differs in {f'step {odd[0]} first' if odd else 'the weights alone'}")
+    print(f"{len(both) - len(wrong)} of {len(both)} cells bit-identical")
+    return 1 if wrong or not both else 0
+
+
+def main() -> int:
+    """Record or compare; the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE")
+    parser.add_argument("--output", type=Path, help="where to write a recording")
+    parser.add_argument("--project", type=Path, default=PROJECT, help="checkout [this one]")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cells by name [all]")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/record_runs"), metavar="DIR")
+    parser.add_argument("--keep", action="store_true", help="leave the runs in --work")
+    parsed = parser.parse_args()
+    if parsed.compare:
+        return compare(*parsed.compare)
+    if parsed.output is None:
+        parser.error("say --output or --compare")
+    record(parsed.project.resolve(), parsed.output, parsed.only, parsed.work, parsed.keep)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Bytes of a step in closed form; the ranks themselves check it in tests/distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from relora_ds.accounting.recorder import StepBytes, Traffic
+from relora_ds.accounting.zero_traffic import (
+    bytes_of,
+    control_payloads,
+    expected_payloads,
+    padded,
+    step_payloads,
+)
+
+GROUPS = (10, 7)
+
+
+def resolved(stage: int, *, bf16: bool = False, clip: float = 1.0, steps: int = 1) -> Any:
+    return {
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": clip,
+        "gradient_accumulation_steps": steps,
+        "bf16": {"enabled": bf16},
+    }
+
+
+def test_groups_are_padded_to_two_elements_per_rank() -> None:
+    assert [padded(elements, 4) for elements in (0, 1, 8, 9)] == [0, 8, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("config", "payload", "wire"),
+    [
+        # 17 elements, 12 + 8 after padding; a norm per group; a ring of two sends all of an
+        # all-reduce and half of an all-gather
+        (resolved(0), 17 * 4 + 4, 17 * 4 + 4),
+        (resolved(0, clip=0.0, steps=3), 17 * 4, 17 * 4),
+        (resolved(0, bf16=True), 17 * 2, 17 * 2),
+        (resolved(1, steps=3), 17 * 4 + 8 + 20 * 4, 17 * 4 + 8 + 10 * 4),
+        (resolved(2, steps=3), 3 * 17 * 4 + 8 + 20 * 4, 3 * 17 * 4 + 8 + 10 * 4),
+        (resolved(2, bf16=True), 17 * 2 + 8 + 1 + 20 * 2, 17 * 2 + 8 + 1 + 10 * 2),
+    ],
+)
+def test_bytes_of_two_ranks(config: dict[str, Any], payload: int, wire: float) -> None:
+    assert bytes_of(step_payloads(GROUPS, config, 2)) == StepBytes(payload, wire)
+
+
+def test_one_rank_sends_nothing_and_gathers_nothing() -> None:
+    moved = step_payloads(GROUPS, resolved(2), 1)
+    assert {kind.operation for kind in moved} == {"all_reduce"}
+    assert bytes_of(moved).wire == 0.0
+
+
+def test_gradients_can_travel_in_another_type() -> None:
+    moved = step_payloads(GROUPS, resolved(1, bf16=True) | {"communication_data_type": "fp32"}, 2)
+    assert moved[Traffic("all_reduce", "world", 2, "float32", "backward")] == 17 * 4
+    assert moved[Traffic("all_gather", "world", 2, "bfloat16", "step")] == 20 * 2
+
+
+def test_reduction_to_owners_is_another_operation() -> None:
+    config = resolved(2)
+    config["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
+    assert Traffic("reduce", "dp", 4, "float32", "backward") in step_payloads(
+        GROUPS, config, 4, group="dp"
+    )
+
+
+def test_the_loop_adds_a_stop_flag_and_the_logged_loss() -> None:
+    assert bytes_of(control_payloads(2, logged=False)) == StepBytes(8, 8.0)
+    assert bytes_of(control_payloads(2, logged=True)) == StepBytes(16, 16.0)
+
+
+def test_stage_3_needs_the_order_of_modules() -> None:
+    with pytest.raises(ValueError, match="expected_payloads"):
+        step_payloads(GROUPS, resolved(3), 2)
+
+
+def test_options_that_are_not_replayed_are_refused_by_name() -> None:
+    config = resolved(3)
+    config["zero_optimization"]["stage3_use_all_reduce_for_fetch_params"] = True
+    with pytest.raises(ValueError, match="stage3_use_all_reduce_for_fetch_params is True"):
+        expected_payloads(nn.Linear(2, 2), [], config, 2)
+
+
+def test_one_reduction_makes_stage_2_move_what_stage_1_does() -> None:
+    once = step_payloads(GROUPS, resolved(2, bf16=True, steps=9), 4, once=True)
+    assert once == step_payloads(GROUPS, resolved(1, bf16=True, steps=9), 4)

@@ -1,0 +1,81 @@
+"""The C kernel of the per-vector update: its numbers, its slices, and what happens without it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from relora_ds.numerics import host_kernels
+from relora_ds.optim.vector_block import Rectangle, Tensors, update_blocks
+
+ROWS, COLS, AT, BETAS = 37, 53, 11, (0.9, 0.999)
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    p, grad, first, second = torch.randn(4, AT + ROWS * COLS + 5, generator=generator).to(dtype)
+    return Tensors(p.clone(), grad.clone(), first.clone() * 1e-2, second.square() * 1e-3)
+
+
+def factors(count: int) -> torch.Tensor:
+    """Some vectors frozen, all of different ages."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.rand(4, count, generator=generator) + 0.5
+    numbers[0], numbers[1] = 1.0, 0.99
+    numbers[:, ::7] = torch.tensor([0.0, 1.0, 1.0, torch.inf]).unsqueeze(1)
+    return numbers
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_kernel_computes_what_float64_does(axis: int) -> None:
+    exact, found, own = tensors(torch.float64), tensors(), factors((ROWS, COLS)[axis])
+    before = tensors()
+    update_blocks(exact, [Rectangle(AT, ROWS, COLS, axis, 0)], own.double(), BETAS)
+    update_blocks(found, [Rectangle(AT, ROWS, COLS, axis, 0)], own, BETAS)
+    for name, value, expected, old in zip(Tensors._fields, found, exact, before, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+        outside = torch.ones_like(value, dtype=torch.bool)
+        outside[AT : AT + ROWS * COLS] = False
+        assert torch.equal(value[outside], old[outside])
+    still = (found.p == before.p)[AT : AT + ROWS * COLS].view(ROWS, COLS)
+    assert bool((still if axis == 0 else still.t())[::7].all())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_slice_and_number_of_threads_gives_the_same_bits(
+    axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = factors((ROWS, COLS)[axis])
+    expected = tensors()
+    update_blocks(expected, [Rectangle(AT, ROWS, COLS, axis, 0)], own, BETAS)
+    for cut in (1, 5, 36):
+        found = tensors()
+        blocks = [
+            Rectangle(AT + first * COLS, stop - first, COLS, axis, 0 if axis else first)
+            for first, stop in ((0, cut), (cut, ROWS))
+        ]
+        update_blocks(found, blocks, own, BETAS)
+        assert all(map(torch.equal, found, expected))
+    monkeypatch.setattr(host_kernels, "_SHARED_FROM", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = tensors()
+    update_blocks(found, [Rectangle(AT, ROWS, COLS, axis, 0)], own, BETAS)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_without_a_compiler_the_operations_run_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, found, own = tensors(), tensors(), factors(COLS)
+    update_blocks(expected, [Rectangle(AT, ROWS, COLS, 1, 0)], own, BETAS)
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    host_kernels.load_kernels.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            update_blocks(found, [Rectangle(AT, ROWS, COLS, 1, 0)], own, BETAS)
+    finally:
+        host_kernels.load_kernels.cache_clear()
+    assert "install a C compiler or set CC" in caplog.text
+    torch.testing.assert_close(found.p, expected.p, rtol=1e-5, atol=1e-6)
