@@ -29,10 +29,10 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import reduces_once, resolve_deepspeed_config, zero_stage
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import ConfigError
-from relora_ds.methods.build import build_model, cut_meta_model
+from relora_ds.methods.build import build_model, sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology, share_models
@@ -142,11 +142,11 @@ def _measure(
 
 def _named_groups(topology: Topology) -> dict[str, ProcessGroup]:
     """The groups that a step communicates in, by the recorder's name."""
-    world, tensor = torch.distributed.group.WORLD, topology.tensor
+    world, tp = torch.distributed.group.WORLD, topology.tp
     assert world is not None
-    if tensor.group is None or tensor.data_group is None:
+    if tp.group is None or tp.data_group is None:
         return {"world": world}
-    named = {"tp": tensor.group, "dp": tensor.data_group}
+    named = {"tp": tp.group, "dp": tp.data_group}
     for name, group in named.items():
         recorder.name_group(group, name)
     return named
@@ -189,13 +189,13 @@ def _run_config(workload: Workload, method: str, accumulation: int, world: Topol
 def _engine(
     workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
 ) -> TrainEngine:
-    method, train, tensor = plan_phases(config)[-1].method, config.train, topology.tensor
+    method, train, tp = plan_phases(config)[-1].method, config.train, topology.tp
     architecture, device = workload.architecture, topology.device
-    cutter = build_cutter(resolved, train.precision, tensor=tensor)
+    partitioner = build_partitioner(resolved, train.precision, tp=tp)
     draw = InitialWeights(architecture, train.seed)
-    model = build_model(architecture, method, train, draw, device, cutter, tensor)
-    exact = None if cutter is None else cutter.finish()
-    engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tensor)
+    model = build_model(architecture, method, train, draw, device, partitioner, tp)
+    exact = None if partitioner is None else partitioner.finish()
+    engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tp)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
     return engine
 
@@ -203,16 +203,16 @@ def _engine(
 def _expected(
     workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
 ) -> dict[Traffic, int]:
-    method, tensor = plan_phases(config)[-1].method, topology.tensor
-    model = cut_meta_model(workload.architecture, method, config.train, tensor)
+    method, tp = plan_phases(config)[-1].method, topology.tp
+    model = sharded_meta_model(workload.architecture, method, config.train, tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
     once, copies = reduces_once(config, resolved), topology.dp_size
-    if tensor.size == 1:
+    if tp.size == 1:
         return expected_payloads(model, groups, resolved, copies, once=once)
     moved = expected_payloads(model, groups, resolved, copies, once=once, group="dp")
     share = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
     tokens = config.train.micro_batch_size * config.train.seq_length
-    return moved | tensor_payloads(model, resolved, tokens, tensor.size, share, len(groups))
+    return moved | tensor_payloads(model, resolved, tokens, tp.size, share, len(groups))
 
 
 def _rows(volumes: Volumes) -> Iterator[tuple[str, dict[str, float]]]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed.partition import Cutter
+from relora_ds.engine.deepspeed.partition import ZeroPartitioner
 from relora_ds.engine.zero.layout import PartitionedParameters
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.numerics.base_weight import KINDS
@@ -40,7 +40,7 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     state = ZeroState(layout, bases, {}, lambda: 0, lambda: None)
 
     def on_slices() -> None:
-        factors = state.whole_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
+        factors = state.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
         edits = [
             state.add_product(weight, left, right, _SCALE)
             for (weight, _, _), (left, right) in zip(triples, factors, strict=True)
@@ -75,12 +75,12 @@ def _triple(
 ) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """W, A and B, cut."""
     shapes = {"weight": (rows, cols), "lora_A": (rank, cols), "lora_B": (rows, rank)}
-    cutter = Cutter(_CONFIG, torch.float32)
+    partitioner = ZeroPartitioner(_CONFIG, torch.float32)
     made = []
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(len(name))
         parameter = nn.Parameter(torch.randn(shape, generator=generator).to(device))
-        cutter(name, parameter)
+        partitioner(name, parameter)
         made.append(parameter)
     return made[0], made[1], made[2]
 

@@ -14,7 +14,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
@@ -86,14 +86,14 @@ class _Stepper:
         self, config: RunConfig, architecture: ModelConfig, stage: int, world: Topology
     ) -> None:
         topology = share_models(world, config)
-        method, tensor, train = plan_phases(config)[-1].method, topology.tensor, config.train
+        method, tp, train = plan_phases(config)[-1].method, topology.tp, config.train
         zero = {"zero_optimization": {"stage": stage}}
         resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
-        cutter = build_cutter(resolved, train.precision, tensor=tensor)
+        partitioner = build_partitioner(resolved, train.precision, tp=tp)
         draw = InitialWeights(architecture, train.seed)
-        model = build_model(architecture, method, train, draw, world.device, cutter, tensor)
-        exact = None if cutter is None else cutter.finish()
-        self._engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tensor)
+        model = build_model(architecture, method, train, draw, world.device, partitioner, tp)
+        exact = None if partitioner is None else partitioner.finish()
+        self._engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tp)
         self._engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
         generator = torch.Generator().manual_seed(topology.dp_rank)
         shape = (train.micro_batch_size, train.seq_length + 1)

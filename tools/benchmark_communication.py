@@ -44,7 +44,7 @@ def main() -> None:
         parsed.seq_length,
         parsed.reduction,
         parsed.steps,
-        parsed.tensor,
+        parsed.tp,
     )
     found = benchmark_communication(workload)
     if found is not None:

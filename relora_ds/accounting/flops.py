@@ -15,7 +15,7 @@ from torch import nn
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.norm import RMSNorm
-from relora_ds.parallel.shape import full_shape
+from relora_ds.parallel.shape import global_shape
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def parameter_counts(model: nn.Module) -> ParameterCounts:
     for name, parameter in model.named_parameters():
         trainable, frozen = by_kind.get(kind_of(name), (0, 0))
         if parameter.requires_grad:
-            trainable += full_shape(parameter).numel()
+            trainable += global_shape(parameter).numel()
         else:
-            frozen += full_shape(parameter).numel()
+            frozen += global_shape(parameter).numel()
         by_kind[kind_of(name)] = (trainable, frozen)
     return ParameterCounts(
         trainable=sum(trainable for trainable, _ in by_kind.values()),
@@ -93,7 +93,7 @@ def flops_per_token(model: nn.Module, seq_length: int) -> float:
         if isinstance(module, Attention):
             total += 6.0 * module.query_width * (seq_length + 1)
         for parameter in _multiplied(module):
-            total += (6 if parameter.requires_grad else 4) * full_shape(parameter).numel()
+            total += (6 if parameter.requires_grad else 4) * global_shape(parameter).numel()
     return total
 
 

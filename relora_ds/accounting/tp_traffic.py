@@ -34,7 +34,7 @@ from relora_ds.model.embedding import LanguageHead, TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.model.loss import chunk_rows
 from relora_ds.parallel.linear import Projection
-from relora_ds.parallel.shape import full_shape, whole_shape
+from relora_ds.parallel.shape import global_shape, tp_local_shape
 
 _NORM_BYTES = 4
 _WIDE_BYTES = 4
@@ -107,13 +107,13 @@ def _micro_batch(
     embedding = next(module for module in modules if isinstance(module, TokenEmbedding))
     head = next(module for module in modules if isinstance(module, LanguageHead))
     projections = [module for module in modules if isinstance(module, Projection)]
-    activation = element * tokens * full_shape(embedding.weight)[1]
+    activation = element * tokens * global_shape(embedding.weight)[1]
     blocks = 2 * sum(isinstance(module, Attention) for module in modules)
     # a layer is recomputed up to the last tensor that its backward pass needs: an input of `down`
     again = blocks if any(layer.recomputed for layer in projections) else 0
-    chunks = -(-tokens // chunk_rows(whole_shape(head.weight)[0]))
+    chunks = -(-tokens // chunk_rows(tp_local_shape(head.weight)[0]))
     yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens, "all_reduce"
-    if embedding.tensor.sequence:
+    if embedding.tp.sequence:
         # the embedding is only left, the head only entered; the way back is the transpose
         for operation, repeated in (("all_gather", again), ("reduce_scatter", again // 2)):
             yield working, "forward", blocks + 1, (blocks + 1) * activation, operation

@@ -87,7 +87,7 @@ def visits(model: nn.Module) -> Sequence[Visit]:
         # the embedding's input has no gradient, so its hook says that it fires early
         warnings.simplefilter("ignore")
         head = next(module for module in model.modules() if isinstance(module, LanguageHead))
-        length = head.tensor.size  # no part of the sequence may be empty
+        length = head.tp.size  # no part of the sequence may be empty
         loss = model(torch.zeros(1, 1 + length, dtype=torch.int64, device="meta"))
         phase = "backward"
         loss.backward()

@@ -10,7 +10,7 @@ from torch import nn
 
 from relora_ds.methods.interface import Method
 from relora_ds.numerics.base_weight import Precision
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def take_inventory(
     """Names and shapes of a model, which may be without memory."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [
-        {names[id(p)]: whole_shape(p) for p in group.parameters}
+        {names[id(p)]: tp_local_shape(p) for p in group.parameters}
         for group in method.parameter_groups(model)
     ]
-    frozen = {n: whole_shape(p) for n, p in model.named_parameters() if not p.requires_grad}
+    frozen = {n: tp_local_shape(p) for n, p in model.named_parameters() if not p.requires_grad}
     edited = frozenset(names[id(weight)] for weight in method.edited_weights(model))
     return Inventory(groups, frozen, edited, precision, dtype)
 

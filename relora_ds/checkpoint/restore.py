@@ -72,12 +72,12 @@ def side_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
     for parameter, clock in engine.clocks.items():
         for key, tensor in clock.tensors().items():
             tensors[f"clock.{names[parameter]}.{key}"] = tensor
-    return tensors if engine.layout.weights_cut else tensors | _base_tensors(engine)
+    return tensors if engine.layout.weights_sharded else tensors | _base_tensors(engine)
 
 
 def side_slices(engine: TrainEngine) -> dict[str, torch.Tensor]:
     """More of the same that differs by rank: what lies beside this rank's slices of weights."""
-    return _base_tensors(engine) if engine.layout.weights_cut else {}
+    return _base_tensors(engine) if engine.layout.weights_sharded else {}
 
 
 def _base_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:

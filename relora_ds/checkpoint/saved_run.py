@@ -18,10 +18,10 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.source import read_yaml
 from relora_ds.engine.precision import base_precision
-from relora_ds.methods.build import cut_meta_model, shards_of
+from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
-from relora_ds.parallel.shape import TensorShard
+from relora_ds.parallel.shape import TPShard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.topology import part_of_model
 
@@ -55,10 +55,10 @@ class SavedRun:
         self._ranks = 1 if is_written_state(checkpoint) else self.trainer.tensor_size
         self._parallel = read_run(checkpoint)[0].parallel.model_copy(update={"tensor": self._ranks})
 
-    def is_cut_like(self, tensor: TensorParallel) -> bool:
+    def is_sharded_like(self, tp: TensorParallel) -> bool:
         """Whether the ranks of the group hold the parts that the files do."""
-        alike = tensor.size == 1 or tensor.plan == self._parallel.low_rank_plan
-        return tensor.size == self._ranks and alike
+        alike = tp.size == 1 or tp.plan == self._parallel.low_rank_plan
+        return tp.size == self._ranks and alike
 
     def state(self) -> SavedState:
         """Weights and optimizer state of the whole model, read when they are asked for.
@@ -85,28 +85,28 @@ class SavedRun:
             return states[0]
         return self.method.join_states(states, [self.shards(group) for group in groups])
 
-    def own_method_state(self, tensor: TensorParallel) -> dict[str, Any]:
+    def own_method_state(self, tp: TensorParallel) -> dict[str, Any]:
         """The same for one rank of a tensor-parallel group, as `load_state_dict` takes it."""
-        if self.is_cut_like(tensor):
-            return self._method_file(tensor)
+        if self.is_sharded_like(tp):
+            return self._method_file(tp)
         whole = self.method_state()
-        return whole if tensor.size == 1 else self.method.part_of_state(whole, self.shards(tensor))
+        return whole if tp.size == 1 else self.method.part_of_state(whole, self.shards(tp))
 
-    def shards(self, tensor: TensorParallel) -> Mapping[str, TensorShard]:
+    def shards(self, tp: TensorParallel) -> Mapping[str, TPShard]:
         """Which part of every cut parameter a rank of a tensor-parallel group holds."""
         parts = self._architecture, self.method, self._config.train
-        return shards_of(cut_meta_model(*parts, tensor))
+        return shards_of(sharded_meta_model(*parts, tp))
 
     def _groups(self) -> list[TensorParallel]:
         """The ranks that wrote it."""
         return [part_of_model(self._parallel, rank) for rank in range(self._ranks)]
 
-    def _method_file(self, tensor: TensorParallel) -> dict[str, Any]:
-        path = self.checkpoint / METHOD_FILE.format(tensor.suffix)
+    def _method_file(self, tp: TensorParallel) -> dict[str, Any]:
+        path = self.checkpoint / METHOD_FILE.format(tp.suffix)
         return self.trainer.method | (load_file(path) if path.is_file() else {})
 
-    def _inventory(self, tensor: TensorParallel) -> Inventory:
+    def _inventory(self, tp: TensorParallel) -> Inventory:
         train = self._config.train
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        model = cut_meta_model(self._architecture, self.method, train, tensor)
+        model = sharded_meta_model(self._architecture, self.method, train, tp)
         return take_inventory(model, self.method, base_precision(self._config), dtype)

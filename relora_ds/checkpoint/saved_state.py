@@ -137,7 +137,7 @@ def open_state(
     inventory: Inventory,
     stage: int,
     dp_size: int,
-    tensor: TensorParallel = SINGLE,
+    tp: TensorParallel = SINGLE,
 ) -> SavedState:
     """The state in a checkpoint; large tensors are read when they are asked for.
 
@@ -145,21 +145,21 @@ def open_state(
         inventory: of what the tensor-parallel rank holds.
         stage: ZeRO stage that it was written at.
         dp_size: data-parallel processes that wrote it.
-        tensor: the rank, of as many as wrote it, whose part is read.
+        tp: the rank, of as many as wrote it, whose part is read.
 
     Raises:
         CheckpointError: a file is missing or damaged, or of another run.
     """
-    side = _load_side(directory / f"side{tensor.suffix}.safetensors")
-    clocks = {name: tensor for name, tensor in side.items() if name.startswith("clock.")}
+    side = _load_side(directory / f"side{tp.suffix}.safetensors")
+    clocks = {name: tp for name, tp in side.items() if name.startswith("clock.")}
     if is_written_state(directory):
         completed, pieces = _written_pieces(directory)
     else:
-        reader = DeepSpeedShards(directory, inventory, stage, dp_size, tensor.rank)
+        reader = DeepSpeedShards(directory, inventory, stage, dp_size, tp.rank)
         completed, pieces = reader.completed, reader.pieces
         # at stage 3 what lies beside the edited weights is cut like them
         cut = stage == 3 and inventory.edited and inventory.precision != "working"
-        ranks = [tensor.rank + copy * tensor.size for copy in range(dp_size)] if cut else []
+        ranks = [tp.rank + copy * tp.size for copy in range(dp_size)] if cut else []
         names = [f"side_rank_{rank}.safetensors" for rank in ranks]
         slices = [_load_side(directory / name) for name in names] or [side]
         for part in slices:

@@ -95,7 +95,7 @@ class CheckpointStore:
         self.directory = directory
         self.keep = keep
         self.is_main = topology.is_main
-        self._part = topology.tensor.suffix
+        self._part = topology.tp.suffix
         self._writes_part = topology.dp_rank == 0
 
     def save(

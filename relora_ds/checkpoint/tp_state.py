@@ -14,7 +14,7 @@ import torch
 
 from relora_ds.checkpoint.inventory import Inventory
 from relora_ds.checkpoint.saved_state import SavedState
-from relora_ds.parallel.shape import TensorShard
+from relora_ds.parallel.shape import TPShard
 
 
 class _Translated(SavedState):
@@ -69,7 +69,7 @@ class JoinedState(_Translated):
         self,
         inventory: Inventory,
         parts: Sequence[SavedState],
-        shards: Sequence[Mapping[str, TensorShard]],
+        shards: Sequence[Mapping[str, TPShard]],
     ) -> None:
         super().__init__(inventory, parts[0])
         self._parts, self._shards = parts, shards
@@ -78,7 +78,7 @@ class JoinedState(_Translated):
         first = _all_of(self._parts[0], kind, name)
         if name not in self._shards[0]:
             return first
-        whole = first.new_empty(self._shards[0][name].whole)
+        whole = first.new_empty(self._shards[0][name].global_shape)
         for part, shards in zip(self._parts, self._shards, strict=True):
             shards[name].place(_all_of(part, kind, name), whole)
         return whole
@@ -92,7 +92,7 @@ class PartOfState(_Translated):
         shards: the rank's parts.
     """
 
-    def __init__(self, whole: SavedState, shards: Mapping[str, TensorShard]) -> None:
+    def __init__(self, whole: SavedState, shards: Mapping[str, TPShard]) -> None:
         def cut(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
             return {
                 name: shards[name].shape if name in shards else shape

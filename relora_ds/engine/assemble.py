@@ -10,7 +10,7 @@ from torch import nn
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed.partition import DenseSlices, build_cutter
+from relora_ds.engine.deepspeed.partition import DenseSlices, build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.handover import restore_masters
 from relora_ds.methods.build import DenseSource, build_model
@@ -53,15 +53,19 @@ def build_engine(
         source, whole = (lambda name, shape: weights[name]), weights
     else:
         source = InitialWeights(architecture, config.train.seed)
-    tensor = topology.tensor
-    cutter = build_cutter(deepspeed_config, config.train.precision, slices, whole or (), tensor)
-    model = build_model(architecture, method, config.train, source, topology.device, cutter, tensor)
+    tp = topology.tp
+    partitioner = build_partitioner(
+        deepspeed_config, config.train.precision, slices, whole or (), tp
+    )
+    model = build_model(
+        architecture, method, config.train, source, topology.device, partitioner, tp
+    )
     if prepare is not None:
         prepare(model)
-    exact = None if cutter is None else cutter.finish()
+    exact = None if partitioner is None else partitioner.finish()
     probe = _Probe(model, probe_tokens)
-    engine = TrainEngine(model, method, config, deepspeed_config, probe, exact, tensor)
-    if cutter is None and whole is not None:
+    engine = TrainEngine(model, method, config, deepspeed_config, probe, exact, tp)
+    if partitioner is None and whole is not None:
         restore_masters(engine, whole)
     return engine
 

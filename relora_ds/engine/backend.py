@@ -20,7 +20,7 @@ def start_engine(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     deepspeed_config: dict[str, Any],
-    tensor: TensorParallel,
+    tp: TensorParallel,
 ) -> Any:
     """DeepSpeed's engine, or what stands in for it."""
     if config.train.per_layer_update:
@@ -32,7 +32,7 @@ def start_engine(
         optimizer=optimizer,
         config=deepspeed_config,
         dist_init_required=False,
-        mpu=None if tensor.size == 1 else ModelParallelUnit(),
+        mpu=None if tp.size == 1 else ModelParallelUnit(),
     )[0]
     name_hpz_group()
     if reduces_once(config, deepspeed_config):

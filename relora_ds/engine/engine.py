@@ -28,7 +28,7 @@ from relora_ds.methods.interface import Method
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
-from relora_ds.parallel.shape import seen_shape
+from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
@@ -41,8 +41,8 @@ class TrainEngine:
         config: the run.
         deepspeed_config: resolved DeepSpeed dictionary.
         probe: output of the working model on a fixed batch; methods report drift with it.
-        exact: fp32 slices of parameters that a `Cutter` rounded; emptied.
-        tensor: the group that shares this copy of the model; the model is already cut over it.
+        exact: fp32 slices of parameters that a `ZeroPartitioner` rounded; emptied.
+        tp: the group that shares this copy of the model; the model is already cut over it.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class TrainEngine:
         deepspeed_config: dict[str, Any],
         probe: Probe,
         exact: dict[nn.Parameter, torch.Tensor] | None = None,
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
-        self._tensor = tensor
+        self._tp = tp
         groups = method.parameter_groups(model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
         self.optimizer = build_optimizer(config.optimizer, groups)
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
             exact = {w: w.detach().clone().view(-1) for w in edited}
-        self._engine: Any = start_engine(model, self.optimizer, config, deepspeed_config, tensor)
+        self._engine: Any = start_engine(model, self.optimizer, config, deepspeed_config, tp)
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         self.optimizer.state.clear()
         self.model: nn.Module = self._engine.module
@@ -73,7 +73,7 @@ class TrainEngine:
         self.bases = self._store(edited, KINDS[base_precision(config)], exact)
         self._restore_slices(exact)
         axes = method.vector_axes(model).items()
-        self.clocks = {p: VectorClock(seen_shape(p)[axis], axis) for p, axis in axes}
+        self.clocks = {p: VectorClock(method_shape(p)[axis], axis) for p, axis in axes}
         if isinstance(self.optimizer, VectorAdamW):
             self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
             self.optimizer.roundings = rounding_streams(self.layout, self.names(), method.seed)
@@ -83,7 +83,7 @@ class TrainEngine:
             self.bases,
             self.clocks,
             replicas,
-            tensor,
+            tp,
         )
         self.state = ZeroState(
             self.layout,
@@ -92,9 +92,9 @@ class TrainEngine:
             self.completed_steps,
             probe,
             lambda weight: self._digest.seal([weight]),
-            tensor,
+            tp,
         )
-        self._shares = TensorGradients(model, self.layout, wrapper, tensor)
+        self._shares = TensorGradients(model, self.layout, wrapper, tp)
         kept = [base.tensors() for base in self.bases.values()]
         self.memory = MemoryMeter(self.model, self.optimizer, wrapper, kept)
         if config.train.per_layer_update:
@@ -209,7 +209,7 @@ class TrainEngine:
     def destroy(self) -> None:
         """Free the engine so that another phase can build its own."""
         self._engine.destroy()
-        if self.layout.weights_cut:
+        if self.layout.weights_sharded:
             release_stage3()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
         del self._digest, self.memory, self._shares
@@ -236,4 +236,4 @@ class TrainEngine:
         self._digest.seal(self.model.parameters())
 
     def _gradient_norm(self) -> torch.Tensor:
-        return global_norm([p for _, group in self.groups for p in group], self._tensor)
+        return global_norm([p for _, group in self.groups for p in group], self._tp)

@@ -50,7 +50,7 @@ def restore_masters(engine: TrainEngine, values: Mapping[str, torch.Tensor]) -> 
 def exact_slices(engine: TrainEngine) -> DenseSlices | None:
     """This rank's slices of every parameter at the precision it is kept; None where a rank
     holds all of the working weights. No communication."""
-    if not engine.layout.weights_cut:
+    if not engine.layout.weights_sharded:
         return None
     values = {}
     for name, parameter in engine.model.named_parameters():

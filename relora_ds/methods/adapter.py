@@ -15,7 +15,7 @@ from relora_ds.config.method import AdapterConfig
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
-from relora_ds.parallel.shape import full_shape, seen_shape, shard_of
+from relora_ds.parallel.shape import global_shape, method_shape, shard_of
 from relora_ds.randomness import Stream
 
 
@@ -86,22 +86,22 @@ class AdapterLinear(LowRankProjection):
         lora_b = self.lora_B
         if self.scaling is not None:
             lora_b = lora_b * torch.tanh(self.scaling)
-        exchange = self.inner_exchange() if self.cuts_inner else None
+        exchange = self.inner_exchange() if self.shards_inner else None
         out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale, exchange)
         assert isinstance(out, torch.Tensor)
         return out
 
-    def cut_dims(self) -> dict[str, int]:
-        return super().cut_dims() | {"weight": 0 if self.spec.style == "column" else 1}
+    def shard_dims(self) -> dict[str, int]:
+        return super().shard_dims() | {"weight": 0 if self.spec.style == "column" else 1}
 
     def partial_gradients(self) -> list[nn.Parameter]:
         partial = super().partial_gradients()
-        if self.scaling is not None and self.spec.tensor.size > 1:
+        if self.scaling is not None and self.spec.tp.size > 1:
             partial.append(self.scaling)  # summed of a part of B, or of a part of its gradient
         return partial
 
     def extra_saved(self) -> int:
-        return self.inner_width() if self.cuts_inner else 0
+        return self.inner_width() if self.shards_inner else 0
 
     def merge_scale(self, scaling: torch.Tensor | None = None) -> float:
         """The factor on B @ A.
@@ -135,8 +135,8 @@ def draw_factors(
 
     def uniform(factor: str, parameter: nn.Parameter, bound: float) -> torch.Tensor:
         if not bound:
-            return torch.zeros(seen_shape(parameter), device=device)
-        shape, shard = full_shape(parameter), shard_of(parameter)
+            return torch.zeros(method_shape(parameter), device=device)
+        shape, shard = global_shape(parameter), shard_of(parameter)
         stream = Stream(seed, factor, layer.spec.name, event)
         draw = stream.uniform(0, shape.numel(), device).view(shape)
         draw = draw.mul_(2.0).sub_(1.0).mul_(bound)

@@ -16,7 +16,7 @@ from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.model.embedding import VocabularyPart
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import Projection
-from relora_ds.parallel.shape import TensorShard, shard_of
+from relora_ds.parallel.shape import TPShard, shard_of
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 DenseSource = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -30,36 +30,36 @@ def meta_model(
     architecture: ModelConfig,
     method: Method[Any],
     train: TrainConfig,
-    tensor: TensorParallel = SINGLE,
+    tp: TensorParallel = SINGLE,
 ) -> Llama:
     """The model's structure without memory, every parameter whole."""
-    settings = (train.attention, train.activation_checkpointing, tensor)
+    settings = (train.attention, train.activation_checkpointing, tp)
     with torch.device("meta"):
         return Llama(architecture, method.linear, *settings)
 
 
-def cut_over_ranks(module: nn.Module) -> None:
+def shard_over_ranks(module: nn.Module) -> None:
     """Leave this tensor-parallel rank's part of a module whose own parameters are filled."""
     if isinstance(module, Projection | VocabularyPart):
-        module.cut_over_ranks()
+        module.shard_over_ranks()
 
 
-def cut_meta_model(
-    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tensor: TensorParallel
+def sharded_meta_model(
+    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tp: TensorParallel
 ) -> Llama:
     """The structure without memory that a tensor-parallel rank is left with."""
-    model = meta_model(architecture, method, train, tensor)
-    if tensor.size > 1:
+    model = meta_model(architecture, method, train, tp)
+    if tp.size > 1:
         for module in model.modules():
             if isinstance(module, Projection):
                 method.lay_out(module)
-            cut_over_ranks(module)
+            shard_over_ranks(module)
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to("meta"))  # what a layout was read from
     return model
 
 
-def shards_of(model: nn.Module) -> dict[str, TensorShard]:
+def shards_of(model: nn.Module) -> dict[str, TPShard]:
     """Which part of every parameter that is cut the model's rank holds, by name."""
     every = model.named_parameters(remove_duplicate=False)
     found = {name: shard_of(parameter) for name, parameter in every}
@@ -74,7 +74,7 @@ def build_model(
     source: DenseSource,
     device: torch.device,
     cut: Cut | None = None,
-    tensor: TensorParallel = SINGLE,
+    tp: TensorParallel = SINGLE,
 ) -> Llama:
     """A model in fp32 on `device`, every parameter set from the dense weights.
 
@@ -85,9 +85,9 @@ def build_model(
         source: dense weights: an initial draw, a loaded model, or the end of a warm start.
         cut: called with every parameter as soon as it has its value; may replace its data. Under
             tensor parallelism it gets this rank's part.
-        tensor: processes that share the model.
+        tp: processes that share the model.
     """
-    model = meta_model(architecture, method, train, tensor)
+    model = meta_model(architecture, method, train, tp)
     projections = projection_layers(model)
     outside = {id(parameter): name for name, parameter in _outside_of(model, projections)}
     made: dict[int, nn.Parameter] = {}
@@ -101,8 +101,8 @@ def build_model(
             spec = module.spec
             dense = source(f"{name}.weight", (spec.out_features, spec.in_features))
             method.initialize(module, dense.to(device, torch.float32))
-        if tensor.size > 1:
-            cut_over_ranks(module)
+        if tp.size > 1:
+            shard_over_ranks(module)
         if cut is not None:
             for full_name, parameter, _ in fresh:
                 cut(full_name, parameter)

@@ -18,7 +18,7 @@ from relora_ds.config.base import Section
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
-from relora_ds.parallel.shape import TensorShard, shard_of, whole_shape
+from relora_ds.parallel.shape import TPShard, shard_of, tp_local_shape
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Method(Generic[ConfigT]):
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies to a trained parameter: to matrices, not to vectors."""
-        return len(whole_shape(parameter)) >= 2
+        return len(tp_local_shape(parameter)) >= 2
 
     def vector_axes(self, model: nn.Module) -> dict[nn.Parameter, int]:
         """Parameters whose vectors need an Adam step count of their own, with the vectors' axis."""
@@ -165,7 +165,7 @@ class Method(Generic[ConfigT]):
         return {}
 
     def join_states(
-        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TensorShard]]
+        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TPShard]]
     ) -> dict[str, Any]:
         """The state for the whole model from what `state_dict` returned on tensor-parallel ranks.
 
@@ -175,9 +175,7 @@ class Method(Generic[ConfigT]):
         """
         return states[0]
 
-    def part_of_state(
-        self, state: dict[str, Any], shards: Mapping[str, TensorShard]
-    ) -> dict[str, Any]:
+    def part_of_state(self, state: dict[str, Any], shards: Mapping[str, TPShard]) -> dict[str, Any]:
         """A rank's part of the state for the whole model: the inverse of `join_states`."""
         return state
 

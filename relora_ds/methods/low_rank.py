@@ -23,7 +23,7 @@ class FactorLinear(LowRankProjection):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         inner = F.linear(x, self.lora_A)
-        if self.cuts_inner:
+        if self.shards_inner:
             inner = self.inner_exchange()(inner)
         return F.linear(inner, self.lora_B)
 

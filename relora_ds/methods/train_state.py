@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.parallel.shape import TensorShard
+from relora_ds.parallel.shape import TPShard
 from relora_ds.randomness import Stream
 
 _GATHERED_BYTES = 32 << 20  # a collective's latency is negligible from here on
@@ -29,7 +29,7 @@ class MomentShard:
     """First moment."""
     exp_avg_sq: torch.Tensor
     """Second moment."""
-    shard: TensorShard | None = None
+    shard: TPShard | None = None
     """The part of the parameter that `start` counts in; None where that is the whole."""
     counted: bool = True
     """Whether this is the one of several identical copies that sums over ranks count."""
@@ -58,14 +58,14 @@ class TrainState(ABC):
         """Full shape of a parameter, also where only a part of it is here."""
 
     @abstractmethod
-    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """Working values of small trained parameters, whole and the same on every rank.
 
         The one verb that gathers, where parameters are cut over ranks: never ask it for a weight
         that is as large as a projection. The values are valid until the next verb that writes.
         """
 
-    def whole_in_turn(
+    def gather_in_turn(
         self, requests: Sequence[Sequence[nn.Parameter]]
     ) -> Iterator[list[torch.Tensor]]:
         """What `whole` returns, for one request after the other, with few exchanges.
@@ -78,14 +78,16 @@ class TrainState(ABC):
         for request in requests:
             size = sum(self.shape(p).numel() * p.element_size() for p in request)
             if batch and held + size > _GATHERED_BYTES:
-                yield from self._whole_batch(batch)
+                yield from self._gather_batch(batch)
                 batch, held = [], 0
             batch.append(request)
             held += size
-        yield from self._whole_batch(batch)
+        yield from self._gather_batch(batch)
 
-    def _whole_batch(self, batch: Sequence[Sequence[nn.Parameter]]) -> Iterator[list[torch.Tensor]]:
-        values = iter(self.whole([parameter for request in batch for parameter in request]))
+    def _gather_batch(
+        self, batch: Sequence[Sequence[nn.Parameter]]
+    ) -> Iterator[list[torch.Tensor]]:
+        values = iter(self.gather([parameter for request in batch for parameter in request]))
         for request in batch:
             yield [next(values) for _ in request]
 
@@ -172,7 +174,7 @@ class TrainState(ABC):
         """
 
     @abstractmethod
-    def whole_vectors(
+    def gather_vectors(
         self,
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]] = (),

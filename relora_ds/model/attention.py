@@ -37,7 +37,7 @@ class Attention(nn.Module):
         linear: builds the four projections.
         name: full module name, such as ``model.layers.0.self_attn``.
         backend: ``"auto"``, ``"flash"`` or ``"sdpa"``.
-        tensor: processes that share the heads; their number divides that of the key/value heads.
+        tp: processes that share the heads; their number divides that of the key/value heads.
 
     Raises:
         ConfigError: `backend` is unknown, or is ``"flash"`` and this machine cannot run it. What
@@ -50,20 +50,20 @@ class Attention(nn.Module):
         linear: LinearFactory,
         name: str,
         backend: str = "auto",
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.tp = tp
         check_backend(backend, config.head_dim)
         self.backend = backend
         self.head_dim = config.head_dim
         self.query_width = config.num_attention_heads * config.head_dim
         width, query, bias = config.hidden_size, self.query_width, config.attention_bias
         kv = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(LinearSpec(f"{name}.q_proj", width, query, bias, "column", tensor))
-        self.k_proj = linear(LinearSpec(f"{name}.k_proj", width, kv, bias, "column", tensor))
-        self.v_proj = linear(LinearSpec(f"{name}.v_proj", width, kv, bias, "column", tensor))
-        self.o_proj = linear(LinearSpec(f"{name}.o_proj", query, width, bias, "row", tensor))
+        self.q_proj = linear(LinearSpec(f"{name}.q_proj", width, query, bias, "column", tp))
+        self.k_proj = linear(LinearSpec(f"{name}.k_proj", width, kv, bias, "column", tp))
+        self.v_proj = linear(LinearSpec(f"{name}.v_proj", width, kv, bias, "column", tp))
+        self.o_proj = linear(LinearSpec(f"{name}.o_proj", query, width, bias, "row", tp))
 
     def forward(
         self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         """
         # -1: a column-parallel projection returns only the heads of this process
         heads = (-1, self.head_dim)
-        x_BSD = self.tensor.enter(x_BSD)
+        x_BSD = self.tp.enter(x_BSD)
         q_BSNH = rotate(self.q_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         v_BSKH = self.v_proj(x_BSD).unflatten(-1, heads)

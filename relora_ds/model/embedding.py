@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from relora_ds.model.loss import VocabularySplit, linear_cross_entropy
-from relora_ds.parallel.shape import TensorShard, cut, shard_of, whole_shape
+from relora_ds.parallel.shape import TPShard, apply_shard, shard_of, tp_local_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
@@ -19,36 +19,36 @@ class VocabularyPart(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, vocab_size: int, tensor: TensorParallel) -> None:
+    def __init__(self, vocab_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.tensor = tensor
+        self.tp = tp
 
-    def cut_over_ranks(self) -> None:
+    def shard_over_ranks(self) -> None:
         """Leave this rank's rows of a filled weight; one that is tied is cut once."""
         if shard_of(self.weight) is None:
-            rows = range(*self.tensor.span(self.vocab_size))
-            cut(self.weight, TensorShard(self.weight.shape, 0, rows))
+            rows = range(*self.tp.span(self.vocab_size))
+            apply_shard(self.weight, TPShard(self.weight.shape, 0, rows))
 
 
 class TokenEmbedding(VocabularyPart):
     """Looks up rows of `weight` (V, D), which is allocated, not drawn."""
 
-    def __init__(self, vocab_size: int, width: int, tensor: TensorParallel = SINGLE) -> None:
-        super().__init__(vocab_size, tensor)
+    def __init__(self, vocab_size: int, width: int, tp: TensorParallel = SINGLE) -> None:
+        super().__init__(vocab_size, tp)
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 (B, S) -> (B, S, D), or this rank's part of S."""
-        if self.tensor.size == 1:
+        if self.tp.size == 1:
             return F.embedding(ids, self.weight)
-        start, stop = self.tensor.span(self.vocab_size)
+        start, stop = self.tp.span(self.vocab_size)
         elsewhere = (ids < start) | (ids >= stop)
         found = F.embedding((ids - start).masked_fill(elsewhere, 0), self.weight)
-        return self.tensor.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        return self.tp.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def extra_repr(self) -> str:
-        return "{} -> {}".format(*whole_shape(self.weight))
+        return "{} -> {}".format(*tp_local_shape(self.weight))
 
 
 class LanguageHead(VocabularyPart):
@@ -61,7 +61,7 @@ class LanguageHead(VocabularyPart):
         vocab_size: V.
         width: D.
         weight: shared with the embedding when the two are tied; otherwise allocated, not drawn.
-        tensor: processes that share the vocabulary.
+        tp: processes that share the vocabulary.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class LanguageHead(VocabularyPart):
         vocab_size: int,
         width: int,
         weight: nn.Parameter | None = None,
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
-        super().__init__(vocab_size, tensor)
+        super().__init__(vocab_size, tp)
         if weight is None:
             weight = nn.Parameter(torch.empty(vocab_size, width))
         self.weight = weight
@@ -86,7 +86,7 @@ class LanguageHead(VocabularyPart):
             targets: int64 (...), `loss.IGNORE` where a token does not count.
             divisor: the summed loss is divided by it.
         """
-        hidden = self.tensor.enter(hidden)
+        hidden = self.tp.enter(hidden)
         if targets is None:
             return self._whole_logits(F.linear(hidden, self.weight))
         rows = hidden.flatten(0, -2)
@@ -95,17 +95,17 @@ class LanguageHead(VocabularyPart):
         )
 
     def _split(self) -> VocabularySplit | None:
-        if self.tensor.size == 1:
+        if self.tp.size == 1:
             return None
-        return VocabularySplit(self.tensor, *self.tensor.span(self.vocab_size))
+        return VocabularySplit(self.tp, *self.tp.span(self.vocab_size))
 
     def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits over the whole vocabulary, the same on every rank; for evaluation only."""
-        if self.tensor.size == 1:
+        if self.tp.size == 1:
             return logits
         whole = logits.new_zeros(*logits.shape[:-1], self.vocab_size)
-        whole[..., slice(*self.tensor.span(self.vocab_size))] = logits.detach()
-        return self.tensor.sum(whole)  # every element is on one rank: exact
+        whole[..., slice(*self.tp.span(self.vocab_size))] = logits.detach()
+        return self.tp.sum(whole)  # every element is on one rank: exact
 
     def extra_repr(self) -> str:
-        return "{1} -> {0}".format(*whole_shape(self.weight))
+        return "{1} -> {0}".format(*tp_local_shape(self.weight))

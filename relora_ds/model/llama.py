@@ -36,14 +36,14 @@ class DecoderLayer(nn.Module):
         linear: LinearFactory,
         name: str,
         attention: str,
-        tensor: TensorParallel,
+        tp: TensorParallel,
     ) -> None:
         super().__init__()
         # in the order of HF's parameters
-        self.self_attn = Attention(config, linear, f"{name}.self_attn", attention, tensor)
-        self.mlp = MLP(config, linear, f"{name}.mlp", tensor)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tensor)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tensor)
+        self.self_attn = Attention(config, linear, f"{name}.self_attn", attention, tp)
+        self.mlp = MLP(config, linear, f"{name}.mlp", tp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
         self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
@@ -62,17 +62,17 @@ class Decoder(nn.Module):
         linear: LinearFactory,
         attention: str,
         activation_checkpointing: bool,
-        tensor: TensorParallel,
+        tp: TensorParallel,
     ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, tensor)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, linear, f"model.layers.{i}", attention, tensor)
+            DecoderLayer(config, linear, f"model.layers.{i}", attention, tp)
             for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tensor)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         if activation_checkpointing:
             for module in self.modules():
                 if isinstance(module, Projection):
@@ -109,7 +109,7 @@ class Llama(nn.Module):
         linear: builds each of the seven projections of every layer.
         attention: ``"auto"``, ``"flash"`` or ``"sdpa"``.
         activation_checkpointing: recompute each layer in the backward pass of training.
-        tensor: processes that share this copy of the model.
+        tp: processes that share this copy of the model.
 
     Raises:
         ConfigError: `attention` is unknown or cannot run here.
@@ -121,13 +121,13 @@ class Llama(nn.Module):
         linear: LinearFactory,
         attention: str = "auto",
         activation_checkpointing: bool = False,
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, linear, attention, activation_checkpointing, tensor)
+        self.model = Decoder(config, linear, attention, activation_checkpointing, tp)
         shared = self.model.embed_tokens.weight if config.tie_word_embeddings else None
-        self.lm_head = LanguageHead(config.vocab_size, config.hidden_size, shared, tensor)
+        self.lm_head = LanguageHead(config.vocab_size, config.hidden_size, shared, tp)
 
     def forward(
         self,

@@ -70,7 +70,7 @@ def linear_cross_entropy(
 class VocabularySplit:
     """Which columns of the logits this tensor-parallel rank computes: [start, stop)."""
 
-    tensor: TensorParallel
+    tp: TensorParallel
     start: int
     stop: int
 
@@ -85,9 +85,9 @@ class VocabularySplit:
         Args:
             target_logit_C1: 0 where the target is on another rank; filled in.
         """
-        top_C1 = self.tensor.max(logits_CV.amax(1, keepdim=True))
+        top_C1 = self.tp.max(logits_CV.amax(1, keepdim=True))
         sums_C1 = (logits_CV - top_C1).exp_().sum(1, keepdim=True)
-        both = self.tensor.sum(torch.stack([sums_C1, target_logit_C1]))
+        both = self.tp.sum(torch.stack([sums_C1, target_logit_C1]))
         target_logit_C1.copy_(both[1])
         return both[0].log_().add_(top_C1)
 

@@ -41,7 +41,7 @@ class MLP(nn.Module):
         config: architecture.
         linear: builds the three projections.
         name: full module name, such as ``model.layers.0.mlp``.
-        tensor: processes that share the block.
+        tp: processes that share the block.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class MLP(nn.Module):
         config: ModelConfig,
         linear: LinearFactory,
         name: str,
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.tp = tp
         width, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column", tensor))
-        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column", tensor))
-        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row", tensor))
+        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column", tp))
+        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column", tp))
+        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row", tp))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        x = self.tensor.enter(x)
+        x = self.tp.enter(x)
         return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))

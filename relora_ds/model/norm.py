@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
@@ -21,13 +21,13 @@ class RMSNorm(nn.Module):
     Args:
         size: D, the width that is normalised.
         eps: added to the mean square.
-        tensor: processes that share the model.
+        tp: processes that share the model.
     """
 
-    def __init__(self, size: int, eps: float, tensor: TensorParallel = SINGLE) -> None:
+    def __init__(self, size: int, eps: float, tp: TensorParallel = SINGLE) -> None:
         super().__init__()
         self.eps = eps
-        self.tensor = tensor
+        self.tp = tp
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
     def partial_gradients(self) -> list[nn.Parameter]:
         """The weight, where this rank normalises its part of the sequence only."""
-        return [self.weight] if self.tensor.sequence else []
+        return [self.weight] if self.tp.sequence else []
 
     def extra_repr(self) -> str:
-        return f"{whole_shape(self.weight).numel()}, eps={self.eps}"
+        return f"{tp_local_shape(self.weight).numel()}, eps={self.eps}"

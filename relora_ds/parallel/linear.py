@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.parallel.shape import TensorShard, cut
+from relora_ds.parallel.shape import TPShard, apply_shard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 
@@ -26,7 +26,7 @@ class LinearSpec:
         style: the side along which tensor parallelism cuts it. A `column` projection gets the whole
             input on every rank and returns a part of the output; a `row` projection gets a part of
             the input and returns the whole output.
-        tensor: the tensor-parallel group that shares it.
+        tp: the tensor-parallel group that shares it.
     """
 
     name: str
@@ -34,15 +34,15 @@ class LinearSpec:
     out_features: int
     bias: bool
     style: Literal["column", "row"]
-    tensor: TensorParallel = SINGLE
+    tp: TensorParallel = SINGLE
 
 
 class Projection(nn.Module):
     """What stands in for a projection: (..., in_features) -> (..., out_features).
 
     The parameters are allocated, not drawn: whoever builds the model fills them, and then lets
-    `cut_over_ranks` take this rank's part of them. A subclass says what it multiplies with in
-    `product`, which is the same on a part as on the whole, and how it is cut in `cut_dims`.
+    `shard_over_ranks` take this rank's part of them. A subclass says what it multiplies with in
+    `product`, which is the same on a part as on the whole, and how it is cut in `shard_dims`.
     """
 
     bias: nn.Parameter | None
@@ -61,14 +61,14 @@ class Projection(nn.Module):
         """(..., in_features) -> (..., out_features), or this rank's part of either."""
         out = self.product(x)
         if self.spec.style == "row":
-            out = self.spec.tensor.leave(out)
+            out = self.spec.tp.leave(out)
         return out if self.bias is None else out + self.bias
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """What the weights held here contribute to the output, without the bias."""
         raise NotImplementedError
 
-    def cut_dims(self) -> dict[str, int]:
+    def shard_dims(self) -> dict[str, int]:
         """The dimension along which each parameter is cut; others are the same on every rank."""
         raise NotImplementedError
 
@@ -76,31 +76,31 @@ class Projection(nn.Module):
         """The same for parameters that are cut along the inner dimension of a low-rank product."""
         return {}
 
-    def shards(self) -> dict[str, TensorShard]:
+    def shards(self) -> dict[str, TPShard]:
         """This rank's part of every parameter that is cut, before it is."""
         named, inner = dict(self.named_parameters(recurse=False)), self.inner_dims()
         bias = {"bias": 0} if self.spec.style == "column" else {}
         shards = {}
-        for name, dim in (self.cut_dims() | bias | inner).items():
+        for name, dim in (self.shard_dims() | bias | inner).items():
             if name in named:
                 shape = named[name].shape
-                span = range(*self.spec.tensor.span(shape[dim]))
-                shards[name] = TensorShard(shape, dim, span, name in inner)
+                span = range(*self.spec.tp.span(shape[dim]))
+                shards[name] = TPShard(shape, dim, span, name in inner)
         return shards
 
-    def cut_over_ranks(self) -> None:
+    def shard_over_ranks(self) -> None:
         """Leave this rank's part of filled parameters and buffers."""
         shards = self.shards()
         for name, parameter in self.named_parameters(recurse=False):
             if name in shards:
-                cut(parameter, shards[name])
+                apply_shard(parameter, shards[name])
 
     def partial_gradients(self) -> list[nn.Parameter]:
         """Parameters that all ranks hold alike and whose gradients here are only shares of a sum:
         they have to be added up over the tensor-parallel group before they are used."""
         bias, spec = self.bias, self.spec
         # added behind the sum, to this rank's part of the sequence
-        return [bias] if bias is not None and spec.style == "row" and spec.tensor.sequence else []
+        return [bias] if bias is not None and spec.style == "row" and spec.tp.sequence else []
 
     def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
         """What one update moves over the tensor-parallel group within this projection.
@@ -145,7 +145,7 @@ class DenseLinear(Projection):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
 
-    def cut_dims(self) -> dict[str, int]:
+    def shard_dims(self) -> dict[str, int]:
         return {"weight": 0 if self.spec.style == "column" else 1}
 
     def extra_repr(self) -> str:

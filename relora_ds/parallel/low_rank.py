@@ -49,59 +49,59 @@ class LowRankProjection(Projection):
         self.lora_B = nn.Parameter(torch.empty(spec.out_features, rank))
 
     @property
-    def cuts_inner(self) -> bool:
+    def shards_inner(self) -> bool:
         """Whether one of the factors is cut along r."""
-        return self.spec.tensor.cuts_inner(self.rank)
+        return self.spec.tp.shards_inner(self.rank)
 
     @property
     def inner_factor(self) -> tuple[str, int]:
         """Name of the factor that W's cut leaves alone, and which of its dimensions is r."""
         return ("lora_A", 0) if self.spec.style == "column" else ("lora_B", 1)
 
-    def cut_dims(self) -> dict[str, int]:
+    def shard_dims(self) -> dict[str, int]:
         return {"lora_B": 0} if self.spec.style == "column" else {"lora_A": 1}
 
     def inner_dims(self) -> dict[str, int]:
-        return dict([self.inner_factor]) if self.cuts_inner else {}
+        return dict([self.inner_factor]) if self.shards_inner else {}
 
     def partial_gradients(self) -> list[nn.Parameter]:
         partial = super().partial_gradients()
-        if self.spec.tensor.size > 1 and not self.cuts_inner:
+        if self.spec.tp.size > 1 and not self.shards_inner:
             partial.append(getattr(self, self.inner_factor[0]))
         return partial
 
     def inner_exchange(self) -> InnerExchange:
         """Of (T, r) tensors, whose parts (T, r / N) this rank forms where the factor is cut."""
-        if not self.cuts_inner:
+        if not self.shards_inner:
             return InnerExchange(_as_it_is, _as_it_is)
-        tensor = self.spec.tensor
-        join, divide = partial(tensor.join, dim=-1), partial(tensor.divide, dim=-1)
+        tp = self.spec.tp
+        join, divide = partial(tp.join, dim=-1), partial(tp.divide, dim=-1)
         return InnerExchange(*((join, divide) if self.spec.style == "column" else (divide, join)))
 
     def join_factors(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
         """Both factors whole along r: (r, n) and (m, r), of which the rank may hold a part of n or
         of m."""
-        if not self.cuts_inner:
+        if not self.shards_inner:
             return lora_a, lora_b
         if self.spec.style == "column":
-            return self.spec.tensor.join(lora_a, 0), lora_b
-        return lora_a, self.spec.tensor.join(lora_b, 1)
+            return self.spec.tp.join(lora_a, 0), lora_b
+        return lora_a, self.spec.tp.join(lora_b, 1)
 
     def divide_factors(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
         """This rank's parts of sums over the ranks: what `join_factors` makes of gradients."""
-        if not self.cuts_inner:
+        if not self.shards_inner:
             return lora_a, lora_b
         if self.spec.style == "column":
-            return self.spec.tensor.divide(lora_a, 0), lora_b
-        return lora_a, self.spec.tensor.divide(lora_b, 1)
+            return self.spec.tp.divide(lora_a, 0), lora_b
+        return lora_a, self.spec.tp.divide(lora_b, 1)
 
     def inner_width(self) -> int:
         """Columns of what `inner_exchange` makes of x A^T on this rank."""
-        whole = not self.cuts_inner or self.spec.style == "column"
-        return self.rank if whole else self.rank // self.spec.tensor.size
+        whole = not self.shards_inner or self.spec.style == "column"
+        return self.rank if whole else self.rank // self.spec.tp.size
 
     def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
-        if not self.cuts_inner:
+        if not self.shards_inner:
             return []
         operations = "all_gather", "reduce_scatter"
         there, back = operations if self.spec.style == "column" else operations[::-1]

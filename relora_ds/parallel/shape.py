@@ -1,6 +1,6 @@
 """Shapes of parameters that are cut over processes, and where a cut part lies in the whole.
 
-Two cuts may apply, one inside the other: tensor parallelism leaves a process with a `TensorShard`
+Two cuts may apply, one inside the other: tensor parallelism leaves a process with a `TPShard`
 of a parameter, and ZeRO stage 3 leaves it with a slice of that.
 """
 
@@ -14,11 +14,11 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class TensorShard:
+class TPShard:
     """The part of a tensor that one rank of a tensor-parallel group holds.
 
     Args:
-        whole: shape of the uncut tensor.
+        global_shape: shape of the unsharded tensor.
         dim: the dimension that is cut.
         index: what is held along it: a range of consecutive positions, or int64 positions on the
             CPU, increasing.
@@ -26,7 +26,7 @@ class TensorShard:
             whole, because every part of the product is made of all of it.
     """
 
-    whole: torch.Size
+    global_shape: torch.Size
     dim: int
     index: range | torch.Tensor
     inner: bool = False
@@ -34,7 +34,9 @@ class TensorShard:
     @property
     def shape(self) -> torch.Size:
         """Shape of the part."""
-        return torch.Size((*self.whole[: self.dim], len(self.index), *self.whole[self.dim + 1 :]))
+        return torch.Size(
+            (*self.global_shape[: self.dim], len(self.index), *self.global_shape[self.dim + 1 :])
+        )
 
     def part(self, value: torch.Tensor) -> torch.Tensor:
         """This rank's part of an uncut tensor; a view where the positions are consecutive."""
@@ -56,11 +58,11 @@ class TensorShard:
             int64, (count,), on the CPU.
         """
         at = torch.arange(start, start + count)
-        behind = self.whole[self.dim + 1 :].numel()
+        behind = self.global_shape[self.dim + 1 :].numel()
         width = len(self.index)
         before, along, rest = at // (behind * width), at // behind % width, at % behind
         positions = along + self.index.start if isinstance(self.index, range) else self.index[along]
-        return (before * self.whole[self.dim] + positions) * behind + rest
+        return (before * self.global_shape[self.dim] + positions) * behind + rest
 
 
 def slice_of(elements: int, rank: int, size: int) -> tuple[int, int]:
@@ -73,41 +75,41 @@ def slice_of(elements: int, rank: int, size: int) -> tuple[int, int]:
     return start, min(share, elements - start)
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def tp_local_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of what this process's tensor-parallel rank holds, also where ZeRO has cut that."""
     # ZeRO stage 3 leaves an empty placeholder and notes the true shape on the parameter
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def shard_of(parameter: nn.Parameter) -> TensorShard | None:
+def shard_of(parameter: nn.Parameter) -> TPShard | None:
     """The part that this process's tensor-parallel rank holds; None if it holds the whole."""
-    return getattr(parameter, "tensor_shard", None)
+    return getattr(parameter, "tp_shard", None)
 
 
-def inner_shard(parameter: nn.Parameter) -> TensorShard | None:
+def inner_shard(parameter: nn.Parameter) -> TPShard | None:
     """The part that this rank holds of a parameter that is cut along r; None for any other."""
     shard = shard_of(parameter)
     return shard if shard is not None and shard.inner else None
 
 
-def seen_shape(parameter: nn.Parameter) -> torch.Size:
+def method_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of what methods see here: the rank's part, but whole along r."""
     shard = inner_shard(parameter)
-    return whole_shape(parameter) if shard is None else shard.whole
+    return tp_local_shape(parameter) if shard is None else shard.global_shape
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
+def global_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of the whole parameter, whoever holds it."""
     shard = shard_of(parameter)
-    return whole_shape(parameter) if shard is None else shard.whole
+    return tp_local_shape(parameter) if shard is None else shard.global_shape
 
 
-def cut(parameter: nn.Parameter, shard: TensorShard) -> None:
+def apply_shard(parameter: nn.Parameter, shard: TPShard) -> None:
     """Leave a shard of a whole parameter in its place, and say so on it."""
     # a copy: a view would keep the whole tensor alive
     parameter.data = shard.part(parameter.data).clone(memory_format=torch.contiguous_format)
     marked = cast(Any, parameter)
-    marked.tensor_shard = shard
+    marked.tp_shard = shard
     # DeepSpeed and Megatron count the gradient of any other parameter on the first rank only
     marked.tensor_model_parallel = True
     marked.partition_dim, marked.partition_stride = shard.dim, 1

@@ -62,7 +62,7 @@ class TensorParallel:
         """What tells this rank's files from those of the others; empty for a group of one."""
         return "" if self.size == 1 else f"_tp_{self.rank}"
 
-    def cuts_inner(self, rank: int) -> bool:
+    def shards_inner(self, rank: int) -> bool:
         """Whether factors of this rank r are cut along r.
 
         `act` moves 2 (N - 1) / N r elements per token, `fold` next to nothing; but `fold` keeps the

@@ -20,24 +20,24 @@ class Topology:
         world_size: number of processes.
         local_rank: rank within the node; also the index of the accelerator.
         device: where this process computes.
-        tensor: its part of one copy of the model.
+        tp: its part of one copy of the model.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    tensor: TensorParallel = SINGLE
+    tp: TensorParallel = SINGLE
 
     @property
     def dp_rank(self) -> int:
         """Rank along the data-parallel axis."""
-        return self.rank // self.tensor.size
+        return self.rank // self.tp.size
 
     @property
     def dp_size(self) -> int:
         """Copies of the model that see different data."""
-        return self.world_size // self.tensor.size
+        return self.world_size // self.tp.size
 
     @property
     def is_main(self) -> bool:
@@ -64,5 +64,5 @@ def share_models(topology: Topology, config: RunConfig) -> Topology:
             f"({topology.world_size}): start a multiple of {size}, or change it"
         )
     parallel, timeout = config.parallel, config.train.timeout_minutes
-    tensor = join_tensor_group(size, parallel.low_rank_plan, parallel.sequence, timeout)
-    return replace(topology, tensor=tensor)
+    tp = join_tensor_group(size, parallel.low_rank_plan, parallel.sequence, timeout)
+    return replace(topology, tp=tp)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.config.load import LoadedRun
-from relora_ds.methods.build import cut_over_ranks, meta_model
+from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.planning.memory_report import closed_form, storage_plan
@@ -48,8 +48,8 @@ def _memory(run: LoadedRun, phase: Phase, deepspeed_config: dict[str, Any]) -> s
 
 
 def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
-    tensor = part_of_model(run.config.parallel)
-    model = meta_model(run.architecture, phase.method, run.config.train, tensor)
+    tp = part_of_model(run.config.parallel)
+    model = meta_model(run.architecture, phase.method, run.config.train, tp)
     counts = parameter_counts(model)
     table = Table(
         title=f"{phase.name}: steps {phase.first_step + 1} to {phase.last_step}",
@@ -65,7 +65,7 @@ def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
     size = run.config.parallel.tensor
     if size > 1:
         for module in model.modules():
-            cut_over_ranks(module)
+            shard_over_ranks(module)
         held = list(model.parameters())
         trainable = sum(p.numel() for p in held if p.requires_grad)
         frozen = sum(p.numel() for p in held) - trainable

@@ -73,8 +73,8 @@ class PhaseEstimator:
         config, train = loaded.config, loaded.config.train
         self._config, self._method = config, phase.method
         self._cluster, self._copies = cluster, copies
-        self._tensor = part_of_model(config.parallel)
-        self._model = largest_part(loaded.architecture, self._method, train, self._tensor)
+        self._tp = part_of_model(config.parallel)
+        self._model = largest_part(loaded.architecture, self._method, train, self._tp)
         self._groups = [g.parameters for g in self._method.parameter_groups(self._model)]
         trained = [parameter for group in self._groups for parameter in group]
         self._trained = sum(p.numel() for p in trained)
@@ -96,7 +96,7 @@ class PhaseEstimator:
         largest = self._config.train.micro_batch_size + math.floor((room - total) / per_sequence)
         volumes = self._tensor_volumes(resolved, max(shares))
         moved = self._traffic(self._payloads(resolved, replay), volumes)
-        alike = self._alike / self._trained if self._tensor.size > 1 else 0.0
+        alike = self._alike / self._trained if self._tp.size > 1 else 0.0
         return {
             "memory": memory,
             "bytes_per_gpu": total,
@@ -119,7 +119,7 @@ class PhaseEstimator:
 
     def _parts_per_node(self) -> int:
         """Different parts of the model on one node: each has host memory of its own."""
-        return min(self._tensor.size, self._cluster.gpus_per_node)
+        return min(self._tp.size, self._cluster.gpus_per_node)
 
     def _gathers(self, resolved: Mapping[str, Any]) -> Replay:
         """What stage 3 gathers of the weights; nothing at other stages."""
@@ -170,12 +170,12 @@ class PhaseEstimator:
         return expected_payloads(self._model, groups, resolved, copies, once=once, replay=replay)
 
     def _tensor_volumes(self, resolved: Mapping[str, Any], share: int) -> Volumes:
-        if self._tensor.size == 1:
+        if self._tp.size == 1:
             return {}
         train = self._config.train
         tokens = train.micro_batch_size * train.seq_length
         groups = len(self._groups)
-        return tensor_volumes(self._model, resolved, tokens, self._tensor.size, share, groups)
+        return tensor_volumes(self._model, resolved, tokens, self._tp.size, share, groups)
 
     def _traffic(self, payloads: Payloads, volumes: Volumes) -> dict[str, Any]:
         """Bytes per step and GPU: payload of gradients and of everything, wire bytes by link.
@@ -206,7 +206,7 @@ class PhaseEstimator:
     def _by_link(self, payloads: Payloads) -> Wire:
         """Wire bytes; ranks that share a model are neighbours, copies lie that far apart."""
         near = far = 0.0
-        node, size = self._cluster.gpus_per_node, self._tensor.size
+        node, size = self._cluster.gpus_per_node, self._tp.size
         for kind, payload in payloads.items():
             if kind.group == HPZ_GROUP:  # its copies lie within nodes
                 per_node = kind.size
@@ -237,7 +237,7 @@ class PhaseEstimator:
 
         near, far = moved["tensor_within_node"], moved["tensor_between_nodes"]
         inner = sum(volume.calls for volume in volumes.values())
-        tensor = over(near, far, inner, self._tensor.size)
+        tensor = over(near, far, inner, self._tp.size)
         rest = moved["within_node"] - near, moved["between_nodes"] - far
         communication = over(*rest, calls, self._copies)
         return {
@@ -252,7 +252,7 @@ class PhaseEstimator:
         train, cluster = self._config.train, self._cluster
         tokens = train.global_batch_size * train.seq_length / cluster.gpus
         # every rank multiplies with what every rank holds whole
-        again = (self._tensor.size - 1) * _held_alike(self._model)
+        again = (self._tp.size - 1) * _held_alike(self._model)
         operations = (flops_per_token(self._model, train.seq_length) + 6.0 * again) * tokens
         if train.activation_checkpointing:
             operations += (_forward_flops(self._model) + 2.0 * again) * tokens

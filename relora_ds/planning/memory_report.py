@@ -10,7 +10,7 @@ from relora_ds.accounting.memory_model import StoragePlan, expected_memory
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig, TrainConfig
 from relora_ds.engine.precision import base_precision
-from relora_ds.methods.build import cut_over_ranks, meta_model
+from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.interface import Method
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.block_codes import BLOCK
@@ -41,16 +41,16 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
 
 
 def largest_part(
-    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tensor: TensorParallel
+    architecture: ModelConfig, method: Method[Any], train: TrainConfig, tp: TensorParallel
 ) -> Llama:
     """Without memory, what the first tensor-parallel rank holds: no other one holds more.
 
     What is cut by the values of a draw is taken for cut evenly.
     """
-    model = meta_model(architecture, method, train, tensor)
-    if tensor.size > 1:
+    model = meta_model(architecture, method, train, tp)
+    if tp.size > 1:
         for module in model.modules():
-            cut_over_ranks(module)
+            shard_over_ranks(module)
     return model
 
 
@@ -76,7 +76,7 @@ def memory_of_part(
     )
 
 
-def memory_figures(measured: dict[str, int] | None, expected: dict[str, int]) -> dict[str, int]:
+def memory_metrics(measured: dict[str, int] | None, expected: dict[str, int]) -> dict[str, int]:
     """Both as metrics, such as `memory/measured/states_bytes`; nothing if no step was measured."""
     if measured is None:
         return {}

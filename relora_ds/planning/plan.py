@@ -95,7 +95,7 @@ def _tensor_sizes(loaded: LoadedRun, cluster: Cluster) -> Iterator[int]:
 def _low_rank_plans(config: RunConfig, size: int, compare: bool) -> list[LowRankPlan]:
     """The run's own plan, and whole factors where `auto` would cut them."""
     chosen, rank = config.parallel.low_rank_plan, getattr(config.method, "rank", 0)
-    cuts = chosen == "auto" and rank and TensorParallel(size=size).cuts_inner(rank)
+    cuts = chosen == "auto" and rank and TensorParallel(size=size).shards_inner(rank)
     return [chosen, "fold"] if compare and cuts else [chosen]
 
 

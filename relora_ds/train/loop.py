@@ -176,7 +176,7 @@ class Trainer:
             method=phase.method.state_dict(),
             telemetry=dict(self.telemetry.state_dict()),
             data=list(self.corpus.fingerprints()),
-            tensor_size=self.topology.tensor.size,
+            tensor_size=self.topology.tp.size,
         )
         with recorder.phase("checkpoint"):
             path = self.checkpoints.save(

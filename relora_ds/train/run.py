@@ -36,7 +36,7 @@ from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import Topology, share_models
-from relora_ds.planning.memory_report import closed_form, memory_figures, storage_plan
+from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
 from relora_ds.train.stop import StopSignal
@@ -63,7 +63,7 @@ def run(loaded: LoadedRun) -> None:
     launcher = LauncherWatch()
     topology = distributed.start(loaded.config.train.timeout_minutes)
     topology = share_models(topology, loaded.config)
-    for name, group in (("tp", topology.tensor.group), ("dp", topology.tensor.data_group)):
+    for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
         if group is not None:
             recorder.name_group(group, name)
     output_dir = Path(loaded.config.output_dir)
@@ -203,13 +203,13 @@ def _train(
                 saved = SavedRun(checkpoint, trainer.config, trainer.architecture)
                 other = _state_of_other_topology(trainer, saved)
                 trainer.checkpoints.load(engine, checkpoint, other)
-                phase.method.load_state_dict(saved.own_method_state(trainer.topology.tensor))
+                phase.method.load_state_dict(saved.own_method_state(trainer.topology.tp))
                 distributed.barrier()  # one process of a node may restore what all of them read
         meter = _build_meter(trainer, engine)
         trainer.run_phase(phase, engine, meter, completed)
         plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)
         expected = closed_form(trainer.config, trainer.architecture, phase.method, plan)
-        trainer.final |= memory_figures(engine.memory.measured, expected)
+        trainer.final |= memory_metrics(engine.memory.measured, expected)
         completed = phase.last_step
         if number + 1 < len(phases):
             with recorder.phase("setup"):
@@ -218,7 +218,7 @@ def _train(
                     trainer.architecture,
                     phase.method,
                     trainer.config.train,
-                    trainer.topology.tensor,
+                    trainer.topology.tp,
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
@@ -226,10 +226,10 @@ def _train(
 
 def _state_of_other_topology(trainer: Trainer, saved: SavedRun) -> SavedState | None:
     """This rank's part of the saved state by name; None if it can read the files as they are."""
-    topology, state, tensor = trainer.topology, saved.trainer, trainer.topology.tensor
+    topology, state, tp = trainer.topology, saved.trainer, trainer.topology.tp
     before = state.dp_size, state.tensor_size, state.zero_stage
-    now = topology.dp_size, tensor.size, trainer.zero_stage
-    alike = before == now and saved.is_cut_like(tensor)
+    now = topology.dp_size, tp.size, trainer.zero_stage
+    alike = before == now and saved.is_sharded_like(tp)
     if alike and not is_written_state(saved.checkpoint):
         return None
     _logger.info(
@@ -239,7 +239,7 @@ def _state_of_other_topology(trainer: Trainer, saved: SavedRun) -> SavedState | 
         *now,
     )
     whole = saved.state()
-    return whole if tensor.size == 1 else PartOfState(whole, saved.shards(tensor))
+    return whole if tp.size == 1 else PartOfState(whole, saved.shards(tp))
 
 
 def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:

@@ -16,7 +16,7 @@ from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.handover import exact_parameters, exact_slices
 from relora_ds.methods.build import dense_weights
 from relora_ds.methods.interface import Method
-from relora_ds.parallel.shape import TensorShard, shard_of
+from relora_ds.parallel.shape import TPShard, shard_of
 from relora_ds.parallel.tensor import TensorParallel
 
 _logger = logging.getLogger(__name__)
@@ -30,27 +30,27 @@ class JoinedWeights(Mapping[str, torch.Tensor]):
     Args:
         parts: this rank's parts, fp32 on the CPU.
         shards: which parts of the whole they are, where they are not the whole.
-        tensor: the group.
+        tp: the group.
         device: where its collectives take their tensors.
     """
 
     def __init__(
         self,
         parts: dict[str, torch.Tensor],
-        shards: Mapping[str, TensorShard],
-        tensor: TensorParallel,
+        shards: Mapping[str, TPShard],
+        tp: TensorParallel,
         device: torch.device,
     ) -> None:
-        self._parts, self._shards, self._tensor, self._device = parts, shards, tensor, device
+        self._parts, self._shards, self._tp, self._device = parts, shards, tp, device
 
     def __getitem__(self, name: str) -> torch.Tensor:
         part = self._parts[name]
         if name not in self._shards:
             return part
         shard = self._shards[name]
-        whole = torch.zeros(shard.whole, device=self._device)
+        whole = torch.zeros(shard.global_shape, device=self._device)
         shard.place(part, whole)
-        return self._tensor.sum(whole).cpu()  # every element is on one rank: exact
+        return self._tp.sum(whole).cpu()  # every element is on one rank: exact
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts  # the inherited one would read it
@@ -67,7 +67,7 @@ def take_dense_weights(
     architecture: ModelConfig,
     method: Method[Any],
     train: TrainConfig,
-    tensor: TensorParallel,
+    tp: TensorParallel,
 ) -> Mapping[str, torch.Tensor] | DenseSlices:
     """The dense model at full precision, and the engine freed. A collective call.
 
@@ -78,10 +78,10 @@ def take_dense_weights(
     never exist at once.
     """
     weights = exact_slices(engine)
-    if weights is None and tensor.size > 1:
+    if weights is None and tp.size > 1:
         found = {n: shard_of(p) for n, p in engine.model.named_parameters()}
         shards = {name: shard for name, shard in found.items() if shard is not None}
-        weights = JoinedWeights(exact_parameters(engine), shards, tensor, engine.device)
+        weights = JoinedWeights(exact_parameters(engine), shards, tp, engine.device)
     elif weights is None:
         weights = dict(dense_weights(architecture, method, train, exact_parameters(engine)))
     old_model = weakref.ref(engine.model)

@@ -16,9 +16,9 @@ from relora_ds.checkpoint.restore import load_side_tensors, side_tensors
 from relora_ds.checkpoint.saved_state import open_state
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.layouts import Bf16Partitions
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.precision import base_precision
-from relora_ds.engine.zero.layout import Bf16Partitions
 from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights

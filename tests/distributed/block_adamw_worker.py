@@ -15,7 +15,7 @@ import torch
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
@@ -58,9 +58,11 @@ def train(
     zero = {"zero_optimization": {"stage": stage}}
     resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    cutter = build_cutter(resolved, "fp32")
-    model = build_model(ARCHITECTURE, phase.method, config.train, draw, topology.device, cutter)
-    exact = None if cutter is None else cutter.finish()
+    partitioner = build_partitioner(resolved, "fp32")
+    model = build_model(
+        ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
+    )
+    exact = None if partitioner is None else partitioner.finish()
     engine = TrainEngine(model, phase.method, config, resolved, lambda: None, exact)
     losses, resets = [], []
     with torch.no_grad():

@@ -24,7 +24,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.build import build_model, meta_model
 from relora_ds.methods.registry import plan_phases
@@ -98,10 +98,10 @@ def record(
     resolved = resolve_deepspeed_config(
         {"zero_optimization": zero, **extra}, config, topology.dp_size
     )
-    cutter = build_cutter(resolved, config.train.precision)
-    model = build_model(architecture, method, config.train, draw, topology.device, cutter)
+    partitioner = build_partitioner(resolved, config.train.precision)
+    model = build_model(architecture, method, config.train, draw, topology.device, partitioner)
     with recorder.phase("setup"):
-        exact = None if cutter is None else cutter.finish()
+        exact = None if partitioner is None else partitioner.finish()
         engine = TrainEngine(model, method, config, resolved, _no_probe, exact)
     meta = meta_model(architecture, method, config.train)
     groups = [group.parameters for group in method.parameter_groups(meta)]
@@ -110,12 +110,14 @@ def record(
     tokens = torch.randint(0, VOCAB, (MICRO, SEQUENCE + 1))
     micro_batches = [tokens] * resolved["gradient_accumulation_steps"]
     engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
-    if cutter is not None:  # stage 3 learns the order of modules in the first two micro-batches
+    if (
+        partitioner is not None
+    ):  # stage 3 learns the order of modules in the first two micro-batches
         for _ in range(1 if len(micro_batches) > 1 else 2):
             engine.train_step(micro_batches)
     steps = []
     # gloo reports a reduce-scatter as two all-reduces, so at stage 3 its events say nothing
-    for profiled in (False, cutter is None):  # the first step is where an engine might do more
+    for profiled in (False, partitioner is None):  # the first step is where an engine might do more
         recorder.begin_step()
         with profile(activities=[ProfilerActivity.CPU]) if profiled else nullcontext() as profiler:
             engine.train_step(micro_batches)
@@ -138,10 +140,10 @@ def trained(stage: int, precision: str, reduction: str, topology: Topology) -> l
     config = run_config("relora", precision, 3, 0.5, gradient_reduction=reduction)
     method = plan_phases(config)[-1].method
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 2)
-    cutter = build_cutter(resolved, precision)
+    partitioner = build_partitioner(resolved, precision)
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    model = build_model(ARCHITECTURE, method, config.train, draw, topology.device, cutter)
-    exact = None if cutter is None else cutter.finish()
+    model = build_model(ARCHITECTURE, method, config.train, draw, topology.device, partitioner)
+    exact = None if partitioner is None else partitioner.finish()
     engine = TrainEngine(model, method, config, resolved, _no_probe, exact)
     generator = torch.Generator().manual_seed(topology.rank)
     found = []

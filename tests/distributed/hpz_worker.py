@@ -16,12 +16,12 @@ from relora_ds.accounting.recorder import recorder
 from relora_ds.accounting.zero_traffic import expected_payloads
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.build import build_model, meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.topology import Topology
 from tests.distributed.communication_worker import ARCHITECTURE, VOCAB, run_config
 
@@ -41,11 +41,13 @@ def train(method: str, precision: str, node: int, topology: Topology) -> dict[st
     phase = plan_phases(config)[-1]
     zero = {**ZERO, "zero_hpz_partition_size": node}
     resolved = resolve_deepspeed_config({"zero_optimization": zero}, config, topology.dp_size)
-    cutter = build_cutter(resolved, precision)
-    assert cutter is not None
+    partitioner = build_partitioner(resolved, precision)
+    assert partitioner is not None
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    model = build_model(ARCHITECTURE, phase.method, config.train, draw, topology.device, cutter)
-    engine = TrainEngine(model, phase.method, config, resolved, lambda: None, cutter.finish())
+    model = build_model(
+        ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
+    )
+    engine = TrainEngine(model, phase.method, config, resolved, lambda: None, partitioner.finish())
     phase.method.attach(engine.state, engine.model)
     meta = meta_model(ARCHITECTURE, phase.method, config.train)
     groups = [group.parameters for group in phase.method.parameter_groups(meta)]
@@ -79,12 +81,12 @@ def copies(engine: TrainEngine, node: int) -> tuple[int, int]:
         second = cast(Any, parameter).ds_secondary_tensor
         cast(Any, parameter).partition()
         cast(Any, parameter).ds_secondary_tensor = second
-        (whole,) = engine.layout.whole([parameter])
+        (whole,) = engine.layout.gather([parameter])
         if second is not None:
             count += 1
             start = second.numel() * (torch.distributed.get_rank() % node)
             mine = whole.reshape(-1)[start : start + second.numel()]
-            length = min(whole_shape(parameter).numel() - start, second.numel())
+            length = min(tp_local_shape(parameter).numel() - start, second.numel())
             stale += not torch.equal(second[:length], mine)
     return count, stale
 

@@ -17,7 +17,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
@@ -89,10 +89,10 @@ def measure(
     def source(_: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape).uniform_(-0.02, 0.02, generator=generator)
 
-    cutter = build_cutter(resolved, config.train.precision)
+    partitioner = build_partitioner(resolved, config.train.precision)
     device = topology.device
-    model = build_model(architecture, phase.method, config.train, source, device, cutter)
-    exact = None if cutter is None else cutter.finish()
+    model = build_model(architecture, phase.method, config.train, source, device, partitioner)
+    exact = None if partitioner is None else partitioner.finish()
     engine = TrainEngine(model, phase.method, config, resolved, lambda: None, exact)
     engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
     tokens = torch.randint(0, architecture.vocab_size, (2, 1, SEQUENCE + 1), generator=generator)

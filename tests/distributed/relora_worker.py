@@ -19,14 +19,14 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.methods.build import build_model
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.topology import Topology
 from tests.distributed.reference import PlainAdamW, PlainAdapter, PlainReLoRA
 
@@ -130,15 +130,17 @@ def build(
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000, **zero}}
     resolved = resolve_deepspeed_config(source, config, topology.dp_size)
-    cutter = build_cutter(resolved, config.train.precision)
-    model = build_model(ARCHITECTURE, phase.method, config.train, draw, topology.device, cutter)
+    partitioner = build_partitioner(resolved, config.train.precision)
+    model = build_model(
+        ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
+    )
     tokens = batches()[0][:1, :-1]
 
     @torch.no_grad()
     def probe() -> torch.Tensor:
         return model.logits(tokens).float()
 
-    exact = None if cutter is None else cutter.finish()
+    exact = None if partitioner is None else partitioner.finish()
     return phase, TrainEngine(model, phase.method, config, resolved, probe, exact)
 
 
@@ -169,14 +171,14 @@ def train(phase: Phase, engine: TrainEngine, topology: Topology) -> dict[str, An
     elements = sum(t.numel() for s in engine.optimizer.state.values() for t in s.values() if t.ndim)
     found["state_elements"] = int(distributed.sum_over_ranks(torch.tensor(elements)))
     found["trained"] = sum(
-        whole_shape(p).numel() for p in engine.model.parameters() if p.requires_grad
+        tp_local_shape(p).numel() for p in engine.model.parameters() if p.requires_grad
     )
     return found
 
 
 def whole(engine: TrainEngine, parameter: nn.Parameter) -> torch.Tensor:
     """A working weight, fp32; a collective at stage 3."""
-    return engine.layout.whole([parameter])[0].float()
+    return engine.layout.gather([parameter])[0].float()
 
 
 def difference(engine: TrainEngine, expected: dict[str, torch.Tensor]) -> float:

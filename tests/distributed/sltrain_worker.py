@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.handover import exact_parameters
 from relora_ds.methods.build import build_model
@@ -126,9 +126,11 @@ def build(stage: int, config: RunConfig, topology: Topology) -> tuple[Phase, Tra
     zero = {"zero_optimization": {"stage": stage}}
     resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    cutter = build_cutter(resolved, config.train.precision)
-    model = build_model(ARCHITECTURE, phase.method, config.train, draw, topology.device, cutter)
-    exact = None if cutter is None else cutter.finish()
+    partitioner = build_partitioner(resolved, config.train.precision)
+    model = build_model(
+        ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
+    )
+    exact = None if partitioner is None else partitioner.finish()
     return phase, TrainEngine(model, phase.method, config, resolved, lambda: None, exact)
 
 

@@ -17,14 +17,14 @@ from torch import nn
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DesyncError
 from relora_ds.methods.build import build_model
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.transition import take_dense_weights
 from tests.distributed import relora_worker as base
@@ -56,7 +56,7 @@ def losses(variant: str, topology: Topology) -> dict[str, Any]:
         factors = [
             p for layer in projection_layers(engine.model).values() for p in layer.parameters()
         ]
-        found["copies"] = sum(p.data.numel() == whole_shape(p).numel() for p in factors)
+        found["copies"] = sum(p.data.numel() == tp_local_shape(p).numel() for p in factors)
         with torch.no_grad():
             event = phase.method.after_step(engine.state, engine.model, step + 1)
         if event is not None:
@@ -65,7 +65,7 @@ def losses(variant: str, topology: Topology) -> dict[str, Any]:
     layers = projection_layers(engine.model).values()
     found["layers"] = len(layers)
     found["factor_bytes"] = sum(
-        4 * whole_shape(p).numel() for layer in layers for p in (layer.lora_A, layer.lora_B)
+        4 * tp_local_shape(p).numel() for layer in layers for p in (layer.lora_A, layer.lora_B)
     )
     engine.destroy()
     return found
@@ -93,7 +93,7 @@ def wire(topology: Topology) -> dict[str, float]:
         "gathers": sum(gathers),
         "counted": counted,
         "reported": event.details["method/merge_bytes"] + event.details["method/reset_bytes"],
-        "factor_bytes": sum(2 * whole_shape(p).numel() for p in factors),
+        "factor_bytes": sum(2 * tp_local_shape(p).numel() for p in factors),
         "layers": len(layers),
     }
 
@@ -107,7 +107,7 @@ def contract(stage: int, topology: Topology) -> dict[str, bool]:
     for name, parameter in engine.model.named_parameters():
         if parameter not in engine.layout.placements:
             continue
-        shape = whole_shape(parameter)
+        shape = tp_local_shape(parameter)
         pattern = torch.arange(shape.numel(), dtype=torch.float32).view(shape) * 1e-3 + len(found)
         engine.state.write(parameter, pattern)
         found[name] = torch.equal(safe_get_full_fp32_param(parameter), pattern)
@@ -162,10 +162,15 @@ def transition(topology: Topology) -> dict[str, Any]:
     first, second = plan_phases(config)
     draw = InitialWeights(base.ARCHITECTURE, config.train.seed)
     build = (base.ARCHITECTURE, first.method, config.train, draw, topology.device)
-    cutter = build_cutter(resolved, "bf16")
-    assert cutter is not None
+    partitioner = build_partitioner(resolved, "bf16")
+    assert partitioner is not None
     engine = TrainEngine(
-        build_model(*build, cutter), first.method, config, resolved, lambda: None, cutter.finish()
+        build_model(*build, partitioner),
+        first.method,
+        config,
+        resolved,
+        lambda: None,
+        partitioner.finish(),
     )
     engine.set_learning_rates({"dense": 1e-2, "adapter": 1e-2})
     for tokens in base.batches()[:2]:
@@ -177,19 +182,24 @@ def transition(topology: Topology) -> dict[str, Any]:
     recorder.reset()
     with recorder:
         slices = take_dense_weights(
-            engine, base.ARCHITECTURE, first.method, config.train, topology.tensor
+            engine, base.ARCHITECTURE, first.method, config.train, topology.tp
         )
         moved = sum(volume.payload for volume in recorder.volumes().values())
     del engine
     gc.collect()
-    cutter = build_cutter(resolved, "bf16", slices)
-    assert cutter is not None
+    partitioner = build_partitioner(resolved, "bf16", slices)
+    assert partitioner is not None
     with recorder:
         model = build_model(
-            base.ARCHITECTURE, second.method, config.train, slices.rest, topology.device, cutter
+            base.ARCHITECTURE,
+            second.method,
+            config.train,
+            slices.rest,
+            topology.device,
+            partitioner,
         )
         moved += sum(volume.payload for volume in recorder.volumes().values())
-    engine = TrainEngine(model, second.method, config, resolved, lambda: None, cutter.finish())
+    engine = TrainEngine(model, second.method, config, resolved, lambda: None, partitioner.finish())
     error = hand_over_error(engine, before, topology)
     engine.destroy()
     return {"freed": old() is None, "moved": moved, "error": error}
@@ -205,7 +215,7 @@ def hand_over_error(
         start, working = engine.layout.working(parameter)
         if name.endswith("_proj.weight"):
             layer = engine.model.get_submodule(name.removesuffix(".weight"))
-            lora_b, lora_a = engine.layout.whole([layer.lora_B, layer.lora_A])
+            lora_b, lora_a = engine.layout.gather([layer.lora_B, layer.lora_A])
             product = layer.scale * (lora_b.float() @ lora_a.float()).view(-1)
             now = engine.bases[parameter].load(working, 0) + product[start : start + len(working)]
         elif parameter in engine.layout.placements and "lora_" not in name:
@@ -222,20 +232,20 @@ def memory(topology: Topology) -> dict[str, int]:
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": 3}}, config, 2)
     phase = plan_phases(config)[-1]
     draw = InitialWeights(base.ARCHITECTURE, config.train.seed)
-    cutter = build_cutter(resolved, "bf16")
-    assert cutter is not None
+    partitioner = build_partitioner(resolved, "bf16")
+    assert partitioner is not None
     gc.collect()
     start, peak = alive(), 0
 
     def watched(name: str, parameter: nn.Parameter) -> None:
         nonlocal peak
         peak = max(peak, alive() - start)
-        cutter(name, parameter)
+        partitioner(name, parameter)
 
     model = build_model(
         base.ARCHITECTURE, phase.method, config.train, draw, topology.device, watched
     )
-    shapes = [whole_shape(p).numel() for p in model.parameters()]
+    shapes = [tp_local_shape(p).numel() for p in model.parameters()]
     return {"peak": peak, "whole": sum(shapes), "largest": max(shapes)}
 
 

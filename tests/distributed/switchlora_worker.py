@@ -123,7 +123,7 @@ def effective_weights(engine: TrainEngine) -> list[torch.Tensor]:
         assert isinstance(layer, AdapterLinear)
         eye = torch.eye(layer.spec.in_features)
         weight = engine.state.weight_times(layer.weight, eye).double()
-        lora_a, lora_b = (w.double() for w in engine.state.whole([layer.lora_A, layer.lora_B]))
+        lora_a, lora_b = (w.double() for w in engine.state.gather([layer.lora_A, layer.lora_B]))
         found.append(weight + layer.merge_scale() * lora_b @ lora_a)
     return found
 

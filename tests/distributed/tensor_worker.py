@@ -21,14 +21,14 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
-from relora_ds.engine.deepspeed.partition import build_cutter
+from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DesyncError
-from relora_ds.methods.build import build_model, cut_meta_model
+from relora_ds.methods.build import build_model, sharded_meta_model
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import partial_gradients
-from relora_ds.parallel.shape import shard_of, whole_shape
+from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.parallel.topology import Topology, share_models
 
 STAGES = (0, 1, 2, 3)
@@ -149,20 +149,20 @@ def batch(step: int) -> torch.Tensor:
 def build(
     stage: int, config: RunConfig, topology: Topology
 ) -> tuple[Phase, TrainEngine, dict[str, Any]]:
-    phase, tensor = plan_phases(config)[-1], topology.tensor
+    phase, tp = plan_phases(config)[-1], topology.tp
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}}
     resolved = resolve_deepspeed_config(source, config, topology.dp_size)
-    cutter = build_cutter(resolved, config.train.precision, tensor=tensor)
+    partitioner = build_partitioner(resolved, config.train.precision, tp=tp)
     device, method = topology.device, phase.method
-    model = build_model(ARCHITECTURE, method, config.train, draw, device, cutter, tensor)
+    model = build_model(ARCHITECTURE, method, config.train, draw, device, partitioner, tp)
 
     @torch.no_grad()
     def probe() -> torch.Tensor:
         return model.logits(batch(0)[:1, :-1]).float()
 
-    exact = None if cutter is None else cutter.finish()
-    engine = TrainEngine(model, method, config, resolved, probe, exact, tensor)
+    exact = None if partitioner is None else partitioner.finish()
+    engine = TrainEngine(model, method, config, resolved, probe, exact, tp)
     return phase, engine, resolved
 
 
@@ -171,13 +171,13 @@ def traffic(
 ) -> dict[str, list[list[Any]]]:
     """Payloads within a copy of the model and between copies, counted and by the closed form."""
     method, copies = plan_phases(config)[-1].method, topology.dp_size
-    model = cut_meta_model(ARCHITECTURE, method, config.train, topology.tensor)
+    model = sharded_meta_model(ARCHITECTURE, method, config.train, topology.tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
     held = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
     placements = engine.layout.placements
     shares = partial_gradients(engine.model)
     assert held == sum(placements[p].stretch.length for p in shares)
-    size = topology.tensor.size
+    size = topology.tp.size
     expected = tensor_payloads(model, resolved, MICRO * SEQUENCE, size, held, len(groups))
     expected |= expected_payloads(model, groups, resolved, copies, group="dp")
     # once per run stage 3 compares over all processes the order of modules that it recorded
@@ -198,7 +198,7 @@ def desync(engine: TrainEngine, topology: Topology) -> str:
             for name, p in named
             if p.requires_grad and shard_of(p) is None and ("lora" in name or "norm" in name)
         ]
-        factor = max(alike, key=lambda p: len(whole_shape(p)))
+        factor = max(alike, key=lambda p: len(tp_local_shape(p)))
         engine.layout.placements[factor].master().view(torch.int32)[0] += 1
         engine.layout.working(factor)[1].view(torch.int32)[0] += 1
     try:
@@ -227,7 +227,7 @@ def train(
         tokens = batch(step)
         starts = range(topology.dp_rank * MICRO, BATCH, MICRO * topology.dp_size)
         loss, norm = engine.train_step([tokens[at : at + MICRO] for at in starts])
-        if topology.tensor.size > 1 and step == 1:
+        if topology.tp.size > 1 and step == 1:
             found["traffic"] = traffic(engine, config, resolved, topology)
         with torch.no_grad():
             event = phase.method.after_step(engine.state, engine.model, step + 1)
@@ -246,12 +246,12 @@ def train(
 @torch.no_grad()
 def whole(engine: TrainEngine, parameter: nn.Parameter, topology: Topology) -> torch.Tensor:
     """A parameter put together from all ranks."""
-    part, shard = engine.layout.whole([parameter])[0].float(), shard_of(parameter)
+    part, shard = engine.layout.gather([parameter])[0].float(), shard_of(parameter)
     if shard is None:
         return part.clone()
-    full = torch.zeros(shard.whole)
+    full = torch.zeros(shard.global_shape)
     shard.place(part, full)
-    return topology.tensor.sum(full)
+    return topology.tp.sum(full)
 
 
 def cells(world: Topology, tensor: int, rest: bool) -> list[Cell]:
@@ -273,7 +273,7 @@ def main(output: Path, tensor: int = 2, rest: bool = False) -> None:
     for method, plan, stage in cells(world, size, rest):
         config = run_config(method, plan, size)
         topology = share_models(world, config)
-        for name, group in (("tp", topology.tensor.group), ("dp", topology.tensor.data_group)):
+        for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
             if group is not None:
                 recorder.name_group(group, name)
         phase, engine, resolved = build(stage, config, topology)

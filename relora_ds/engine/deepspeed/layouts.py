@@ -16,7 +16,7 @@ from relora_ds.engine.per_layer import Masters
 from relora_ds.engine.zero.layout import Layout, Placement
 from relora_ds.errors import ConfigError
 from relora_ds.optim.vector_clock import Stretch
-from relora_ds.parallel.shape import slice_of, whole_shape
+from relora_ds.parallel.shape import slice_of, tp_local_shape
 
 
 class WholeParameters(Layout):
@@ -95,7 +95,7 @@ class PartitionedParameters(Layout):
         start, length = slice_of(zero.ds_numel, self._rank, self._size)
         return start, zero.ds_tensor.data[:length]
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         cut = [p for p in parameters if not _has_copy(p)]
         gathered = dict(zip(cut, self._gather(cut), strict=True)) if cut else {}
         return [gathered[p] if p in gathered else p.detach() for p in parameters]
@@ -109,7 +109,7 @@ class PartitionedParameters(Layout):
         torch.distributed.all_gather_into_tensor(everyone, mine, group=self.partition_group)
         at, by_rank = 0, everyone.view(self._size, -1)
         for parameter, part in zip(parameters, slices, strict=True):
-            shape = whole_shape(parameter)
+            shape = tp_local_shape(parameter)
             flat = by_rank[:, at : at + part.numel()].reshape(-1)
             yield flat[: shape.numel()].view(shape)
             at += part.numel()
@@ -127,7 +127,7 @@ class PartitionedParameters(Layout):
         cast(Any, parameter).ds_secondary_tensor = None
 
     @property
-    def weights_cut(self) -> bool:
+    def weights_sharded(self) -> bool:
         return True
 
     def full_master(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -135,7 +135,7 @@ class PartitionedParameters(Layout):
 
 
 def _has_copy(parameter: nn.Parameter) -> bool:
-    return parameter.data.numel() == whole_shape(parameter).numel()
+    return parameter.data.numel() == tp_local_shape(parameter).numel()
 
 
 def build_layout(

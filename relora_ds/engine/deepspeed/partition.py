@@ -30,15 +30,16 @@ class DenseSlices:
     """This rank's slices of the dense model at full precision, cut as ZeRO stage 3 cuts."""
 
     values: dict[str, torch.Tensor]
-    """Flattened slice of every parameter, fp32 on the CPU, by name; the cutter takes them out."""
+    """Flattened slice of every parameter by name, fp32 on the CPU; the partitioner takes them
+    out."""
 
     @staticmethod
     def rest(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """What a parameter is filled with before the cutter adds its slice: zeros."""
+        """What a parameter is filled with before the partitioner adds its slice: zeros."""
         return torch.zeros(shape)
 
 
-class Cutter:
+class ZeroPartitioner:
     """Cuts parameters into one slice per data-parallel rank.
 
     Args:
@@ -48,7 +49,7 @@ class Cutter:
             or dense weight is the dense weight plus a term of its own, so the slice is enough.
         restored: names of trained parameters whose fp32 values are kept for their masters, besides
             those in `slices`.
-        tensor: what a parameter was cut over before; its other ranks have slices of their own.
+        tp: what a parameter was cut over before; its other ranks have slices of their own.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class Cutter:
         dtype: torch.dtype,
         slices: DenseSlices | None = None,
         restored: Collection[str] = (),
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
-        self._group = tensor.data_group
+        self._group = tp.data_group
         self._init = _LocalInit(
             config_dict_or_path=deepspeed_config,
             dtype=dtype,
             data_parallel_group=self._group,
-            mpu=None if tensor.size == 1 else ModelParallelUnit(),
+            mpu=None if tp.size == 1 else ModelParallelUnit(),
         )
         self._dtype = dtype
         self._slices = slices
@@ -124,15 +125,15 @@ def release_stage3() -> None:
             thing.cache_clear()
 
 
-def build_cutter(
+def build_partitioner(
     deepspeed_config: dict[str, Any],
     precision: str,
     slices: DenseSlices | None = None,
     restored: Collection[str] = (),
-    tensor: TensorParallel = SINGLE,
-) -> Cutter | None:
+    tp: TensorParallel = SINGLE,
+) -> ZeroPartitioner | None:
     """What cuts the model while it is built; None where every rank keeps it whole."""
     if zero_stage(deepspeed_config) < 3:
         return None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Cutter(deepspeed_config, dtype, slices, restored, tensor)
+    return ZeroPartitioner(deepspeed_config, dtype, slices, restored, tp)

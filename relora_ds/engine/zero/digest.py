@@ -36,7 +36,7 @@ class ReplicaDigest:
         bases: what lies beside the edited ones.
         clocks: step counts of vectors.
         group: data-parallel ranks.
-        tensor: the tensor-parallel group, whose ranks hold some parameters alike.
+        tp: the tensor-parallel group, whose ranks hold some parameters alike.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class ReplicaDigest:
         bases: Mapping[nn.Parameter, BaseWeight],
         clocks: Mapping[nn.Parameter, VectorClock],
         group: ProcessGroup,
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
         self._names = names
         self._layout = layout
         self._bases = bases
         self._clocks = clocks
         self._group = group
-        self._tensor = tensor
+        self._tp = tp
         self._seals: dict[nn.Parameter, torch.Tensor] = {}
         self.seal(names.values())
 
     @torch.no_grad()
     def seal(self, parameters: Iterable[nn.Parameter]) -> None:
         """Remember frozen slices as they are now: no other rank has them to compare with."""
-        if self._layout.weights_cut:
+        if self._layout.weights_sharded:
             for parameter in parameters:
                 if parameter not in self._layout.placements:
                     self._seals[parameter] = self._fingerprint_of_slice(parameter)
@@ -79,8 +79,8 @@ class ReplicaDigest:
         further = [(name, fingerprint(tensor)) for name, tensor in more.items()]
         entries = [*self._replicated(), *further, *self._local()]
         problem = self._compare(entries, self._group, event)
-        if self._tensor.group is not None:
-            within = self._compare([*self._shared()], self._tensor.group, event)
+        if self._tp.group is not None:
+            within = self._compare([*self._shared()], self._tp.group, event)
             problem = self._agree(problem or within)
         if problem is not None:
             raise DesyncError(problem)
@@ -88,7 +88,7 @@ class ReplicaDigest:
     def _agree(self, problem: str | None) -> str | None:
         """The first problem that any rank has, so that all of them stop."""
         found = torch.tensor(int(problem is not None), device=self._device())
-        for group in (self._group, self._tensor.group):
+        for group in (self._group, self._tp.group):
             torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
         if not int(found):
             return None
@@ -135,7 +135,7 @@ class ReplicaDigest:
         for name, parameter in self._names.items():
             # under stage 3 a gathered copy where there is one; whether there is agrees on all ranks
             yield name, fingerprint(parameter.data)
-            if not self._layout.weights_cut and parameter in self._bases:
+            if not self._layout.weights_sharded and parameter in self._bases:
                 for key, tensor in self._bases[parameter].tensors().items():
                     yield f"{name} ({key})", fingerprint(tensor)
             if self._layout.partition_group is None and parameter in self._layout.placements:

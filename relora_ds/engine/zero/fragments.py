@@ -10,7 +10,7 @@ from torch import nn
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.optim.vector_adamw import storage_key
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock
-from relora_ds.parallel.shape import inner_shard, whole_shape
+from relora_ds.parallel.shape import inner_shard, tp_local_shape
 from relora_ds.randomness import Stream
 
 
@@ -33,7 +33,7 @@ def fragment_of(parameter: nn.Parameter, stretch: Stretch, clock: VectorClock) -
     """A stretch of what this rank holds of a parameter, with its vectors by their full numbers."""
     shard = inner_shard(parameter)
     first = 0 if shard is None else int(shard.index[0])
-    cols = whole_shape(parameter)[-1]
+    cols = tp_local_shape(parameter)[-1]
     return Fragment(stretch.start, stretch.offset, stretch.length, clock, cols, first)
 
 

@@ -12,7 +12,7 @@ from relora_ds.parallel.tensor import TensorParallel
 
 
 def join_inner(
-    values: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], tensor: TensorParallel
+    values: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], tp: TensorParallel
 ) -> tuple[list[torch.Tensor], int]:
     """Whole values along r from the ranks' parts, by one all-gather for all of them.
 
@@ -26,11 +26,11 @@ def join_inner(
     cut = [(n, shard) for n, p in enumerate(parameters) if (shard := inner_shard(p)) is not None]
     if not cut:
         return found, 0
-    everyone = tensor.join(torch.cat([found[n].reshape(-1) for n, _ in cut]), 0)
-    by_rank = everyone.view(tensor.size, -1)
+    everyone = tp.join(torch.cat([found[n].reshape(-1) for n, _ in cut]), 0)
+    by_rank = everyone.view(tp.size, -1)
     parts = by_rank.split([found[n].numel() for n, _ in cut], dim=1)
     for (number, shard), part in zip(cut, parts, strict=True):
-        shape = tensor.size, *found[number].shape
+        shape = tp.size, *found[number].shape
         found[number] = torch.cat(part.reshape(shape).unbind(), dim=shard.dim)
     return found, everyone.numel() * everyone.element_size()
 

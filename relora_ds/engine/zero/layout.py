@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from relora_ds.errors import ReloraError
 from relora_ds.optim.vector_clock import Stretch
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Layout(ABC):
         """
         return 0, parameter.data.view(-1)
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """Working values of whole parameters on every rank. A collective where they are cut."""
         return [parameter.detach() for parameter in parameters]
 
@@ -89,7 +89,7 @@ class Layout(ABC):
         """Forget such copies after an edit of the slices; the next use gathers them again."""
 
     @property
-    def weights_cut(self) -> bool:
+    def weights_sharded(self) -> bool:
         """Whether a rank stores only a slice of each working weight."""
         return False
 
@@ -123,7 +123,7 @@ class Layout(ABC):
     def _verify(self, parameter: nn.Parameter) -> None:
         if bool(self.mismatch(parameter)):
             raise ReloraError(
-                f"the fp32 master of a parameter of shape {tuple(whole_shape(parameter))} was not "
-                "found where DeepSpeed 0.19.8 keeps it: another version is installed, or an option "
-                "moved it; install the pinned version and use the shipped ZeRO files"
+                f"the fp32 master of a parameter of shape {tuple(tp_local_shape(parameter))} was "
+                "not found where DeepSpeed 0.19.8 keeps it: another version is installed, or an "
+                "option moved it; install the pinned version and use the shipped ZeRO files"
             )

@@ -25,12 +25,12 @@ from relora_ds.numerics.base_weight import (
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock
 from relora_ds.parallel.shape import (
-    full_shape,
+    global_shape,
     inner_shard,
-    seen_shape,
+    method_shape,
     shard_of,
     slice_of,
-    whole_shape,
+    tp_local_shape,
 )
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
@@ -47,7 +47,7 @@ class ZeroState(TrainState):
         completed_steps: the optimizer's own count of updates.
         probe: output of the model on a fixed batch.
         edited: called with every frozen weight that was edited.
-        tensor: the tensor-parallel group whose ranks hold other parts.
+        tp: the tensor-parallel group whose ranks hold other parts.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class ZeroState(TrainState):
         completed_steps: Callable[[], int],
         probe: Probe,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
-        tensor: TensorParallel = SINGLE,
+        tp: TensorParallel = SINGLE,
     ) -> None:
-        self._tensor = tensor
+        self._tp = tp
         self._layout = layout
         self._bases = bases
         self._clocks = clocks
@@ -71,14 +71,14 @@ class ZeroState(TrainState):
         self.bytes_moved = 0
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        return full_shape(parameter)
+        return global_shape(parameter)
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-        values = self._layout.whole(parameters)
-        if self._layout.weights_cut:
+    def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        values = self._layout.gather(parameters)
+        if self._layout.weights_sharded:
             # what is kept whole was not gathered; it counts, so that the figure is an upper bound
             self.bytes_moved += sum(v.numel() * v.element_size() for v in values)
-        joined, moved = join_inner(values, parameters, self._tensor)
+        joined, moved = join_inner(values, parameters, self._tp)
         self.bytes_moved += moved
         return joined
 
@@ -88,12 +88,12 @@ class ZeroState(TrainState):
         if first is None or second is None:
             return None
         shard = shard_of(parameter)
-        counted = shard is not None or self._tensor.rank == 0
+        counted = shard is not None or self._tp.rank == 0
         start = self._layout.placements[parameter].stretch.start
         return MomentShard(start, first, second, shard, counted)
 
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        assert value.shape == seen_shape(parameter), (value.shape, seen_shape(parameter))
+        assert value.shape == method_shape(parameter), (value.shape, method_shape(parameter))
         shard = inner_shard(parameter)
         value = value if shard is None else shard.part(value)
         placement = self._layout.placements[parameter]
@@ -121,17 +121,17 @@ class ZeroState(TrainState):
 
     def weight_times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
         start, working = self._layout.working(weight)
-        out = weight_times(self._bases[weight], working, start, whole_shape(weight)[0], right)
-        if self._layout.weights_cut:
+        out = weight_times(self._bases[weight], working, start, tp_local_shape(weight)[0], right)
+        if self._layout.weights_sharded:
             self._sum(out)
         return out
 
     def total_edits(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
-        if not self._layout.weights_cut and self._tensor.size == 1:
+        if not self._layout.weights_sharded and self._tp.size == 1:
             return list(edits)
         figures = torch.tensor([astuple(edit) for edit in edits], dtype=torch.float64)
         figures = figures.to(self._device())
-        if self._layout.weights_cut:
+        if self._layout.weights_sharded:
             self._sum(figures)
         self.sum_over_parts(figures)
         return [WeightEdit(int(row[0]), *row[1:]) for row in figures.tolist()]
@@ -147,8 +147,8 @@ class ZeroState(TrainState):
         return tensor.tolist()
 
     def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
-        if self._tensor.size > 1:
-            self._tensor.sum(value)
+        if self._tp.size > 1:
+            self._tp.sum(value)
             self.bytes_moved += value.numel() * value.element_size()
         return value
 
@@ -165,13 +165,13 @@ class ZeroState(TrainState):
     def live_vectors(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         return self._clocks[parameter].live(self._completed_steps() + ahead)
 
-    def whole_vectors(
+    def gather_vectors(
         self,
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[torch.Tensor]:
         spread = any(inner_shard(factor) is not None for factor, _ in factors)
-        if not self._layout.weights_cut and not spread:
+        if not self._layout.weights_sharded and not spread:
             found = [self._own_vectors(factor, index) for factor, index in factors]
             return [*found, *(part for _, part in stored)]
         return self._exchange(factors, stored)
@@ -192,7 +192,7 @@ class ZeroState(TrainState):
         """
         axes = [self._clocks[factor].axis for factor, _ in factors]
         shapes = [
-            (len(index), whole_shape(factor)[1 - axis])
+            (len(index), tp_local_shape(factor)[1 - axis])
             for (factor, index), axis in zip(factors, axes, strict=True)
         ]
         shapes += [(len(part), length) for length, part in stored]
@@ -207,7 +207,7 @@ class ZeroState(TrainState):
                 out[part.asked, part.span] = part.view[part.local]
         for out, (length, part) in zip(parts[len(factors) :], stored, strict=True):
             out[:, slice(*self.own_span(length))] = part
-        if self._layout.weights_cut:
+        if self._layout.weights_sharded:
             self._sum(wire)
         if front.numel():
             self.sum_over_parts(front)
@@ -246,7 +246,7 @@ class ZeroState(TrainState):
         return fragment_of(parameter, stretch, self._clocks[parameter])
 
     def own_span(self, length: int) -> tuple[int, int]:
-        if not self._layout.weights_cut:
+        if not self._layout.weights_sharded:
             return 0, length
         group = self._layout.partition_group
         size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
@@ -264,13 +264,13 @@ class ZeroState(TrainState):
 
     def _memory(self) -> NodeMemory:
         if self._node_memory is None:
-            shared = not self._layout.weights_cut
-            self._node_memory = NodeMemory(shared, part=self._tensor.rank)
+            shared = not self._layout.weights_sharded
+            self._node_memory = NodeMemory(shared, part=self._tp.rank)
         return self._node_memory
 
     def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
-        is_main = torch.distributed.get_rank(self._tensor.data_group) == 0
-        if self._layout.weights_cut:
+        is_main = torch.distributed.get_rank(self._tp.data_group) == 0
+        if self._layout.weights_sharded:
             whole = torch.zeros(len(part), length, dtype=part.dtype, device=self._device())
             whole[:, slice(*self.own_span(length))] = part.to(whole.device)
             self._sum(whole)

@@ -27,7 +27,7 @@ class TensorGradients:
         model: says which of its trained parameters have gradients that are shares of a sum.
         layout: where gradients go.
         wrapper: DeepSpeed's optimizer.
-        tensor: the group that the shares are spread over.
+        tp: the group that the shares are spread over.
     """
 
     def __init__(
@@ -35,20 +35,20 @@ class TensorGradients:
         model: nn.Module,
         layout: Layout,
         wrapper: Any,
-        tensor: TensorParallel,
+        tp: TensorParallel,
     ) -> None:
         self._partial = [p for p in partial_gradients(model) if p in layout.placements]
-        self._layout, self._wrapper, self._tensor = layout, wrapper, tensor
+        self._layout, self._wrapper, self._tp = layout, wrapper, tp
 
     @torch.no_grad()
     def complete(self) -> None:
         """Add the shares up, all of them in one collective; call at an accumulation boundary."""
-        if self._tensor.size == 1:
+        if self._tp.size == 1:
             return
         pieces = [piece for parameter in self._partial for piece in self._pieces(parameter)]
         if pieces:
             flat = torch.cat(pieces)
-            sums = self._tensor.sum(flat).split([piece.numel() for piece in pieces])
+            sums = self._tp.sum(flat).split([piece.numel() for piece in pieces])
             for piece, total in zip(pieces, sums, strict=True):
                 piece.copy_(total)
         if self._layout.partition_group is None:
@@ -84,12 +84,12 @@ class TensorGradients:
             at += tensor.numel()
 
 
-def global_norm(parameters: Sequence[nn.Parameter], tensor: TensorParallel) -> torch.Tensor:
+def global_norm(parameters: Sequence[nn.Parameter], tp: TensorParallel) -> torch.Tensor:
     """Norm of whole gradients, fp32 scalar; what every tensor-parallel rank holds counts once."""
     counted = [
         torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         for parameter in parameters
-        if parameter.grad is not None and (shard_of(parameter) is not None or tensor.rank == 0)
+        if parameter.grad is not None and (shard_of(parameter) is not None or tp.rank == 0)
     ]
     norm = torch.linalg.vector_norm(torch.stack(counted))
-    return norm if tensor.size == 1 else tensor.sum(norm.square()).sqrt()
+    return norm if tp.size == 1 else tp.sum(norm.square()).sqrt()

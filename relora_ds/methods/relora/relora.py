@@ -65,7 +65,7 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
         layers = adapter_layers(model)
         before = state.probe()
         started, moved = time.perf_counter(), state.bytes_moved
-        factors = state.whole_in_turn([_own_parameters(layer) for layer in layers.values()])
+        factors = state.gather_in_turn([_own_parameters(layer) for layer in layers.values()])
         parts = [
             self._restart(state, layer, number, values)
             for layer, values in zip(layers.values(), factors, strict=True)

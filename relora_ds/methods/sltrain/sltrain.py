@@ -19,7 +19,7 @@ from relora_ds.methods.sltrain.support import column_type, draw_support, support
 from relora_ds.methods.train_state import TrainState
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection
-from relora_ds.parallel.shape import TensorShard, seen_shape, whole_shape
+from relora_ds.parallel.shape import TPShard, method_shape, tp_local_shape
 from relora_ds.randomness import Stream
 
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -58,20 +58,20 @@ class SparseLowRankLinear(LowRankProjection):
         assert isinstance(out, torch.Tensor)
         return out
 
-    def shards(self) -> dict[str, TensorShard]:
-        return super().shards() | {"values": TensorShard(self.values.shape, 0, self._own_values())}
+    def shards(self) -> dict[str, TPShard]:
+        return super().shards() | {"values": TPShard(self.values.shape, 0, self._own_values())}
 
-    def cut_over_ranks(self) -> None:
+    def shard_over_ranks(self) -> None:
         own = self._own_values()
-        super().cut_over_ranks()
+        super().shard_over_ranks()
         spec, starts = self.spec, self.row_starts
         if isinstance(own, range):
             self.columns = self.columns[own.start : own.stop].clone()
             if spec.style == "column":  # whole rows
-                first, last = spec.tensor.span(spec.out_features)
+                first, last = spec.tp.span(spec.out_features)
                 self.row_starts = starts[first : last + 1] - starts[first]
             return
-        first, _ = spec.tensor.span(spec.in_features)
+        first, _ = spec.tp.span(spec.in_features)
         # how many of the values before the start of a row are kept
         self.row_starts = torch.searchsorted(own, starts.long().cpu()).to(starts)
         self.columns = self.columns[own.to(starts.device)] - first
@@ -80,20 +80,20 @@ class SparseLowRankLinear(LowRankProjection):
         """Which of the uncut layer's values lie in this rank's part of the matrix."""
         spec = self.spec
         if self.columns.is_meta:  # where they lie is not known: shares of their number
-            return range(*spec.tensor.span(self.columns.numel()))
+            return range(*spec.tp.span(self.columns.numel()))
         if spec.style == "column":
-            first, last = spec.tensor.span(spec.out_features)
+            first, last = spec.tp.span(spec.out_features)
             return range(int(self.row_starts[first]), int(self.row_starts[last]))
-        first, last = spec.tensor.span(spec.in_features)
+        first, last = spec.tp.span(spec.in_features)
         columns = self.columns.cpu()
         return ((columns >= first) & (columns < last)).nonzero().flatten()
 
     def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
         """The cut factor is joined wherever W is composed or a gradient formed: unlike (T, r)
         activations that serves a product of which x A^T is no part."""
-        if not self.cuts_inner:
+        if not self.shards_inner:
             return []
-        factor = seen_shape(getattr(self, self.inner_factor[0])).numel()
+        factor = method_shape(getattr(self, self.inner_factor[0])).numel()
         composed = 1 if self._keeps_composed else micro_batches
         again = 0 if self._keeps_composed or not self.recomputed else micro_batches
         gathers = [("forward", composed), ("backward", micro_batches + again)]
@@ -114,11 +114,13 @@ class SparseLowRankLinear(LowRankProjection):
 
     def scratch_bytes(self, working: int) -> int:
         # W or its gradient, one after the other, the positions of the support and a joined factor
-        joined = seen_shape(getattr(self, self.inner_factor[0])).numel() if self.cuts_inner else 0
+        joined = (
+            method_shape(getattr(self, self.inner_factor[0])).numel() if self.shards_inner else 0
+        )
         return working * (self._dense_elements() + joined) + 4 * self.columns.numel()
 
     def _dense_elements(self) -> int:
-        return whole_shape(self.lora_B)[0] * whole_shape(self.lora_A)[1]
+        return tp_local_shape(self.lora_B)[0] * tp_local_shape(self.lora_A)[1]
 
     def _parts(self) -> _Parts:
         return self.lora_A, self.lora_B, self.values, self.row_starts, self.columns

@@ -13,14 +13,14 @@ from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.parallel.shape import whole_shape
+from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.randomness import Stream
 
 _SKETCH = 64
 
 
 @dataclass
-class SwitchFigures:
+class SwitchMetrics:
     """Counts since the start and since the last line."""
 
     switched: int = 0
@@ -82,7 +82,7 @@ class UpdateRank:
         self.key = f"{layer.spec.name}.{self.ENTRY}"
         """Of `reference` in a saved state."""
         self._layer = layer
-        rows, cols = whole_shape(layer.weight)
+        rows, cols = tp_local_shape(layer.weight)
         width = min(_SKETCH, cols)
         draw = Stream(seed, "sketch", layer.spec.name).words(0, cols * width)
         signs = ((draw & 1) * 2 - 1).float().view(cols, width)
@@ -107,7 +107,7 @@ class UpdateRank:
 
     def _product(self, state: TrainState) -> torch.Tensor:
         layer = self._layer
-        lora_a, lora_b = state.whole([layer.lora_A, layer.lora_B])
+        lora_a, lora_b = state.gather([layer.lora_A, layer.lora_B])
         low_rank = lora_b.float() @ (lora_a.float() @ self._signs)
         return state.weight_times(layer.weight, self._signs).add_(
             low_rank, alpha=layer.merge_scale()

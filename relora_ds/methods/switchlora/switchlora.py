@@ -29,7 +29,7 @@ from relora_ds.methods.adapter import (
 )
 from relora_ds.methods.interface import Event
 from relora_ds.methods.switchlora.candidate_pool import Allocate, CandidatePool, Draw
-from relora_ds.methods.switchlora.metrics import SwitchFigures, UpdateRank, refuse_lost_switch
+from relora_ds.methods.switchlora.metrics import SwitchMetrics, UpdateRank, refuse_lost_switch
 from relora_ds.methods.switchlora.plan import (
     SELECTIONS,
     PairCensus,
@@ -40,7 +40,7 @@ from relora_ds.methods.switchlora.plan import (
 )
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.parallel.shape import TensorShard, full_shape, shard_of, whole_shape
+from relora_ds.parallel.shape import TPShard, global_shape, shard_of, tp_local_shape
 from relora_ds.randomness import Stream
 
 _SIDES = ("A", "B")
@@ -91,8 +91,8 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         self._pairs.note(first.state.slots)
         self._rank = UpdateRank(first.layer, self.seed)
         self._rank.start(state)
-        self._figures = SwitchFigures()
-        length = whole_shape(first.layer.weight)[1]
+        self._figures = SwitchMetrics()
+        length = tp_local_shape(first.layer.weight)[1]
         cut = state.own_span(length) != (0, length)
         self._own_pools = self.config.candidates == "device" and not cut
         device = first.layer.lora_A.device
@@ -124,9 +124,9 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         """How candidates of a factor are drawn, and the span of them that is kept here: of this
         tensor-parallel rank's part of a vector, what ZeRO leaves to this process."""
         axis = _SIDES.index(side)
-        shard, width = shard_of(factor), full_shape(factor)[1 - axis]
+        shard, width = shard_of(factor), global_shape(factor)[1 - axis]
         first = 0 if shard is None or shard.inner else int(shard.index[0])
-        span = state.own_span(whole_shape(factor)[1 - axis])
+        span = state.own_span(tp_local_shape(factor)[1 - axis])
         stream = Stream(self.seed, f"candidate_{side}", layer)
         start, stop = first + span[0], first + span[1]
 
@@ -139,7 +139,7 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         count = 0
         for layer in adapter_layers(model).values():
             slots = min(layer.spec.out_features, layer.spec.in_features)
-            count += slots * (whole_shape(layer.lora_A)[1] + whole_shape(layer.lora_B)[0])
+            count += slots * (tp_local_shape(layer.lora_A)[1] + tp_local_shape(layer.lora_B)[0])
         return (0, count) if self.config.candidates == "host" else (count, 0)
 
     def before_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
@@ -188,11 +188,11 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         factors, stored = [], []
         for item in work:
             layer = item.switched.layer
-            rows, cols = whole_shape(layer.weight)
+            rows, cols = tp_local_shape(layer.weight)
             both = torch.from_numpy(np.concatenate(item.plan.vectors))
             factors += [(layer.lora_A, both), (layer.lora_B, both)]
             stored += [(cols, item.candidates[0]), (rows, item.candidates[1])]
-        vectors = state.whole_vectors(factors, stored)
+        vectors = state.gather_vectors(factors, stored)
         current, fresh = vectors[: len(factors)], vectors[len(factors) :]
         edits: dict[str, WeightEdit] = {}
         for number, item in enumerate(work):
@@ -284,7 +284,7 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
             self._rank.key: self._rank.reference,
         }
         for name, switched in self._layers.items():
-            shape = whole_shape(switched.layer.weight)
+            shape = tp_local_shape(switched.layer.weight)
             for side, slots, pool, length in zip(
                 _SIDES, switched.state.slots, switched.pools, shape[::-1], strict=True
             ):
@@ -297,7 +297,7 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         return saved
 
     def join_states(
-        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TensorShard]]
+        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TPShard]]
     ) -> dict[str, Any]:
         joined = dict(states[0])
         for key, first in states[0].items():
@@ -306,15 +306,13 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
                 continue
             name, dim = cut
             shape = list(first.shape)
-            shape[dim] = shards[0][name].whole[shards[0][name].dim]
+            shape[dim] = shards[0][name].global_shape[shards[0][name].dim]
             joined[key] = first.new_empty(shape)
             for state, held in zip(states, shards, strict=True):
                 replace(held[name], dim=dim).place(state[key], joined[key])
         return joined
 
-    def part_of_state(
-        self, state: dict[str, Any], shards: Mapping[str, TensorShard]
-    ) -> dict[str, Any]:
+    def part_of_state(self, state: dict[str, Any], shards: Mapping[str, TPShard]) -> dict[str, Any]:
         own = dict(state)
         for key, whole in state.items():
             cut = _cut_of(key, shards)
@@ -343,7 +341,7 @@ def _lengths(switched: _Switched) -> int:
     return switched.layer.spec.in_features + switched.layer.spec.out_features
 
 
-def _cut_of(key: str, shards: Mapping[str, TensorShard]) -> tuple[str, int] | None:
+def _cut_of(key: str, shards: Mapping[str, TPShard]) -> tuple[str, int] | None:
     """The parameter that an entry of the saved state is cut like, and along which dimension.
 
     Parked vectors are rows, cut like the vectors of their factor; the reference of the update's

@@ -25,8 +25,8 @@ def part(monkeypatch: pytest.MonkeyPatch) -> tuple[Llama, list[list[nn.Parameter
     monkeypatch.chdir(ROOT)
     loaded = load_run_config("configs/run/quickstart.yaml", ("method.rank=7",))
     method = plan_phases(loaded.config)[-1].method
-    tensor = TensorParallel(size=2)
-    model = largest_part(loaded.architecture, method, loaded.config.train, tensor)
+    tp = TensorParallel(size=2)
+    model = largest_part(loaded.architecture, method, loaded.config.train, tp)
     return model, [list(group.parameters) for group in method.parameter_groups(model)]
 
 

@@ -13,7 +13,7 @@ from relora_ds.checkpoint.tp_state import JoinedState, PartOfState
 from relora_ds.config.method import ReLoRAConfig, SLTrainConfig, SwitchLoRAConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import ParallelConfig, TrainConfig
-from relora_ds.methods.build import cut_meta_model, shards_of
+from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method
 from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.sltrain.sltrain import SLTrain
@@ -49,7 +49,7 @@ class InMemory(SavedState):
     """Random values of a whole model."""
 
     def __init__(self, method: Method[Any]) -> None:
-        model = cut_meta_model(ARCHITECTURE, method, TRAIN, SINGLE)
+        model = sharded_meta_model(ARCHITECTURE, method, TRAIN, SINGLE)
         super().__init__(take_inventory(model, method, "working", torch.float32), 3, {}, {})
         known = self.inventory
         self._values = {("frozen", n): torch.randn(s) for n, s in known.frozen.items()}
@@ -67,7 +67,7 @@ def cut(state: SavedState, method: Method[Any], plan: str, size: int) -> SavedSt
     """The state as the ranks of a group would save it, joined again."""
     parallel = ParallelConfig(tensor=size, low_rank_plan=plan)  # type: ignore[arg-type]
     groups: list[TensorParallel] = [part_of_model(parallel, rank) for rank in range(size)]
-    shards = [shards_of(cut_meta_model(ARCHITECTURE, method, TRAIN, group)) for group in groups]
+    shards = [shards_of(sharded_meta_model(ARCHITECTURE, method, TRAIN, group)) for group in groups]
     parts = [PartOfState(state, of_rank) for of_rank in shards]
     if plan == "act":
         whole = sum(shape.numel() for shape in state.inventory.trained.values())

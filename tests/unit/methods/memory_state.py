@@ -53,7 +53,7 @@ class MemoryState(TrainState):
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         return [parameter.detach() for parameter in parameters]
 
     def moments(self, parameter: nn.Parameter) -> MomentShard | None:
@@ -103,7 +103,7 @@ class MemoryState(TrainState):
     def live_vectors(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         return self.clocks[parameter].live(self.completed + ahead)
 
-    def whole_vectors(
+    def gather_vectors(
         self,
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]] = (),

@@ -258,13 +258,13 @@ def test_values_are_gathered_in_few_exchanges_of_bounded_size(
     asked: list[int] = []
 
     class Counting(MemoryState):
-        def whole(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
             asked.append(sum(p.numel() for p in parameters))
-            return super().whole(parameters)
+            return super().gather(parameters)
 
     monkeypatch.setattr(train_state, "_GATHERED_BYTES", budget)
     requests = [[nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))] for _ in range(3)]
-    found = list(Counting().whole_in_turn(requests))
+    found = list(Counting().gather_in_turn(requests))
     assert len(asked) == exchanges
     assert sum(asked) == 30
     for values, parameters in zip(found, requests, strict=True):

@@ -16,7 +16,7 @@ from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.optim.vector_clock import Stretch, VectorClock
 from relora_ds.parallel.linear import LinearSpec
 from relora_ds.parallel.low_rank import LowRankProjection
-from relora_ds.parallel.shape import full_shape, inner_shard, seen_shape, whole_shape
+from relora_ds.parallel.shape import global_shape, inner_shard, method_shape, tp_local_shape
 from relora_ds.parallel.tensor import TensorParallel
 
 RELORA = ReLoRAConfig(name="relora", rank=4, merge_every=10, restart_warmup_steps=1)
@@ -27,13 +27,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def cut_layer(name: str, style: str, tensor: TensorParallel) -> LowRankProjection:
-    spec = LinearSpec("p", 6, 10, True, style, tensor)  # type: ignore[arg-type]
+def cut_layer(name: str, style: str, tp: TensorParallel) -> LowRankProjection:
+    spec = LinearSpec("p", 6, 10, True, style, tp)  # type: ignore[arg-type]
     layer = METHODS[name].linear(spec)
     assert isinstance(layer, LowRankProjection)
     with torch.no_grad():
         METHODS[name].initialize(layer, torch.randn(10, 6))
-    layer.cut_over_ranks()
+    layer.shard_over_ranks()
     return layer
 
 
@@ -42,23 +42,23 @@ def cut_layer(name: str, style: str, tensor: TensorParallel) -> LowRankProjectio
 def test_both_factors_are_cut_and_no_gradient_is_a_share(name: str, style: str) -> None:
     layer = cut_layer(name, style, TensorParallel(1, 2))
     column = style == "column"
-    assert whole_shape(layer.lora_A) == ((2, 6) if column else (4, 3))
-    assert whole_shape(layer.lora_B) == ((5, 4) if column else (10, 2))
+    assert tp_local_shape(layer.lora_A) == ((2, 6) if column else (4, 3))
+    assert tp_local_shape(layer.lora_B) == ((5, 4) if column else (10, 2))
     inner, other = (layer.lora_A, layer.lora_B) if column else (layer.lora_B, layer.lora_A)
     assert inner_shard(inner) is not None
     assert inner_shard(other) is None
-    assert seen_shape(inner) == full_shape(inner)
-    assert seen_shape(other) == whole_shape(other) != full_shape(other)
+    assert method_shape(inner) == global_shape(inner)
+    assert method_shape(other) == tp_local_shape(other) != global_shape(other)
     assert layer.partial_gradients() == []
 
 
-@pytest.mark.parametrize("tensor", [TensorParallel(1, 2, plan="fold"), TensorParallel(1, 3)])
+@pytest.mark.parametrize("tp", [TensorParallel(1, 2, plan="fold"), TensorParallel(1, 3)])
 @pytest.mark.parametrize("name", METHODS)
 def test_otherwise_one_factor_is_whole_and_its_gradient_a_share(
-    name: str, tensor: TensorParallel
+    name: str, tp: TensorParallel
 ) -> None:
-    layer = cut_layer(name, "column", tensor)
-    assert whole_shape(layer.lora_A) == (4, 6)
+    layer = cut_layer(name, "column", tp)
+    assert tp_local_shape(layer.lora_A) == (4, 6)
     assert layer.partial_gradients() == [layer.lora_A]
     assert layer.exchanged(10, 2) == []
 

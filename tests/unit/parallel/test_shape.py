@@ -9,7 +9,7 @@ from torch import nn
 from relora_ds.config.method import SLTrainConfig
 from relora_ds.methods.sltrain.sltrain import SLTrain, SparseLowRankLinear
 from relora_ds.parallel.linear import DenseLinear, LinearSpec
-from relora_ds.parallel.shape import TensorShard, cut, full_shape, shard_of, whole_shape
+from relora_ds.parallel.shape import TPShard, apply_shard, global_shape, shard_of, tp_local_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.randomness import Stream
 
@@ -34,7 +34,7 @@ def test_parts_make_the_whole(dim: int, shape: tuple[int, ...], scattered: bool)
         index: range | torch.Tensor = range(*TensorParallel(rank, 3).span(shape[dim]))
         if scattered:
             index = torch.arange(rank, shape[dim], 3)
-        shard = TensorShard(value.shape, dim, index)
+        shard = TPShard(value.shape, dim, index)
         part = shard.part(value)
         shard.place(part, joined)
         # any stretch of the flattened part, as ZeRO cuts it
@@ -49,20 +49,20 @@ def test_parts_make_the_whole(dim: int, shape: tuple[int, ...], scattered: bool)
 def test_a_cut_parameter_knows_both_shapes() -> None:
     parameter = nn.Parameter(torch.randn(5, 4))
     original = parameter.detach().clone()
-    assert full_shape(parameter) == whole_shape(parameter) == (5, 4)
-    cut(parameter, TensorShard(parameter.shape, 0, range(3, 5)))
+    assert global_shape(parameter) == tp_local_shape(parameter) == (5, 4)
+    apply_shard(parameter, TPShard(parameter.shape, 0, range(3, 5)))
     assert torch.equal(parameter, original[3:])
-    assert (full_shape(parameter), whole_shape(parameter)) == ((5, 4), (2, 4))
+    assert (global_shape(parameter), tp_local_shape(parameter)) == ((5, 4), (2, 4))
     assert getattr(parameter, "tensor_model_parallel", False)
     assert shard_of(parameter) is not None
 
 
 @pytest.mark.parametrize("style", ["column", "row"])
 def test_a_cut_dense_projection_has_its_part_of_weight_and_bias(style: str) -> None:
-    tensor = TensorParallel(1, 2)
-    layer = DenseLinear(LinearSpec("p", 6, 5, True, style, tensor))  # type: ignore[arg-type]
+    tp = TensorParallel(1, 2)
+    layer = DenseLinear(LinearSpec("p", 6, 5, True, style, tp))  # type: ignore[arg-type]
     weight = layer.weight.detach().clone()
-    layer.cut_over_ranks()
+    layer.shard_over_ranks()
     assert torch.equal(layer.weight, weight[3:] if style == "column" else weight[:, 3:])
     assert layer.bias is not None
     assert len(layer.bias) == (2 if style == "column" else 5)
@@ -73,8 +73,8 @@ def test_a_cut_dense_projection_has_its_part_of_weight_and_bias(style: str) -> N
 def test_parts_of_a_sparse_projection_are_parts_of_its_weight(style: str, size: int) -> None:
     method = SLTrain(SLTrainConfig(name="sltrain", rank=2, sparsity=0.2), seed=3, steps=1)
 
-    def layer(tensor: TensorParallel) -> SparseLowRankLinear:
-        spec = LinearSpec("p", 11, 9, False, style, tensor)  # type: ignore[arg-type]
+    def layer(tp: TensorParallel) -> SparseLowRankLinear:
+        spec = LinearSpec("p", 11, 9, False, style, tp)  # type: ignore[arg-type]
         made = method.linear(spec)
         assert isinstance(made, SparseLowRankLinear)
         with torch.no_grad():
@@ -88,20 +88,20 @@ def test_parts_of_a_sparse_projection_are_parts_of_its_weight(style: str, size: 
     for rank in range(size):
         part = layer(TensorParallel(rank, size, plan="fold"))
         dim = 0 if style == "column" else 1
-        span = range(*part.spec.tensor.span(whole.shape[dim]))
-        part.cut_over_ranks()
+        span = range(*part.spec.tp.span(whole.shape[dim]))
+        part.shard_over_ranks()
         count += part.columns.numel()
         assert part.values.numel() == part.columns.numel() == int(part.row_starts[-1])
-        TensorShard(whole.shape, dim, span).place(method.dense_weight(part), joined)
+        TPShard(whole.shape, dim, span).place(method.dense_weight(part), joined)
     assert count == int(0.2 * 99)
     torch.testing.assert_close(joined, whole, rtol=0, atol=0)
 
 
 def test_factors_are_cut_along_a_rank_that_divides() -> None:
-    assert TensorParallel(0, 2).cuts_inner(6)
-    assert not TensorParallel(0, 2).cuts_inner(5)
-    assert not TensorParallel(0, 2, plan="fold").cuts_inner(6)
-    assert not SINGLE.cuts_inner(6)
+    assert TensorParallel(0, 2).shards_inner(6)
+    assert not TensorParallel(0, 2).shards_inner(5)
+    assert not TensorParallel(0, 2, plan="fold").shards_inner(6)
+    assert not SINGLE.shards_inner(6)
 
 
 def test_a_draw_by_index_is_the_draw() -> None:

@@ -19,7 +19,7 @@ from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
-from relora_ds.methods.build import cut_meta_model, meta_model
+from relora_ds.methods.build import meta_model, sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.planning.memory_report import closed_form, storage_plan
@@ -130,8 +130,8 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
     found = own_size(loaded, Cluster(gpus=8, gpus_per_node=4))
     assert found["processes"] == 4
     method = plan_phases(config)[-1].method
-    tensor = part_of_model(config.parallel)
-    model = cut_meta_model(loaded.architecture, method, train, tensor)
+    tp = part_of_model(config.parallel)
+    model = sharded_meta_model(loaded.architecture, method, train, tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
     estimate = found["phases"]["relora"]["stages"][str(stage)]
     storage = storage_plan(config, stage, 4, torch.device("cuda"))

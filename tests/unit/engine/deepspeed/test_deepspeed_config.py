@@ -19,7 +19,7 @@ from relora_ds.engine.deepspeed.config import (
 from relora_ds.engine.deepspeed.keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
 from relora_ds.errors import ConfigError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture

@@ -12,21 +12,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from relora_ds.config.method import ResetConfig
-from relora_ds.engine import layout as layout_module
-from relora_ds.engine.zero.layout import (
+from relora_ds.engine.deepspeed.layouts import (
     FlatPartitions,
-    Layout,
     MasterCopies,
     WholeParameters,
     build_layout,
-    slice_of,
 )
+from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.numerics.base_weight import Residual
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
+from relora_ds.parallel.shape import slice_of
 from tests.unit.fake_ranks import Sum, on_ranks
 
 GROUPS = [[(3, 4), (5, 3), (2, 2)], [(7,), (1,)]]
@@ -44,7 +43,7 @@ class FakeGroup:
 @pytest.fixture(autouse=True)
 def _fake_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank)
-    monkeypatch.setattr(layout_module.comm, "all_reduce", lambda tensor, group: group.sum(tensor))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: group.sum(tensor))
 
 
 @dataclass
