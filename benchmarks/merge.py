@@ -12,8 +12,8 @@ from torch import nn
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
+from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
-from relora_ds.engine.zero.layout import PartitionedParameters
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.numerics.base_weight import KINDS
 
@@ -40,12 +40,12 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     state = ZeroState(layout, bases, {}, lambda: 0, lambda: None)
 
     def on_slices() -> None:
-        factors = state.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
+        factors = state.weights.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
         edits = [
-            state.add_product(weight, left, right, _SCALE)
+            state.weights.add_product(weight, left, right, _SCALE)
             for (weight, _, _), (left, right) in zip(triples, factors, strict=True)
         ]
-        state.total_edits([edit for edit in edits if edit is not None])
+        state.weights.totals([edit for edit in edits if edit is not None])
 
     def gathered() -> None:
         for triple in triples:

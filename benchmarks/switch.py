@@ -50,14 +50,16 @@ def benchmark_share(
     ]
     engine = TrainEngine(model, method, config, resolved, lambda: None)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
-    method.attach(engine.state, engine.model)
+    with torch.no_grad():
+        session = method.start(engine.state, engine.model)
     size = (train.micro_batch_size, train.seq_length + 1)
     micro = train.global_batch_size // train.micro_batch_size
     tokens = torch.randint(0, architecture.vocab_size, (micro, *size))
     events, whole = [], []
     for step in range(_WARM + steps):
         started = time.perf_counter()
-        method.before_step(engine.state, engine.model, step)
+        with torch.no_grad():
+            session.before_step(step)
         switched = time.perf_counter()
         engine.train_step(tokens.unbind(0))[0].item()
         events.append(switched - started)

@@ -180,7 +180,13 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         prefix = name.removesuffix("weight")
         own = {key: self._value(prefix + key) for key, _ in layer.named_parameters()}
         layer.load_state_dict(own, strict=False, assign=True)
-        return self._method.dense_weight(layer).detach()
+        dense = self._method.dense_weight(layer)
+        if dense is None:
+            raise CheckpointError(
+                f"{name}: method {self._method.config.name} has no dense weight that computes the "
+                "same: its checkpoints can be resumed and evaluated, but not exported"
+            )
+        return dense.detach()
 
     def _value(self, name: str) -> torch.Tensor:
         value = self._values[name].detach()

@@ -27,7 +27,7 @@ from relora_ds.accounting.zero3_gathers import Replay, gathered
 from relora_ds.accounting.zero_traffic import HPZ_GROUP, Payloads, bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun
 from relora_ds.engine.deepspeed.config import reduces_once, zero_stage
-from relora_ds.methods.interface import projection_layers
+from relora_ds.methods.interface import MemoryShare, projection_layers
 from relora_ds.methods.registry import Phase
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import part_of_model
@@ -101,7 +101,7 @@ class PhaseEstimator:
             "memory": memory,
             "bytes_per_gpu": total,
             "states_held_alike": round(memory["states"] * alike),
-            "host_bytes_per_node": self._parked(1) * self._parts_per_node(),
+            "host_bytes_per_node": self._parked().host * self._parts_per_node(),
             "fits": total <= room,
             "largest_micro_batch": max(0, largest),
             "traffic": moved,
@@ -114,8 +114,10 @@ class PhaseEstimator:
     def _room(self) -> float:
         return self._cluster.gpu_memory * (1 - self._cluster.reserve)
 
-    def _parked(self, place: int) -> int:
-        return self._method.parked_elements(self._model)[place] * self._working()
+    def _parked(self) -> MemoryShare:
+        """Bytes that the method keeps beside the model."""
+        share, size = self._method.memory_share(self._model), self._working()
+        return MemoryShare(share.device * size, share.host * size)
 
     def _parts_per_node(self) -> int:
         """Different parts of the model on one node: each has host memory of its own."""
@@ -156,7 +158,7 @@ class PhaseEstimator:
             "weights": form["weights"] - residual,
             "residual": residual,
             "gathered": (live + held) * self._working(),
-            "parked": self._parked(0),
+            "parked": self._parked().device,
             "buffers": (buffers if self._copies > 1 and not within else 0) + shares,
         }
 

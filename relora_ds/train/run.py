@@ -198,15 +198,16 @@ def _train(
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
             engine = _build_engine(trainer, phase, deepspeed_config, weights)
-            phase.method.attach(engine.state, engine.model)
+            with torch.no_grad():
+                session = phase.method.start(engine.state, engine.model)
             if number == 0 and checkpoint is not None and state is not None:
                 saved = SavedRun(checkpoint, trainer.config, trainer.architecture)
                 other = _state_of_other_topology(trainer, saved)
                 trainer.checkpoints.load(engine, checkpoint, other)
-                phase.method.load_state_dict(saved.own_method_state(trainer.topology.tp))
+                session.load_state_dict(saved.own_method_state(trainer.topology.tp))
                 distributed.barrier()  # one process of a node may restore what all of them read
         meter = _build_meter(trainer, engine)
-        trainer.run_phase(phase, engine, meter, completed)
+        trainer.run_phase(phase, engine, session, meter, completed)
         plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)
         expected = closed_form(trainer.config, trainer.architecture, phase.method, plan)
         trainer.final |= memory_metrics(engine.memory.measured, expected)

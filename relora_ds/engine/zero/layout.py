@@ -105,12 +105,13 @@ class Layout(ABC):
         return full
 
     def optimizer_state(self, parameter: nn.Parameter, key: str) -> torch.Tensor | None:
-        """This rank's stretch of a state tensor; None before the first step or if it has none."""
+        """This rank's stretch of an element-wise state tensor; None before the first step, if it
+        has none, or if the parameter is updated matrix-wise."""
         placement = self.placements[parameter]
-        state = self.optimizer.state.get(placement.owner)
-        if not state or not placement.stretch.length:
+        tensor = self.optimizer.state.get(placement.owner, {}).get(key)
+        if tensor is None or not placement.stretch.length:
             return None
-        return placement.stretch.of(state[key].view(-1))
+        return placement.stretch.of(tensor.view(-1))
 
     def mismatch(self, parameter: nn.Parameter) -> torch.Tensor:
         """Whether a trained parameter's working values are not its rounded masters: bool scalar."""

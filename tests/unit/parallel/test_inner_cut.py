@@ -7,7 +7,7 @@ import torch
 
 from relora_ds.config.method import LowRankConfig, ReLoRAConfig, SLTrainConfig
 from relora_ds.engine.zero.fragments import fragment_of
-from relora_ds.engine.zero.inner_factors import lay_out_wire
+from relora_ds.engine.zero.vectors import lay_out_wire
 from relora_ds.methods.adapter import draw_factors
 from relora_ds.methods.interface import Method
 from relora_ds.methods.low_rank import LowRank

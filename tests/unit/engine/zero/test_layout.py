@@ -195,6 +195,7 @@ def state_of(cut: Cut, layout: Layout, done: int = 4) -> tuple[ZeroState, Vector
     return ZeroState(layout, {}, {cut.flat[0]: clock}, lambda: done, lambda: None), clock
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_write_reaches_master_and_working_copy(size: int) -> None:
     for rank in range(size):
@@ -204,7 +205,7 @@ def test_write_reaches_master_and_working_copy(size: int) -> None:
         before = [owner.clone() for owner in cut.owners]
         target = cut.flat[1]
         value = torch.arange(15.0).view(5, 3) + 2.0**-12
-        state.write(target, value)
+        state.weights.write(target, value)
         assert torch.equal(target.detach(), value.bfloat16())
         stretch = layout.placements[target].stretch
         expected = before[0]
@@ -214,27 +215,28 @@ def test_write_reaches_master_and_working_copy(size: int) -> None:
         assert torch.equal(cut.owners[0], expected)
         assert torch.equal(cut.owners[1], before[1])
         with pytest.raises(AssertionError):
-            state.write(target, value.t())
+            state.weights.write(target, value.t())
 
 
 def test_reset_steps_takes_the_optimizers_count() -> None:
     cut = Cut(2, 0)
     state, clock = state_of(cut, cut.layout(), done=4)
-    assert state.reset_steps(cut.flat[0]) == 3
+    assert state.moments.restart(cut.flat[0]) == 3
     assert clock.common_birth(4) == 4
     assert clock.ages(5).tolist() == [1, 1, 1]
 
 
+@torch.no_grad()
 def test_frozen_weights_are_edited_through_their_store() -> None:
     cut = Cut(1, 0)
     weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16), requires_grad=False)
     base = Residual(weight.data.view(-1), torch.full((12,), 1.0))
     state = ZeroState(cut.layout(), {weight: base}, {}, lambda: 0, lambda: None)
-    edit = state.add_product(weight, torch.ones(4, 1), torch.full((1, 3), 2.0**-20), 1.0)
+    edit = state.weights.add_product(weight, torch.ones(4, 1), torch.full((1, 3), 2.0**-20), 1.0)
     assert edit.elements == 12
     assert bool((weight == 1.0).all())
     assert bool((base.load(weight.data.view(-1), 0) == 1.0 + 2.0**-20).all())
-    assert state.total_edits([edit]) == [edit]
+    assert state.weights.totals([edit]) == [edit]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -249,10 +251,10 @@ def test_resets_of_cut_moments_equal_those_of_whole_ones(size: int, mode: Any) -
         cut.step()
         state, _ = state_of(cut, layout)
         named = {f"p{index}": parameter for index, parameter in enumerate(cut.flat)}
-        share = reset_moments(state, named, config, 42, 1)
+        share = reset_moments(state.moments, state.weights, named, config, 42, 1)
         moments = []
         for parameter in cut.flat:
-            full, shard = torch.zeros(parameter.numel()), state.moments(parameter)
+            full, shard = torch.zeros(parameter.numel()), state.moments.shard(parameter)
             if shard is not None:
                 full[shard.start : shard.start + shard.exp_avg.numel()] = shard.exp_avg
             moments.append(full)
