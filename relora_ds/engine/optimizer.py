@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 from relora_ds.config.schema import OptimizerConfig
-from relora_ds.errors import ConfigError
 from relora_ds.methods.interface import ParameterGroup
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
-from relora_ds.parallel.shape import tp_local_shape
 
 
 def build_optimizer(
@@ -31,9 +29,6 @@ def build_optimizer(
         config: names the element-wise optimizer.
         groups: what is trained.
         rules: the matrix-wise optimizer of each group, None for an element-wise one.
-
-    Raises:
-        ConfigError: a group cannot be updated matrix-wise.
     """
     settings = {"betas": config.betas, "eps": config.eps}
     described: list[dict[str, Any]] = [
@@ -48,34 +43,11 @@ def build_optimizer(
     named = {f"rule {number}": rule for number, rule in enumerate(rules) if rule is not None}
     if not named:
         return _KINDS[config.name](described, settings)
-    _check_rules(config, groups, rules)
+    assert config.name == "adamw", "requirements were checked"
     for number, description in enumerate(described):
         key = f"rule {number}"
         description["rule"] = key if key in named else None
     return GroupedOptimizer(described, named, **settings)
-
-
-def _check_rules(
-    config: OptimizerConfig,
-    groups: Sequence[ParameterGroup],
-    rules: Sequence[MatrixOptimizer | None],
-) -> None:
-    if config.name != "adamw":
-        raise ConfigError(
-            f"optimizer.name is {config.name}, but the method updates some parameters matrix by "
-            "matrix, beside which only adamw works: write adamw"
-        )
-    for group, rule in zip(groups, rules, strict=True):
-        if rule is None:
-            continue
-        shapes = [tp_local_shape(parameter) for parameter in group.parameters]
-        odd = [tuple(shape) for shape in shapes if len(shape) != 2]
-        if odd:
-            raise ConfigError(
-                f"a parameter of shape {odd[0]} is in a group of role {group.role} that is updated "
-                "matrix by matrix: the method must leave what is no matrix to the element-wise "
-                "optimizer"
-            )
 
 
 def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -109,6 +109,31 @@ def build_model(
     return model
 
 
+@torch.no_grad()
+def filled_model(
+    architecture: ModelConfig,
+    method: Method[Any],
+    train: TrainConfig,
+    values: Mapping[str, torch.Tensor],
+    device: torch.device,
+) -> Llama:
+    """The method's own model in fp32 on `device`, with given values of its parameters.
+
+    Args:
+        values: of every parameter by name, read one by one.
+    """
+    model = meta_model(architecture, method, train)
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Projection):
+            method.lay_out(module)
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, key, buffer.to(device))
+        for full_name, parameter, _ in _allocate(module, name, device, made):
+            parameter.copy_(values[full_name])
+    return model
+
+
 def _allocate(
     module: nn.Module, name: str, device: torch.device, made: dict[int, nn.Parameter]
 ) -> list[tuple[str, nn.Parameter, int]]:

@@ -7,16 +7,23 @@ from typing import Any
 
 import torch
 
+from relora_ds.config.document import Finding
+from relora_ds.config.load import LoadedRun
 from relora_ds.config.method import AdapterConfig, FullConfig
 from relora_ds.config.schema import RunConfig
+from relora_ds.errors import ConfigError
+from relora_ds.methods.build import meta_model
 from relora_ds.methods.full import Full
 from relora_ds.methods.interface import Method
 from relora_ds.methods.lora import LoRA
 from relora_ds.methods.low_rank import LowRank
 from relora_ds.methods.relora.relora import ReLoRA
+from relora_ds.methods.requirements import unmet_by_rules
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
+from relora_ds.optim.matrix import MatrixOptimizer
+from relora_ds.parallel.shape import global_shape
 
 METHODS: dict[str, type[Method[Any]]] = {
     "full": Full,
@@ -67,6 +74,36 @@ def plan_phases(config: RunConfig) -> list[Phase]:
     rate = config.optimizer.resolved_adapter_lr
     phases.append(Phase(method, name, warm, steps, _schedule(config, steps), rate))
     return phases
+
+
+def check_requirements(run: LoadedRun, zero_stage: int) -> None:
+    """Make sure, before anything is built, that a run offers what its methods need.
+
+    Args:
+        run: the checked run description.
+        zero_stage: of its DeepSpeed file.
+
+    Raises:
+        ConfigError: it does not; names every key concerned.
+    """
+    findings: list[Finding] = []
+    for phase in plan_phases(run.config):
+        findings += phase.method.requirements.unmet(phase.name, run.config, zero_stage)
+        findings += unmet_by_rules(phase.name, run.config, _rules(phase.method, run))
+    problems = run.document.report(findings)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _rules(method: Method[Any], run: LoadedRun) -> list[tuple[MatrixOptimizer, list[torch.Size]]]:
+    """The matrix-wise optimizers of a method, with the global shapes that they update."""
+    model = meta_model(run.architecture, method, run.config.train)
+    found = []
+    for group in method.parameter_groups(model):
+        rule = method.optimizer(run.config.optimizer, group)
+        if rule is not None:
+            found.append((rule, [global_shape(parameter) for parameter in group.parameters]))
+    return found
 
 
 def _schedule(config: RunConfig, steps: int) -> Schedule:

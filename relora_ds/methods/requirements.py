@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from relora_ds.config.document import Finding
 from relora_ds.config.schema import RunConfig
+from relora_ds.optim.matrix import MatrixOptimizer
 
 _STAGES = frozenset(range(4))
 
@@ -56,3 +59,36 @@ class Requirements:
                 ("optimizer", "name"),
                 f"is {config.optimizer.name}, but method {name} needs {allowed}",
             )
+
+
+def unmet_by_rules(
+    name: str, config: RunConfig, rules: Sequence[tuple[MatrixOptimizer, Sequence[torch.Size]]]
+) -> Iterator[Finding]:
+    """What a run or a method does not offer to matrix-wise optimizers.
+
+    Args:
+        name: the method's, for the messages.
+        config: the run.
+        rules: each with the global shapes of the parameters that it updates.
+    """
+    if not rules:
+        return
+    if config.optimizer.name != "adamw":
+        yield Finding(
+            ("optimizer", "name"),
+            f"is {config.optimizer.name}, but method {name} updates some parameters matrix by "
+            "matrix, beside which only adamw works: write adamw",
+        )
+    if config.train.per_layer_update:
+        yield Finding(
+            ("train", "per_layer_update"),
+            f"is true, but method {name} updates some parameters matrix by matrix, after all "
+            "gradients are complete: write false",
+        )
+    odd = [shape for _, shapes in rules for shape in shapes if len(shape) != 2]
+    if odd:
+        yield Finding(
+            ("method", "name"),
+            f"is {name}, which asks for a matrix-wise update of a parameter of shape "
+            f"{tuple(odd[0])}: it must leave what is no matrix to the element-wise optimizer",
+        )

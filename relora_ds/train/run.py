@@ -12,7 +12,7 @@ import torch
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.resume import check_resume, choose_checkpoint, set_aside_earlier_run
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
@@ -23,7 +23,7 @@ from relora_ds.checkpoint.store import (
 )
 from relora_ds.checkpoint.tp_state import PartOfState
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
+from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import DenseWeights, build_engine
@@ -34,18 +34,16 @@ from relora_ds.engine.deepspeed.config import (
 )
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
-from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.methods.registry import Phase, check_requirements, plan_phases
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
+from relora_ds.train.results import warn_of_missing_export, write_results
 from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
-from relora_ds.train.telemetry.plot import plot_run
-from relora_ds.train.telemetry.sink import Status
-from relora_ds.train.telemetry.summary import write_summary
 from relora_ds.train.telemetry.telemetry import Telemetry
 from relora_ds.train.transition import take_dense_weights
 
@@ -72,6 +70,7 @@ def run(loaded: LoadedRun) -> None:
     deepspeed_config = resolve_deepspeed_config(
         loaded.config.deepspeed, loaded.config, topology.dp_size
     )
+    check_requirements(loaded, zero_stage(deepspeed_config))
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
     checkpoint, state = _find_start(loaded, topology, corpus)
@@ -80,6 +79,7 @@ def run(loaded: LoadedRun) -> None:
     if topology.is_main:
         for warning in loaded.warnings:
             _logger.warning(warning)
+        warn_of_missing_export(loaded.config)
         advice = reduction_advice(loaded.config, deepspeed_config)
         if advice is not None:
             _logger.warning(advice)
@@ -98,7 +98,7 @@ def run(loaded: LoadedRun) -> None:
     finally:
         trainer.telemetry.close(status)
         if topology.is_main:
-            _write_results(trainer, status, reason, started_at)
+            write_results(trainer, status, reason, started_at)
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()
@@ -292,37 +292,3 @@ def _build_meter(trainer: Trainer, engine: TrainEngine) -> ThroughputMeter:
         peak_flops(name, train.precision),
         num_devices=trainer.topology.world_size,
     )
-
-
-def _write_results(
-    trainer: Trainer, status: Status, reason: str | None, started_at: datetime
-) -> None:
-    """Plot, export and summary; rank 0 only."""
-    config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    figures = dict(trainer.final)
-    if trainer.valid_data is not None and trainer.corpus.valid is not None:
-        figures["data/unigram_perplexity"] = unigram_perplexity(
-            trainer.corpus.valid, config.train.seq_length, trainer.valid_data.num_sequences
-        )
-    write_summary(
-        output_dir / "summary.json",
-        status=status,
-        figures=figures,
-        config=config,
-        world_size=trainer.topology.world_size,
-        started_at=started_at,
-        data_fingerprints={file.prefix: file.fingerprint for file in trainer.corpus.files},
-        tokenizer_sha256=trainer.corpus.train[0].tokenizer_sha256,
-        reason=reason,
-    )
-    metrics = output_dir / "metrics.jsonl"
-    if metrics.is_file() and metrics.stat().st_size:
-        plot_run(metrics, output_dir / "plots" / "loss.png")
-    if status == "completed":
-        export_hf(output_dir / "checkpoints", output_dir / "hf", torch.float32)
-        _logger.info(
-            "done: validation perplexity %.2f (unigram %.1f), model in %s",
-            figures.get("eval/perplexity", float("nan")),
-            figures.get("data/unigram_perplexity", float("nan")),
-            output_dir / "hf",
-        )
