@@ -80,15 +80,10 @@ class Trainer:
             recorder.begin_step()
             rates = self._learning_rates(phase, step)
             engine.set_learning_rates(rates)
-            with recorder.phase("event"), torch.no_grad():
-                before = session.before_step(step - phase.first_step)
-            loss, norm = engine.train_step(self.train_data.micro_batches(step))
+            loss, norm, metrics = self._update(phase, engine, session, step)
             losses.append(loss)
             done = step + 1
-            with recorder.phase("event"), torch.no_grad():
-                after = session.after_step(done - phase.first_step)
             meter.step()
-            metrics = self._event_metrics(done, before, after)
             event = metrics.get("method/event")
             stopping = self.stop.agreed()
             last = done == self.config.train.steps
@@ -114,6 +109,22 @@ class Trainer:
                     self.save(phase, engine, session, done)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
+
+    def _update(
+        self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The update after `step` completed ones, between the method's two hooks.
+
+        Returns:
+            Loss and gradient norm, as `TrainEngine.train_step` has them, and the metrics of events.
+        """
+        own_step = step - phase.first_step
+        with recorder.phase("event"), torch.no_grad():
+            before = session.before_step(own_step)
+        loss, norm = engine.train_step(self.train_data.micro_batches(step))
+        with recorder.phase("event"), torch.no_grad():
+            after = session.after_step(own_step + 1)
+        return loss, norm, self._event_metrics(step + 1, before, after)
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
         factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
