@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import ResetConfig
+from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.engine.zero.order_statistic import order_statistics
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.train_state import MomentShard
