@@ -34,7 +34,7 @@ def find_problems(sections: Mapping[str, Any]) -> list[Finding]:
         sections: the valid sections of a run by name, and `architecture` if the model is valid.
     """
     own = sections["method"].rules() if "method" in sections else ()
-    return apply_rules((*own, *RULES), sections)
+    return apply_rules((*RULES, *own), sections)
 
 
 def find_doubts(sections: Mapping[str, Any]) -> list[Finding]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,27 @@ METHODS: dict[str, type[Method[Any]]] = {
     "switchlora": SwitchLoRA,
 }
 """Keys are the values of `method.name` and the names of the modules."""
+
+
+def register(name: str, method: type[Method[Any]]) -> None:
+    """Make a method known by the name of its settings.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if name in METHODS:
+        raise ValueError(f"method {name!r} is registered already, as {METHODS[name].__name__}")
+    METHODS[name] = method
+
+
+@contextmanager
+def registered(name: str, method: type[Method[Any]]) -> Iterator[None]:
+    """Register a method for the duration of a `with` block."""
+    register(name, method)
+    try:
+        yield
+    finally:
+        del METHODS[name]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class MethodSettings(Section):
 
     @property
     def low_rank(self) -> int | None:
-        """Inner dimension r of the factors of every projection; None without factors."""
+        """Inner dimension r of the factors of every projection, as the key `rank` sets it; None
+        without factors."""
         return None
 
     @property
