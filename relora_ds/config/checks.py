@@ -12,10 +12,11 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from relora_ds.config.document import Finding, Rule
 from relora_ds.config.keys import run_keys
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.reading.document import Finding, Rule
+from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -24,7 +25,6 @@ from relora_ds.config.sections import (
     ScheduleConfig,
     TrainConfig,
 )
-from relora_ds.config.suggest import did_you_mean
 
 
 def find_problems(sections: Mapping[str, Any]) -> list[Finding]:

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from relora_ds.config.base import Section
-from relora_ds.config.document import Finding, KeyPath, show
 from relora_ds.config.keys import run_keys, section_model
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.methods.catalogue import method_models
-from relora_ds.config.suggest import did_you_mean
+from relora_ds.config.reading.document import Finding, KeyPath, show
+from relora_ds.config.reading.suggest import did_you_mean
 
 _RULES = {
     "int_type": "must be an integer",

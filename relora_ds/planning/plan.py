@@ -16,9 +16,9 @@ from relora_ds.config.checks import (
     tensor_parallelism_is_supported,
 )
 from relora_ds.config.load import LoadedRun, check_processes
+from relora_ds.config.reading.source import read_json
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import ParallelConfig
-from relora_ds.config.source import read_json
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from relora_ds.config.base import NonNegativeInt, PositiveFloat, Section
-from relora_ds.config.document import Finding, Rule
+from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import TrainConfig
 
 

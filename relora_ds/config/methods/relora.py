@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
-from relora_ds.config.document import Finding, Rule
 from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.config.methods.base import WarmStarted
 from relora_ds.config.methods.catalogue import register_settings
+from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import OptimizerConfig, ScheduleConfig, TrainConfig
 
 

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from relora_ds.config.base import PositiveFloat, PositiveInt
-from relora_ds.config.document import Finding, Rule
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import TrainConfig
 
 

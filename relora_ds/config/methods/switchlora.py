@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from relora_ds.config.base import NonNegativeInt, PositiveFloat
-from relora_ds.config.document import Finding, Rule
 from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.config.methods.base import WarmStarted
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import OptimizerConfig
 
 

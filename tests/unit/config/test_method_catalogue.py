@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from relora_ds.config import methods as settings_package
 from relora_ds.config.base import PositiveFloat, PositiveInt, Section
-from relora_ds.config.document import Finding, Rule
 from relora_ds.config.keys import run_keys
 from relora_ds.config.load import dump_run_config, load_run_config
 from relora_ds.config.methods.base import MethodSettings, WarmStarted
@@ -25,6 +24,7 @@ from relora_ds.config.methods.catalogue import (
 )
 from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.methods.registry import METHODS

@@ -10,8 +10,8 @@ from relora_ds.config.base import Section
 from relora_ds.config.keys import run_keys, section_model
 from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.reading.suggest import SPELLED_ELSEWHERE, did_you_mean
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.suggest import SPELLED_ELSEWHERE, did_you_mean
 
 
 def models(model: type[Section]) -> Iterator[type[Section]]:
