@@ -20,10 +20,12 @@ class DataConfig(Section):
     """Where the training and validation tokens come from."""
 
     source: Literal["files", "builtin"] = "files"
-    """`files`: token files written by `tools/prepare_data.py`. `builtin`: a small English corpus
-    built on first use from the documentation that ships with Python, with its own tokenizer."""
+    """What is read. `files`: token files written by `tools/prepare_data.py`. `builtin`: a small
+    English corpus built on first use from the documentation that ships with Python, with its own
+    tokenizer."""
     train: Free[list[tuple[PositiveFloat, str]] | str | None] = None
-    """Token file prefix, or a blend of them: `[[weight, prefix], ...]`. Weights are normalised."""
+    """Token file prefix of the training set, or a blend of them: `[[weight, prefix], ...]`. Weights
+    are normalised."""
     valid: Free[str | None] = None
     """Token file prefix of the validation set."""
     tokenizer: Free[str | None] = None
@@ -60,8 +62,8 @@ class TrainConfig(Section):
     `bf16_residual` (bf16 plus 16 bits that restore the fp32 word exactly). `fp32`: a full-precision
     copy beside the working weight. `bf16`: lossy, edits are rounded away."""
     attention: Free[Literal["auto", "flash", "sdpa"]] = "auto"
-    """`auto` takes flash-attn where it can run (CUDA, bf16), torch's SDPA otherwise. An explicit
-    choice that cannot be met is an error."""
+    """Kernel of the attention. `auto` takes flash-attn where it can run (CUDA, bf16), torch's SDPA
+    otherwise. An explicit choice that cannot be met is an error."""
     activation_checkpointing: Free[bool] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     per_layer_update: bool = False
@@ -87,9 +89,10 @@ class OptimizerConfig(Section):
     """AdamW and its learning rates."""
 
     name: Literal["adamw", "adamw8bit", "torch_adamw", "fused_adam", "cpu_adam"] = "adamw"
-    """`adamw`: ours, with exact bias correction per adapter vector. `adamw8bit`: the same with
-    moments in eight bits and a scale per 256 elements, 2 bytes per weight for 8. `torch_adamw`:
-    torch.optim.AdamW. `fused_adam`, `cpu_adam`: DeepSpeed's kernels (compiled on first use)."""
+    """Implementation. `adamw`: ours, with exact bias correction per adapter vector. `adamw8bit`:
+    ours with moments in eight bits and a scale per 256 elements, 2 bytes per weight for 8.
+    `torch_adamw`: torch.optim.AdamW. `fused_adam`, `cpu_adam`: DeepSpeed's kernels (compiled on
+    first use)."""
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
     adapter_lr: PositiveFloat | None = None
@@ -123,11 +126,11 @@ class ScheduleConfig(Section):
     """Learning rate over the run; a method multiplies its own factor in."""
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up from zero; the first update then has a learning rate of zero."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the peak that is left at the end of a decay."""
+    """Share of the peak learning rate that is left at the end of a decay."""
 
 
 class ParallelConfig(Section):
@@ -166,22 +169,23 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=2)] | None = 3
     """Checkpoints kept, newest first; null keeps all. At least 2: one is always complete."""
     resume: Literal["auto"] | bool | str = "auto"
-    """`auto`: resume from the latest checkpoint if there is one. `true`: it must exist. `false`:
-    start anew, an earlier run in `output_dir` is moved to `previous_N`. A path: resume from that
-    `step_N`."""
+    """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
+    checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
+    `previous_N`. A path: that `step_N`."""
     allow_change: tuple[str, ...] = ()
-    """Keys whose value may differ from the checkpoint's, such as `train.steps`."""
+    """Keys whose value may differ from the resumed checkpoint's, such as `train.steps`."""
 
 
 class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
-    """`disabled` never imports wandb. A server that cannot be reached never stops training."""
+    """Where metrics go. `disabled` never imports wandb. A server that cannot be reached never stops
+    training."""
     project: str = "relora_ds"
-    """Project name."""
+    """Name of the wandb project."""
     name: str | None = None
-    """Run name. Default: the last part of `output_dir`."""
+    """Name of the wandb run. Default: the last part of `output_dir`."""
 
 
 class LogConfig(Section):

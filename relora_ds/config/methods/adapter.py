@@ -16,8 +16,8 @@ class AdapterConfig(MethodSettings):
     alpha: PositiveFloat | None = None
     """Numerator of the adapter scale alpha / rank. Default: 32, or 1 with `init: balanced`."""
     init: Literal["kaiming", "balanced"] = "kaiming"
-    """`kaiming`: A uniform on +-1/sqrt(in_features), B zero. `balanced`: both factors non-zero as
-    in SwitchLoRA (section 3 of its paper), the base weight absorbs -scale * B @ A."""
+    """How factors start. `kaiming`: A uniform on +-1/sqrt(in_features), B zero. `balanced`: both
+    non-zero as in SwitchLoRA (section 3 of its paper), the base weight absorbs -scale * B @ A."""
     trainable_scaling: bool = False
     """Replace alpha / rank by tanh(sigma) with one trained sigma per projection. It starts at 1 and
     returns to 1 at every restart (the authors' code sets it to 0, which kills the adapter)."""

@@ -28,7 +28,7 @@ class MethodSettings(Section):
     """
 
     name: str
-    """Registry key."""
+    """Chooses the method; its key in the registries of settings and of methods."""
 
     @property
     def low_rank(self) -> int | None:

@@ -13,4 +13,4 @@ class FullConfig(MethodSettings):
     """Full-rank training: every weight is trained. The baseline of every comparison."""
 
     name: Literal["full"]
-    """Registry key."""
+    """Chooses this method."""

@@ -14,4 +14,4 @@ class LoRAConfig(WarmStarted, AdapterConfig):
     """LoRA from scratch: adapters on a frozen base that never changes (Hu et al., 2021)."""
 
     name: Literal["lora"]
-    """Registry key."""
+    """Chooses this method."""

@@ -14,12 +14,12 @@ class LowRankConfig(MethodSettings):
     """Factorised training from scratch: the projection *is* B @ A, there is no dense weight."""
 
     name: Literal["low_rank"]
-    """Registry key."""
+    """Chooses this method."""
     rank: PositiveInt = 128
     """Inner dimension r of the factors; smaller than both sides of every projection."""
     init: Literal["spectral", "xavier"] = "spectral"
-    """`spectral`: truncated SVD of the dense draw, singular values split evenly between the
-    factors (Khodak et al., 2021). `xavier`: each factor drawn on its own."""
+    """How factors start. `spectral`: truncated SVD of a dense draw, singular values split evenly
+    between them (Khodak et al., 2021). `xavier`: each drawn on its own."""
 
     @property
     def low_rank(self) -> int:

@@ -19,10 +19,11 @@ class ResetConfig(Section):
     """What happens to the adapters' Adam moments at a ReLoRA restart."""
 
     mode: Literal["zero", "random", "magnitude"] = "zero"
-    """`zero`: all of them. `random`: each element with probability `fraction`. `magnitude`: the
-    `fraction` of each parameter's elements that is smallest, exact over the whole parameter."""
+    """Which moments are set to zero. `zero`: all of them. `random`: each element with probability
+    `fraction`. `magnitude`: the `fraction` of each parameter's elements that is smallest, exact
+    over the whole parameter."""
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Share that `random` and `magnitude` prune. Not used by `zero`."""
+    """Share of moments that `mode: random` and `mode: magnitude` prune. Not used by `zero`."""
     joint: bool = True
     """An element keeps its moments only where both survive. `false` is the published form with one
     mask per moment: it leaves first moments without second moments and updates explode."""
@@ -35,7 +36,7 @@ class ReLoRAConfig(WarmStarted, AdapterConfig):
     """ReLoRA: merge the adapters into W and restart them, again and again (Lialin et al., 2023)."""
 
     name: Literal["relora"]
-    """Registry key."""
+    """Chooses this method."""
     merge_every: PositiveInt = 1000
     """Optimizer steps between merges, counted from the start of the ReLoRA phase."""
     restart_warmup_steps: NonNegativeInt = 100

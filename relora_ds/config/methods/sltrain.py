@@ -21,13 +21,14 @@ class SLTrainConfig(MethodSettings):
     and no dense weight is kept (Han et al., 2024)."""
 
     name: Literal["sltrain"]
-    """Registry key."""
+    """Chooses this method."""
     rank: PositiveInt = 128
     """Inner dimension r of the factors; smaller than both sides of every projection."""
     alpha: PositiveFloat | None = None
     """Numerator of the scale alpha / rank on B @ A. Default: 32. Give this or `scale`."""
     scale: PositiveFloat | None = None
-    """The scale itself; the published ones go from 1/4 (60M) to 1/128 (7B)."""
+    """Factor on B @ A, in place of `alpha` / `rank`; published ones go from 1/4 (60M) to 1/128
+    (7B)."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Share delta of a projection's elements that the sparse matrix sets and trains."""
     keep_composed: Literal["layer", "step"] = "layer"
@@ -35,8 +36,9 @@ class SLTrainConfig(MethodSettings):
     composing it again in the backward pass. `step`: for all micro-batches of an optimizer step, at
     the price of the dense weights' memory."""
     gradient: Literal["auto", "dense", "low_rank"] = "auto"
-    """`dense`: from the dense weight's gradient, which lives for one layer. `low_rank`: products
-    with the factors and a sampled product at the support. `auto`: the cheaper one for the shape."""
+    """How gradients are formed. `dense`: from the dense weight's gradient, which lives for one
+    layer. `low_rank`: products with the factors and a sampled product at the support. `auto`: the
+    cheaper one for the shape."""
 
     @property
     def resolved_scale(self) -> float:

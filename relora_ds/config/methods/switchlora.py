@@ -21,7 +21,7 @@ class SwitchLoRAConfig(WarmStarted, AdapterConfig):
     W absorbs the difference (arXiv 2406.06564). Events stop with the last update."""
 
     name: Literal["switchlora"]
-    """Registry key."""
+    """Chooses this method."""
     alpha: PositiveFloat | None = None
     """Numerator of the adapter scale alpha / rank. Default: 1, as in the authors' code."""
     init: Literal["kaiming", "balanced"] = "balanced"
@@ -35,8 +35,8 @@ class SwitchLoRAConfig(WarmStarted, AdapterConfig):
     freeze_steps: NonNegativeInt = 5
     """Updates for which the counterpart of a replaced vector is not trained."""
     selection: Literal["random", "ring"] = "random"
-    """`random`: any vector, any candidate, none twice before all were used. `ring`: the authors'
-    order, in which only 2 of N pairs of candidates ever meet."""
+    """Which vectors and candidates are taken. `random`: any, none twice before all were used.
+    `ring`: the authors' order, in which only 2 of N pairs of candidates ever meet."""
     candidates: Literal["host", "device"] = "host"
     """Where replaced vectors wait: in host memory, one copy per node, or beside the model."""
 
