@@ -25,6 +25,7 @@ from relora_ds.accounting.recorder import Traffic, Volumes, counting_seconds, re
 from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_payloads
 from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.checks import heads_divide_over_tensor
+from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
@@ -160,7 +161,10 @@ def _everywhere(here: bool, device: torch.device) -> bool:
 
 def _run_config(workload: Workload, method: str, accumulation: int, world: Topology) -> RunConfig:
     described: dict[str, Any] = {"name": method}
-    if method != "full":
+    known = method_models()
+    if method not in known:
+        raise ConfigError(f"--methods {method}: must be one of {', '.join(known)}")
+    if "rank" in known[method].model_fields:
         described["rank"] = workload.rank
     micro = workload.micro_batch_size
     copies = max(1, world.world_size // workload.tensor)

@@ -22,7 +22,7 @@ from benchmarks.communication import (
     plot_benchmark,
 )
 from relora_ds.command_line import run_tool, tool_parser
-from relora_ds.config.load import read_model_config
+from relora_ds.config.architecture import read_model_config
 
 _EXAMPLE = """
 example:

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.accounting.recorder import Volume, Volumes
-from relora_ds.accounting.zero_traffic import Payloads, Traffic, padded
+from relora_ds.accounting.recorder import Traffic, Volume, Volumes
+from relora_ds.accounting.zero_traffic import Payloads, padded
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import LanguageHead, TokenEmbedding
 from relora_ds.model.llama import partial_gradients

@@ -11,8 +11,8 @@ from relora_ds.checkpoint.manifest import verify_manifest
 from relora_ds.checkpoint.saved_run import SavedRun, read_run
 from relora_ds.checkpoint.saved_state import WorkingValues
 from relora_ds.checkpoint.store import find_checkpoint
-from relora_ds.config.method import FullConfig
-from relora_ds.config.schema import TrainConfig
+from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.build import build_model, dense_weights, filled_model
 from relora_ds.methods.full import Full

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.config.schema import OptimizerConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import Method
 from relora_ds.numerics.base_weight import Precision
 from relora_ds.optim.matrix import StateTensor

@@ -16,8 +16,8 @@ from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_
 from relora_ds.checkpoint.store import METHOD_FILE, TrainerState, read_trainer_state
 from relora_ds.checkpoint.tp_state import JoinedState
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.reading.source import read_yaml
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_yaml
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method

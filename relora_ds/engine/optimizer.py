@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from relora_ds.config.schema import OptimizerConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import ParameterGroup
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import TrainConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.model.embedding import VocabularyPart

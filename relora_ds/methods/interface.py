@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.base import Section
-from relora_ds.config.schema import OptimizerConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from relora_ds.config.document import Finding
 from relora_ds.config.load import LoadedRun
-from relora_ds.config.method import AdapterConfig, FullConfig
+from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model
@@ -34,6 +36,27 @@ METHODS: dict[str, type[Method[Any]]] = {
     "switchlora": SwitchLoRA,
 }
 """Keys are the values of `method.name` and the names of the modules."""
+
+
+def register(name: str, method: type[Method[Any]]) -> None:
+    """Make a method known by the name of its settings.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if name in METHODS:
+        raise ValueError(f"method {name!r} is registered already, as {METHODS[name].__name__}")
+    METHODS[name] = method
+
+
+@contextmanager
+def registered(name: str, method: type[Method[Any]]) -> Iterator[None]:
+    """Register a method for the duration of a `with` block."""
+    register(name, method)
+    try:
+        yield
+    finally:
+        del METHODS[name]
 
 
 @dataclass(frozen=True)
@@ -61,18 +84,18 @@ class Phase:
 def plan_phases(config: RunConfig) -> list[Phase]:
     """The run's phases in order: a warm start if the method has one, then the method."""
     total, seed = config.train.steps, config.train.seed
-    warm = config.method.warm_start_steps if isinstance(config.method, AdapterConfig) else 0
     phases = []
-    if warm:
-        assert isinstance(config.method, AdapterConfig)
-        full = Full(FullConfig(name="full"), seed, warm)
-        rate = config.method.warm_start_lr or config.optimizer.lr
-        phases.append(Phase(full, "full", 0, warm, _schedule(config, total), rate))
-    name, steps = config.method.name, total - warm
+    first, warm = 0, config.method.warm_start
+    if warm is not None:
+        first = warm.steps
+        full = Full(FullConfig(name="full"), seed, first)
+        rate = warm.lr or config.optimizer.lr
+        phases.append(Phase(full, "full", 0, first, _schedule(config, total), rate))
+    name, steps = config.method.name, total - first
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     method = METHODS[name](config.method, seed, steps, dtype)
     rate = config.optimizer.resolved_adapter_lr
-    phases.append(Phase(method, name, warm, steps, _schedule(config, steps), rate))
+    phases.append(Phase(method, name, first, steps, _schedule(config, steps), rate))
     return phases
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relora_ds.config.document import Finding
+from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
 from relora_ds.optim.matrix import MatrixOptimizer
 

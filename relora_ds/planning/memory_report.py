@@ -8,7 +8,8 @@ import torch
 
 from relora_ds.accounting.memory_model import StoragePlan, expected_memory
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig, TrainConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.interface import Method

@@ -10,11 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from relora_ds.config.checks import heads_divide_over_tensor, tensor_parallelism_is_supported
+from relora_ds.config.checks import (
+    heads_divide_over_tensor,
+    rank_divides_over_tensor,
+    tensor_parallelism_is_supported,
+)
 from relora_ds.config.load import LoadedRun, check_processes
-from relora_ds.config.method_checks import rank_divides_over_tensor
-from relora_ds.config.schema import ParallelConfig, RunConfig
-from relora_ds.config.source import read_json
+from relora_ds.config.reading.source import read_json
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import ParallelConfig
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
@@ -94,7 +98,7 @@ def _tensor_sizes(loaded: LoadedRun, cluster: Cluster) -> Iterator[int]:
 
 def _low_rank_plans(config: RunConfig, size: int, compare: bool) -> list[LowRankPlan]:
     """The run's own plan, and whole factors where `auto` would cut them."""
-    chosen, rank = config.parallel.low_rank_plan, getattr(config.method, "rank", 0)
+    chosen, rank = config.parallel.low_rank_plan, config.method.low_rank
     cuts = chosen == "auto" and rank and TensorParallel(size=size).shards_inner(rank)
     return [chosen, "fold"] if compare and cuts else [chosen]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from relora_ds.config.load import read_model_config
+from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.config.method import ReLoRAConfig, ResetConfig
+from relora_ds.config.methods.relora import ReLoRAConfig, ResetConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed

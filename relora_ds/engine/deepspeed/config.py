@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relora_ds.config.checks import batch_divides_over_processes
-from relora_ds.config.document import Document, Finding, KeyPath, key_name, show
+from relora_ds.config.reading.document import Document, Finding, KeyPath, key_name, show
+from relora_ds.config.reading.source import read_json
+from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_json
-from relora_ds.config.suggest import did_you_mean
 from relora_ds.engine.deepspeed.keys import (
     BF16_FIXED,
     BF16_KEYS,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from relora_ds.config.method import ResetConfig
+from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.train_state import Moments, MomentShard, Weights
 from relora_ds.optim.vector_adamw import MOMENTS

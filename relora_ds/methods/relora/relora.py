@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from relora_ds.config.method import ReLoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import (
     AdapterLinear,

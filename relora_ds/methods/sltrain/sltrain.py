@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from relora_ds.config.method import SLTrainConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
 from relora_ds.methods.interface import Event, Method, Session, projection_layers
 from relora_ds.methods.sltrain.sparse_linear import (
     GradientForm,

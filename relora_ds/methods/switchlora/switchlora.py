@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.methods.adapter import (
     AdapterLinear,
     AdapterMethod,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from relora_ds.accounting.recorder import Traffic
 from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_volumes
-from relora_ds.accounting.zero_traffic import Traffic
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.llama import Llama

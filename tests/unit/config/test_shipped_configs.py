@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from relora_ds.accounting.flops import parameter_counts
-from relora_ds.config.load import dump_run_config, load_run_config, read_model_config
-from relora_ds.config.method_checks import projection_shapes
-from relora_ds.config.model import ModelConfig
+from relora_ds.config.architecture import read_model_config
+from relora_ds.config.load import dump_run_config, load_run_config
+from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases

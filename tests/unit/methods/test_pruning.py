@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import ResetConfig
+from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.train_state import MomentShard
 from relora_ds.numerics.order_statistic import order_statistics

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from relora_ds.config.method import SLTrainConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
 from relora_ds.methods.sltrain import sltrain, sparse_linear
 from relora_ds.methods.sltrain.sltrain import SLTrain, SparseLowRankLinear
 from relora_ds.methods.sltrain.sparse_linear import prefers_low_rank

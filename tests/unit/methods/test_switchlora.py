@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Report, SavedTensor

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relora_ds.config.method import LowRankConfig, ReLoRAConfig, SLTrainConfig
+from relora_ds.config.methods.low_rank import LowRankConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.vectors import lay_out_wire
 from relora_ds.methods.adapter import draw_factors

@@ -22,8 +22,9 @@ from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model, sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import part_of_model
+from relora_ds.planning.estimate import Cluster
 from relora_ds.planning.memory_report import closed_form, storage_plan
-from relora_ds.planning.plan import Cluster, plan
+from relora_ds.planning.plan import plan
 
 ROOT = Path(__file__).parents[3]
 PAPER = ("train.global_batch_size=1024", "checkpoint.every=0")
