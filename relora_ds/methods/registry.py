@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from relora_ds.config.method import AdapterConfig, FullConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.methods.full import Full
@@ -17,6 +15,7 @@ from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
+from relora_ds.numerics.dtypes import DTYPES
 
 METHODS: dict[str, type[Method[Any]]] = {
     "full": Full,
@@ -62,8 +61,7 @@ def plan_phases(config: RunConfig) -> list[Phase]:
         rate = config.method.warm_start_lr or config.optimizer.lr
         phases.append(Phase(full, "full", 0, warm, _schedule(config, total), rate))
     name, steps = config.method.name, total - warm
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    method = METHODS[name](config.method, seed, steps, dtype)
+    method = METHODS[name](config.method, seed, steps, DTYPES[config.train.precision])
     rate = config.optimizer.resolved_adapter_lr
     phases.append(Phase(method, name, warm, steps, _schedule(config, steps), rate))
     return phases

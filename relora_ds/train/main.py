@@ -87,12 +87,12 @@ def _dry_run(loaded: LoadedRun) -> None:
     # a single process speaks for one copy of the model, however many will share it
     copies = max(1, int(os.environ.get("WORLD_SIZE", "1")) // loaded.config.parallel.tensor)
     check_processes(loaded, copies)
-    resolved = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
+    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
     if _rank() == 0:
         console = Console()
         for warning in loaded.warnings:
             console.print(f"warning: {warning}", highlight=False)
-        dry_run(loaded, resolved, console)
+        dry_run(loaded, zero, console)
 
 
 def _parser() -> argparse.ArgumentParser:
