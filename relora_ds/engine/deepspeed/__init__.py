@@ -1,4 +1,4 @@
-"""DeepSpeed behind one door: nothing outside of this package imports it or knows its insides."""
+"""DeepSpeed behind one door: nothing else imports it or reads its private parts."""
 
 import os
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -58,6 +58,21 @@ class _Stage3Wrapper(Protocol):
 
     def get_param_id(self, param: nn.Parameter) -> int:
         """The key of `grad_position`."""
+        ...
+
+
+class _CutParameter(Protocol):
+    """What DeepSpeed hangs on a parameter that it cut at stage 3."""
+
+    ds_numel: int
+    """Elements of the parameter before it was cut."""
+    ds_tensor: torch.Tensor
+    """This rank's slice, 1-D; the last ones are padded."""
+    ds_secondary_tensor: torch.Tensor | None
+    """hpZ: this rank's slice of the second copy within the node, while there is one."""
+
+    def partition(self) -> None:
+        """Drop the gathered copy."""
         ...
 
 
@@ -158,9 +173,9 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
         return torch.distributed.get_world_size(self.partition_group)
 
     def working(self, parameter: nn.Parameter) -> tuple[int, torch.Tensor]:
-        zero = cast(Any, parameter)
-        start, length = slice_of(zero.ds_numel, self._rank, self._size)
-        return start, zero.ds_tensor.data[:length]
+        cut = _cut(parameter)
+        start, length = slice_of(cut.ds_numel, self._rank, self._size)
+        return start, cut.ds_tensor.data[:length]
 
     def tiles(self, number: int) -> list[torch.Tensor] | None:
         return self._wrapper.averaged_gradients[number]
@@ -172,10 +187,10 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
 
     def weight_storages(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         yield from super().weight_storages(parameter)
-        yield cast(Any, parameter).ds_tensor
-        second = cast(Any, parameter).ds_secondary_tensor
-        if second is not None:
-            yield second
+        cut = _cut(parameter)
+        yield cut.ds_tensor
+        if cut.ds_secondary_tensor is not None:
+            yield cut.ds_secondary_tensor
 
     def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         cut = [p for p in parameters if not _has_copy(p)]
@@ -185,7 +200,7 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
     def _gather(self, parameters: Sequence[nn.Parameter]) -> Iterator[torch.Tensor]:
         """One all-gather for all of them."""
         device = parameters[0].device
-        slices = [cast(Any, p).ds_tensor.data.to(device) for p in parameters]
+        slices = [_cut(p).ds_tensor.data.to(device) for p in parameters]
         mine = torch.cat(slices)
         everyone = mine.new_empty(self._size * mine.numel())
         torch.distributed.all_gather_into_tensor(everyone, mine, group=self.partition_group)
@@ -199,14 +214,14 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
     def write_copies(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         if _has_copy(parameter):
             parameter.data.copy_(value)
-        cast(Any, parameter).ds_secondary_tensor = None
+        _cut(parameter).ds_secondary_tensor = None
 
     def drop_copies(self, parameter: nn.Parameter) -> None:
         if _has_copy(parameter):
-            cast(Any, parameter).partition()
+            _cut(parameter).partition()
         # hpZ's copy within the node, which DeepSpeed makes anew from what it gathers next; not
         # earlier than here, because partition() makes one too
-        cast(Any, parameter).ds_secondary_tensor = None
+        _cut(parameter).ds_secondary_tensor = None
 
     @property
     def weights_sharded(self) -> bool:
@@ -219,6 +234,10 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
 def _listed(gradients: GradientLists) -> Iterator[torch.Tensor]:
     for tensors in gradients.values():
         yield from tensors or ()
+
+
+def _cut(parameter: nn.Parameter) -> _CutParameter:
+    return cast(_CutParameter, parameter)
 
 
 def _has_copy(parameter: nn.Parameter) -> bool:
