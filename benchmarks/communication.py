@@ -29,7 +29,7 @@ from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed.config import reduces_once, resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import ConfigError
@@ -37,6 +37,7 @@ from relora_ds.methods.build import build_model, sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.parallel.zero import ZeroSettings
 
 # Stage 3 learns the order of modules in the first two micro-batches
 _WARM_UP = 3
@@ -89,11 +90,11 @@ def _measure(
     config = _run_config(workload, method, accumulation, world)
     topology = share_models(world, config)
     groups = _named_groups(topology)
-    resolved = resolve_deepspeed_config(
+    zero = resolve_deepspeed_config(
         {"zero_optimization": {"stage": stage}}, config, topology.dp_size
     )
-    engine = _engine(workload, config, resolved, topology)
-    expected = _expected(workload, config, resolved, topology)
+    engine = _engine(workload, config, zero, topology)
+    expected = _expected(workload, config, zero, topology)
     size = (config.train.micro_batch_size, config.train.seq_length + 1)
     # processes that share a copy of the model read the same tokens
     draw = torch.Generator().manual_seed(topology.dp_rank)
@@ -127,7 +128,7 @@ def _measure(
         "method": method,
         "stage": stage,
         "accumulation": accumulation,
-        "reduction": "step" if reduces_once(config, resolved) else workload.reduction,
+        "reduction": "step" if zero.reduces_once else workload.reduction,
         "measured": dict(_rows(volumes)),
         "wire_bytes": wire,
         "expected_wire_bytes": bytes_of(expected).wire,
@@ -191,32 +192,32 @@ def _run_config(workload: Workload, method: str, accumulation: int, world: Topol
 
 
 def _engine(
-    workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
+    workload: Workload, config: RunConfig, zero: ZeroSettings, topology: Topology
 ) -> TrainEngine:
     method, train, tp = plan_phases(config)[-1].method, config.train, topology.tp
     architecture, device = workload.architecture, topology.device
-    partitioner = build_partitioner(resolved, train.precision, tp=tp)
+    partitioner = build_partitioner(zero, tp=tp)
     draw = InitialWeights(architecture, train.seed)
     model = build_model(architecture, method, train, draw, device, partitioner, tp)
     exact = None if partitioner is None else partitioner.finish()
-    engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tp)
+    engine = TrainEngine(model, method, config, zero, lambda: None, exact, tp)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
     return engine
 
 
 def _expected(
-    workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
+    workload: Workload, config: RunConfig, zero: ZeroSettings, topology: Topology
 ) -> dict[Traffic, int]:
     method, tp = plan_phases(config)[-1].method, topology.tp
     model = sharded_meta_model(workload.architecture, method, config.train, tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
-    once, copies = reduces_once(config, resolved), topology.dp_size
+    once, copies = zero.reduces_once, topology.dp_size
     if tp.size == 1:
-        return expected_payloads(model, groups, resolved, copies, once=once)
-    moved = expected_payloads(model, groups, resolved, copies, once=once, group="dp")
-    share = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
+        return expected_payloads(model, groups, zero, copies, once=once)
+    moved = expected_payloads(model, groups, zero, copies, once=once, group="dp")
+    share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
     tokens = config.train.micro_batch_size * config.train.seq_length
-    return moved | tensor_payloads(model, resolved, tokens, tp.size, share, len(groups))
+    return moved | tensor_payloads(model, zero, tokens, tp.size, share, len(groups))
 
 
 def _rows(volumes: Volumes) -> Iterator[tuple[str, dict[str, float]]]:

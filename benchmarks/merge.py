@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -16,9 +16,11 @@ from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.numerics.base_weight import KINDS
+from relora_ds.parallel.zero import ZeroSettings
 
 _SCALE = 1e-3
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+_ZERO = ZeroSettings(stage=3, deepspeed=_CONFIG)
 
 
 def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[str, Any] | None:
@@ -32,7 +34,8 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     group = torch.distributed.group.WORLD
     assert group is not None
     # the layout of an engine that trains nothing: only its slices are used
-    layout = PartitionedParameters([], torch.optim.SGD([torch.zeros(1)]), group, None)
+    no_wrapper = cast(Any, None)
+    layout = PartitionedParameters([], torch.optim.SGD([torch.zeros(1)]), group, no_wrapper)
     bases = {}
     for weight, _, _ in triples:
         _, working = layout.working(weight)
@@ -75,7 +78,7 @@ def _triple(
 ) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """W, A and B, cut."""
     shapes = {"weight": (rows, cols), "lora_A": (rank, cols), "lora_B": (rows, rank)}
-    partitioner = ZeroPartitioner(_CONFIG, torch.float32)
+    partitioner = ZeroPartitioner(_ZERO)
     made = []
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(len(name))

@@ -38,7 +38,7 @@ def benchmark_share(
     """
     world = distributed.start(config.train.timeout_minutes)
     method, train = plan_phases(config)[-1].method, config.train
-    resolved = resolve_deepspeed_config({"zero_optimization": {"stage": 1}}, config, 1)
+    zero = resolve_deepspeed_config({"zero_optimization": {"stage": 1}}, config, 1)
     draw = InitialWeights(architecture, train.seed)
     model = build_model(architecture, method, train, draw, world.device)
     ranks = {factor.shape[axis] for factor, axis in method.vector_axes(model).items()}
@@ -48,7 +48,7 @@ def benchmark_share(
         (layer.spec.out_features, layer.spec.in_features)
         for layer in projection_layers(model).values()
     ]
-    engine = TrainEngine(model, method, config, resolved, lambda: None)
+    engine = TrainEngine(model, method, config, zero, lambda: None)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
     with torch.no_grad():
         session = method.start(engine.state, engine.model)

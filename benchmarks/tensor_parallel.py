@@ -87,13 +87,13 @@ class _Stepper:
     ) -> None:
         topology = share_models(world, config)
         method, tp, train = plan_phases(config)[-1].method, topology.tp, config.train
-        zero = {"zero_optimization": {"stage": stage}}
-        resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
-        partitioner = build_partitioner(resolved, train.precision, tp=tp)
+        source = {"zero_optimization": {"stage": stage}}
+        zero = resolve_deepspeed_config(source, config, topology.dp_size)
+        partitioner = build_partitioner(zero, tp=tp)
         draw = InitialWeights(architecture, train.seed)
         model = build_model(architecture, method, train, draw, world.device, partitioner, tp)
         exact = None if partitioner is None else partitioner.finish()
-        self._engine = TrainEngine(model, method, config, resolved, lambda: None, exact, tp)
+        self._engine = TrainEngine(model, method, config, zero, lambda: None, exact, tp)
         self._engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
         generator = torch.Generator().manual_seed(topology.dp_rank)
         shape = (train.micro_batch_size, train.seq_length + 1)

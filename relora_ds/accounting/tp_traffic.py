@@ -21,20 +21,20 @@ left, and the shares are those of norms and biases too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from relora_ds.accounting.recorder import Traffic, Volume, Volumes
-from relora_ds.accounting.zero_traffic import Payloads, padded
+from relora_ds.accounting.zero_traffic import Payloads, dtype_name, padded
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import LanguageHead, TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.model.loss import chunk_rows
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.shape import global_shape, tp_local_shape
+from relora_ds.parallel.zero import ZeroSettings
 
 _NORM_BYTES = 4
 _WIDE_BYTES = 4
@@ -42,7 +42,7 @@ _WIDE_BYTES = 4
 
 def tensor_payloads(
     model: nn.Module,
-    resolved: Mapping[str, Any],
+    zero: ZeroSettings,
     tokens: int,
     size: int,
     share_elements: int,
@@ -53,7 +53,7 @@ def tensor_payloads(
 
     Args:
         model: a `Llama` that belongs to the group, on any device.
-        resolved: output of `resolve_deepspeed_config`.
+        zero: how the step is shared over data-parallel processes.
         tokens: read per micro-batch.
         size: ranks of the group.
         share_elements: gradient elements in this rank's slices of the model's
@@ -61,13 +61,13 @@ def tensor_payloads(
         groups: optimizer groups.
         group: the recorder's name of it.
     """
-    found = tensor_volumes(model, resolved, tokens, size, share_elements, groups, group)
+    found = tensor_volumes(model, zero, tokens, size, share_elements, groups, group)
     return {kind: volume.payload for kind, volume in found.items()}
 
 
 def tensor_volumes(
     model: nn.Module,
-    resolved: Mapping[str, Any],
+    zero: ZeroSettings,
     tokens: int,
     size: int,
     share_elements: int,
@@ -75,9 +75,8 @@ def tensor_volumes(
     group: str = "tp",
 ) -> Volumes:
     """The same with the number of calls."""
-    bf16 = bool(resolved["bf16"]["enabled"])
-    working, element = ("bfloat16", 2) if bf16 else ("float32", 4)
-    micro_batches = int(resolved["gradient_accumulation_steps"])
+    working, element = dtype_name(zero.dtype), zero.element_size
+    micro_batches = zero.accumulation
     moved: Volumes = {}
 
     def add(
@@ -94,7 +93,7 @@ def tensor_volumes(
         for operation, phase, calls, elements in layer.exchanged(tokens, micro_batches):
             add(working, phase, calls, element * elements, operation)
     add(working, "step", 1, element * share_elements)
-    for dtype, calls, payload in _norms(resolved, groups, bf16):
+    for dtype, calls, payload in _norms(zero, groups):
         add(dtype, "step", calls, payload)
     return moved
 
@@ -125,15 +124,15 @@ def _micro_batch(
     yield working, "backward", calls, calls * activation, "all_reduce"
 
 
-def _norms(resolved: Mapping[str, Any], groups: int, bf16: bool) -> list[tuple[str, int, int]]:
+def _norms(zero: ZeroSettings, groups: int) -> list[tuple[str, int, int]]:
     """Scalars: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow flag,
     which stage 3 does not exchange."""
-    stage, clips = int(resolved["zero_optimization"]["stage"]), resolved["gradient_clipping"] > 0
+    stage, clips, bf16 = zero.stage, zero.clip > 0, zero.dtype == torch.bfloat16
     if stage == 0 and not bf16:
         return [("float32", 1 + clips, _NORM_BYTES * (1 + clips))]
     # stage 3 adds its norms up in double precision
     norm = ("float64", groups, 8 * groups) if stage == 3 else ("float32", groups, 4 * groups)
-    checks = stage == 0 or (stage < 3 and resolved["bf16"].get("check_grad_overflow", True))
+    checks = stage == 0 or (stage < 3 and zero.checks_overflow)
     return [norm, ("uint8", 1, 1)] if bf16 and checks else [norm]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
@@ -22,6 +21,7 @@ from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
+from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.shape import TPShard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.topology import part_of_model
@@ -111,7 +111,7 @@ class SavedRun:
 
     def _inventory(self, tp: TensorParallel) -> Inventory:
         train = self._config.train
-        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        dtype = DTYPES[train.precision]
         model = sharded_meta_model(self._architecture, self.method, train, tp)
         return take_inventory(
             model, self.method, base_precision(self._config), dtype, self._config.optimizer

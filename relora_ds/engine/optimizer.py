@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from relora_ds.config.sections import OptimizerConfig
+from relora_ds.engine.deepspeed.optimizers import cpu_adam, fused_adam
 from relora_ds.methods.interface import ParameterGroup
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer
@@ -62,23 +63,10 @@ def _torch_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torc
     return torch.optim.AdamW(groups, **settings)
 
 
-def _fused_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
-    # imported here: the first use compiles a kernel
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam(groups, adam_w_mode=True, **settings)
-
-
-def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-
-
 _KINDS: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], torch.optim.Optimizer]] = {
     "adamw": _vector_adamw,
     "adamw8bit": _block_adamw,
     "torch_adamw": _torch_adamw,
-    "fused_adam": _fused_adam,
-    "cpu_adam": _cpu_adam,
+    "fused_adam": fused_adam,
+    "cpu_adam": cpu_adam,
 }

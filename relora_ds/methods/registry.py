@@ -24,6 +24,7 @@ from relora_ds.methods.requirements import unmet_by_rules
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
+from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.shape import global_shape
 
@@ -92,8 +93,7 @@ def plan_phases(config: RunConfig) -> list[Phase]:
         rate = warm.lr or config.optimizer.lr
         phases.append(Phase(full, "full", 0, first, _schedule(config, total), rate))
     name, steps = config.method.name, total - first
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    method = METHODS[name](config.method, seed, steps, dtype)
+    method = METHODS[name](config.method, seed, steps, DTYPES[config.train.precision])
     rate = config.optimizer.resolved_adapter_lr
     phases.append(Phase(method, name, first, steps, _schedule(config, steps), rate))
     return phases

@@ -26,11 +26,12 @@ from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_volumes
 from relora_ds.accounting.zero3_gathers import Replay, gathered
 from relora_ds.accounting.zero_traffic import HPZ_GROUP, Payloads, bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun
-from relora_ds.engine.deepspeed.config import reduces_once, zero_stage
 from relora_ds.methods.interface import MemoryShare, projection_layers
 from relora_ds.methods.registry import Phase
+from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import part_of_model
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part, memory_of_part, storage_plan
 
 # DeepSpeed flattens so many elements at a time at stage 0
@@ -86,16 +87,16 @@ class PhaseEstimator:
         counts = parameter_counts(self._model)
         return {"trained": counts.trainable, "frozen": counts.frozen}
 
-    def estimate(self, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    def estimate(self, zero: ZeroSettings) -> dict[str, Any]:
         """Memory, bytes and time with one DeepSpeed configuration."""
-        shares = shares_by_rank(self._model, self._groups, zero_stage(resolved), self._copies)
-        replay = self._gathers(resolved)
-        memory = self._memory(resolved, replay.live, max(shares))
+        shares = shares_by_rank(self._model, self._groups, zero.stage, self._copies)
+        replay = self._gathers(zero)
+        memory = self._memory(zero, replay.live, max(shares))
         total = sum(memory.values())
-        per_sequence, room = self._per_sequence(resolved), self._room()
+        per_sequence, room = self._per_sequence(zero), self._room()
         largest = self._config.train.micro_batch_size + math.floor((room - total) / per_sequence)
-        volumes = self._tensor_volumes(resolved, max(shares))
-        moved = self._traffic(self._payloads(resolved, replay), volumes)
+        volumes = self._tensor_volumes(zero, max(shares))
+        moved = self._traffic(self._payloads(zero, replay), volumes)
         alike = self._alike / self._trained if self._tp.size > 1 else 0.0
         return {
             "memory": memory,
@@ -105,11 +106,11 @@ class PhaseEstimator:
             "fits": total <= room,
             "largest_micro_batch": max(0, largest),
             "traffic": moved,
-            "seconds": self._seconds(resolved, moved, replay.calls, volumes),
+            "seconds": self._seconds(zero, moved, replay.calls, volumes),
         }
 
     def _working(self) -> int:
-        return 2 if self._config.train.precision == "bf16" else 4
+        return DTYPES[self._config.train.precision].itemsize
 
     def _room(self) -> float:
         return self._cluster.gpu_memory * (1 - self._cluster.reserve)
@@ -123,32 +124,28 @@ class PhaseEstimator:
         """Different parts of the model on one node: each has host memory of its own."""
         return min(self._tp.size, self._cluster.gpus_per_node)
 
-    def _gathers(self, resolved: Mapping[str, Any]) -> Replay:
+    def _gathers(self, zero: ZeroSettings) -> Replay:
         """What stage 3 gathers of the weights; nothing at other stages."""
-        if zero_stage(resolved) < 3 or self._copies == 1:
+        if zero.stage < 3 or self._copies == 1:
             return Replay({}, 0, 0)
-        zero, steps = resolved["zero_optimization"], resolved["gradient_accumulation_steps"]
-        return gathered(self._model, zero, self._copies, int(steps))
+        return gathered(self._model, zero.gathering, self._copies, zero.accumulation)
 
-    def _storage(self, resolved: Mapping[str, Any]) -> StoragePlan:
+    def _storage(self, zero: ZeroSettings) -> StoragePlan:
         device = torch.device("cuda")
-        return storage_plan(self._config, zero_stage(resolved), self._copies, device)
+        return storage_plan(self._config, zero.stage, self._copies, device)
 
-    def _form(self, resolved: Mapping[str, Any], micro: int) -> dict[str, int]:
+    def _form(self, zero: ZeroSettings, micro: int) -> dict[str, int]:
         train = self._config.train.model_copy(update={"micro_batch_size": micro})
-        return memory_of_part(self._model, self._method, train, self._storage(resolved))
+        return memory_of_part(self._model, self._method, train, self._storage(zero))
 
-    def _memory(self, resolved: Mapping[str, Any], live: int, share: int) -> dict[str, int]:
+    def _memory(self, zero: ZeroSettings, live: int, share: int) -> dict[str, int]:
         """Bytes per GPU by component, that of residuals apart from that of weights."""
-        zero, stage = resolved["zero_optimization"], zero_stage(resolved)
-        form = self._form(resolved, self._config.train.micro_batch_size)
-        residual = self._storage(resolved).beside_edited * self._edited
-        residual //= self._copies if stage == 3 else 1
-        bucket = min(int(zero.get("reduce_bucket_size", _STAGE_0_BUCKET)), self._trained)
-        if stage == 0:
-            bucket = min(_STAGE_0_BUCKET, self._trained)
-        buffers = bucket * self._working() * (2 if zero.get("overlap_comm") else 1)
-        near = int(zero.get("zero_hpz_partition_size", 1))
+        form = self._form(zero, self._config.train.micro_batch_size)
+        residual = self._storage(zero).beside_edited * self._edited
+        residual //= self._copies if zero.stage == 3 else 1
+        bucket = min(zero.reduce_bucket if zero.stage else _STAGE_0_BUCKET, self._trained)
+        buffers = bucket * self._working() * (2 if zero.overlaps else 1)
+        near = zero.gathering.hpz
         held = sum(p.numel() for p in self._model.parameters()) // near if near > 1 else 0
         # shares of gradients are joined for one collective, if any outlive the backward pass
         within = self._config.train.per_layer_update
@@ -162,22 +159,22 @@ class PhaseEstimator:
             "buffers": (buffers if self._copies > 1 and not within else 0) + shares,
         }
 
-    def _per_sequence(self, resolved: Mapping[str, Any]) -> int:
-        one, two = (self._form(resolved, micro)["activations"] for micro in (1, 2))
+    def _per_sequence(self, zero: ZeroSettings) -> int:
+        one, two = (self._form(zero, micro)["activations"] for micro in (1, 2))
         return two - one
 
-    def _payloads(self, resolved: Mapping[str, Any], replay: Replay) -> Payloads:
-        once = reduces_once(self._config, resolved)
+    def _payloads(self, zero: ZeroSettings, replay: Replay) -> Payloads:
+        once = zero.reduces_once
         groups, copies = self._groups, self._copies
-        return expected_payloads(self._model, groups, resolved, copies, once=once, replay=replay)
+        return expected_payloads(self._model, groups, zero, copies, once=once, replay=replay)
 
-    def _tensor_volumes(self, resolved: Mapping[str, Any], share: int) -> Volumes:
+    def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:
             return {}
         train = self._config.train
         tokens = train.micro_batch_size * train.seq_length
         groups = len(self._groups)
-        return tensor_volumes(self._model, resolved, tokens, self._tp.size, share, groups)
+        return tensor_volumes(self._model, zero, tokens, self._tp.size, share, groups)
 
     def _traffic(self, payloads: Payloads, volumes: Volumes) -> dict[str, Any]:
         """Bytes per step and GPU: payload of gradients and of everything, wire bytes by link.
@@ -222,14 +219,13 @@ class PhaseEstimator:
 
     def _seconds(
         self,
-        resolved: Mapping[str, Any],
+        zero: ZeroSettings,
         moved: Mapping[str, Any],
         gathers: int,
         volumes: Volumes,
     ) -> dict[str, float]:
         cluster, compute = self._cluster, self._compute_seconds()
-        bucket = int(resolved["zero_optimization"].get("reduce_bucket_size", _STAGE_0_BUCKET))
-        bucket *= self._working()
+        bucket = zero.reduce_bucket * self._working()
         calls = gathers + math.ceil(moved["gradient_payload"] / bucket) + len(self._groups)
 
         def over(near: float, far: float, calls: int, size: int) -> float:

@@ -6,7 +6,7 @@ its heads and the cluster's nodes allow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from relora_ds.config.load import LoadedRun, check_processes
 from relora_ds.config.reading.source import read_json
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import ParallelConfig
-from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.tensor import LowRankPlan, TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.estimate import Cluster, PhaseEstimator
 
 __all__ = ["Cluster", "plan"]
@@ -121,7 +122,7 @@ def _phases(loaded: LoadedRun, cluster: Cluster) -> dict[str, Any]:
 
 def _options(
     config: RunConfig, cluster: Cluster, copies: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, ZeroSettings]]:
     """DeepSpeed configurations by name: the run's own file at its stage, defaults at the others."""
     own = read_json(config.deepspeed).data
     zero = own.get("zero_optimization", {})
@@ -133,17 +134,17 @@ def _options(
         if per_copy > 1:
             section["zero_hpz_partition_size"] = per_copy
         try:
-            resolved = resolve_deepspeed_config(
+            settings = resolve_deepspeed_config(
                 {**own, "zero_optimization": section}, config, copies
             )
         except ConfigError:
             continue  # per-layer updates are for stage 0, candidates on the host for some, ...
-        yield _name(resolved), resolved
+        yield _name(settings), settings
 
 
-def _name(resolved: Mapping[str, Any]) -> str:
-    hpz = resolved["zero_optimization"].get("zero_hpz_partition_size", 1)
-    return f"{zero_stage(resolved)}" + (f" hpZ {hpz}" if hpz > 1 else "")
+def _name(zero: ZeroSettings) -> str:
+    hpz = zero.gathering.hpz
+    return f"{zero.stage}" + (f" hpZ {hpz}" if hpz > 1 else "")
 
 
 def _candidates(parallel: ParallelConfig, phases: dict[str, Any]) -> Iterator[dict[str, Any]]:

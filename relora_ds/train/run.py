@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,15 +26,13 @@ from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import DenseWeights, build_engine
-from relora_ds.engine.deepspeed.config import (
-    reduction_advice,
-    resolve_deepspeed_config,
-    zero_stage,
-)
+from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
+from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements, plan_phases
 from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
@@ -67,27 +64,23 @@ def run(loaded: LoadedRun) -> None:
     output_dir = Path(loaded.config.output_dir)
     configure_logging(output_dir, topology.rank)
     check_processes(loaded, topology.dp_size)
-    deepspeed_config = resolve_deepspeed_config(
-        loaded.config.deepspeed, loaded.config, topology.dp_size
-    )
-    check_requirements(loaded, zero_stage(deepspeed_config))
+    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
+    check_requirements(loaded, zero.stage)
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
     checkpoint, state = _find_start(loaded, topology, corpus)
     stop = StopSignal(launcher)
-    trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state, stop)
+    trainer = _build_trainer(loaded, topology, zero.stage, corpus, state, stop)
     if topology.is_main:
-        for warning in loaded.warnings:
-            _logger.warning(warning)
         warn_of_missing_export(loaded.config)
-        advice = reduction_advice(loaded.config, deepspeed_config)
-        if advice is not None:
-            _logger.warning(advice)
+        for warning in (*loaded.warnings, reduction_advice(zero), version_advice()):
+            if warning is not None:
+                _logger.warning(warning)
         (output_dir / "run.yaml").write_text(dump_run_config(loaded.config))
     status, reason = "failed", None
     try:
         with recorder:
-            _train(trainer, deepspeed_config, checkpoint, state)
+            _train(trainer, zero, checkpoint, state)
         status = "completed"
     except PreemptedError as error:
         status, reason = "preempted", str(error)
@@ -184,7 +177,7 @@ def _build_trainer(
 
 def _train(
     trainer: Trainer,
-    deepspeed_config: dict[str, Any],
+    zero: ZeroSettings,
     checkpoint: Path | None,
     state: TrainerState | None,
 ) -> None:
@@ -197,7 +190,7 @@ def _train(
     weights: DenseWeights = _initial_weights(trainer) if state is None else None
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
-            engine = _build_engine(trainer, phase, deepspeed_config, weights)
+            engine = _build_engine(trainer, phase, zero, weights)
             with torch.no_grad():
                 session = phase.method.start(engine.state, engine.model)
             if number == 0 and checkpoint is not None and state is not None:
@@ -258,7 +251,7 @@ def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:
 
 
 def _build_engine(
-    trainer: Trainer, phase: Phase, deepspeed_config: dict[str, Any], weights: DenseWeights
+    trainer: Trainer, phase: Phase, zero: ZeroSettings, weights: DenseWeights
 ) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
     file = trainer.corpus.valid or trainer.corpus.train[0]
@@ -267,7 +260,7 @@ def _build_engine(
         trainer.architecture,
         phase.method,
         trainer.config,
-        deepspeed_config,
+        zero,
         trainer.topology,
         weights,
         torch.from_numpy(file.window(0, count)).unsqueeze(0),

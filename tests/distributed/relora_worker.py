@@ -130,7 +130,7 @@ def build(
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000, **zero}}
     resolved = resolve_deepspeed_config(source, config, topology.dp_size)
-    partitioner = build_partitioner(resolved, config.train.precision)
+    partitioner = build_partitioner(resolved)
     model = build_model(
         ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
     )
