@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.checkpoint.manifest import verify_manifest
-from relora_ds.checkpoint.saved_run import SavedRun, read_run
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.manifest import verify_manifest
+from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saved_state import WorkingValues
 from relora_ds.checkpoint.store import find_checkpoint
 from relora_ds.methods.build import dense_weights
@@ -31,25 +32,26 @@ class DenseModel:
         """SentencePiece model, if one is there."""
         self.seq_length: int | None = None
         """What the run trained on; an HF directory does not say."""
+        self._source: SavedRun | Mapping[str, torch.Tensor]
         if (path / "config.json").is_file():
-            self.architecture, self._hf = read_hf(path)
+            self.architecture, self._source = read_hf(path)
             directory = path
         else:
-            self._hf = None
-            directory = self._checkpoint = find_checkpoint(path)
+            directory = find_checkpoint(path)
             verify_manifest(directory)
-            self._config, self.architecture = read_run(directory)
-            self.seq_length = self._config.train.seq_length
-        tokenizer = directory / "tokenizer.model"
+            self._source = SavedRun(directory)
+            self.architecture = self._source.record.architecture
+            self.seq_length = self._source.record.config.train.seq_length
+        tokenizer = directory / layout.TOKENIZER
         self.tokenizer = tokenizer if tokenizer.is_file() else None
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
-        if self._hf is not None:
-            return _InFp32(self._hf)
-        saved = SavedRun(self._checkpoint, self._config, self.architecture)
+        saved = self._source
+        if not isinstance(saved, SavedRun):
+            return _InFp32(saved)
         values = WorkingValues(saved.state())
-        return dense_weights(self.architecture, saved.method, self._config.train, values)
+        return dense_weights(self.architecture, saved.method, saved.record.config.train, values)
 
 
 class _InFp32(Mapping[str, torch.Tensor]):

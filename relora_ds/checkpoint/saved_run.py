@@ -1,23 +1,22 @@
-"""A saved run by name, whichever way it was cut when it was written."""
+"""A saved run by name, whichever way it was sharded when it was written."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.record import read_record
+from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
-from relora_ds.checkpoint.store import METHOD_FILE, TrainerState, read_trainer_state
 from relora_ds.checkpoint.tp_state import JoinedState
-from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_yaml
 from relora_ds.engine.precision import base_precision
+from relora_ds.errors import CheckpointError, ReloraError
 from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
@@ -26,37 +25,29 @@ from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.topology import part_of_model
 
 
-def read_run(checkpoint: Path) -> tuple[RunConfig, ModelConfig]:
-    """The resolved run and the architecture that a checkpoint belongs to."""
-    config = read_yaml(checkpoint / "run.yaml").data
-    architecture = (checkpoint / "model.json").read_text()
-    return (
-        RunConfig.model_validate_json(json.dumps(config)),
-        ModelConfig.model_validate_json(architecture),
-    )
-
-
 class SavedRun:
     """What a checkpoint holds of one phase.
 
+    What it says of itself is read at once, tensors when they are asked for.
+
     Args:
-        checkpoint: a directory `step_N`.
-        config: the run, of which the checkpoint is; how it is cut may differ.
-        architecture: its model.
+        checkpoint: a directory `step_N` of any known format.
+
+    Raises:
+        CheckpointError: see `read_record`; or the files are of different runs.
     """
 
-    def __init__(self, checkpoint: Path, config: RunConfig, architecture: ModelConfig) -> None:
+    def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self.trainer: TrainerState = read_trainer_state(checkpoint)
-        self._config, self._architecture = config, architecture
-        phases = {phase.name: phase for phase in plan_phases(config)}
-        self.method: Method[Any] = phases[self.trainer.phase].method
+        self.record = read_record(checkpoint)
+        self.method: Method[Any] = self._method_in_charge()
         # rewritten for other processes: by name, and whole
-        self._ranks = 1 if is_written_state(checkpoint) else self.trainer.tensor_size
-        self._parallel = read_run(checkpoint)[0].parallel.model_copy(update={"tensor": self._ranks})
+        self._ranks = 1 if is_written_state(checkpoint) else self.record.trainer.tp_size
+        parallel = self.record.config.parallel
+        self._parallel = parallel.model_copy(update={"tensor": self._ranks})
 
     def is_sharded_like(self, tp: TensorParallel) -> bool:
-        """Whether the ranks of the group hold the parts that the files do."""
+        """Whether the ranks of a tensor-parallel group hold the parts that the files do."""
         alike = tp.size == 1 or tp.plan == self._parallel.low_rank_plan
         return tp.size == self._ranks and alike
 
@@ -66,47 +57,90 @@ class SavedRun:
         Raises:
             CheckpointError: a file is missing, damaged, or of an optimizer that cannot be read so.
         """
-        whole = self._inventory(SINGLE)
-        stage, dp_size = self.trainer.zero_stage, self.trainer.dp_size
-        if self._ranks == 1:
-            return open_state(self.checkpoint, whole, stage, dp_size)
-        groups = self._groups()
-        parts = [
-            open_state(self.checkpoint, self._inventory(group), stage, dp_size, group)
-            for group in groups
-        ]
-        return JoinedState(whole, parts, [self.shards(group) for group in groups])
+        with fitting(self.checkpoint, "its weights and optimizer states"):
+            whole = self._inventory(SINGLE)
+            stage, dp_size = self.record.trainer.zero_stage, self.record.trainer.dp_size
+            if self._ranks == 1:
+                return open_state(self.checkpoint, whole, stage, dp_size)
+            groups = self._groups()
+            parts = [
+                open_state(self.checkpoint, self._inventory(group), stage, dp_size, group)
+                for group in groups
+            ]
+            return JoinedState(whole, parts, [self.shards(group) for group in groups])
 
     def method_state(self) -> dict[str, Any]:
-        """The method's state for the whole model, on the CPU."""
+        """The method's state for the whole model, tensors on the CPU.
+
+        Raises:
+            CheckpointError: a file of it is damaged, or misses what another rank's file holds.
+        """
         groups = self._groups()
         states = [self._method_file(group) for group in groups]
         if len(states) == 1:
             return states[0]
-        return self.method.join_states(states, [self.shards(group) for group in groups])
+        with fitting(self.checkpoint, "its method's state"):
+            return self.method.join_states(states, [self.shards(group) for group in groups])
 
     def own_method_state(self, tp: TensorParallel) -> dict[str, Any]:
-        """The same for one rank of a tensor-parallel group, as `load_state_dict` takes it."""
+        """One tensor-parallel rank's part of the method's state, as `load_state_dict` takes it.
+
+        Args:
+            tp: a rank of the group that continues the run.
+
+        Raises:
+            CheckpointError: a file of it is damaged, or misses what another rank's file holds.
+        """
         if self.is_sharded_like(tp):
             return self._method_file(tp)
         whole = self.method_state()
         return whole if tp.size == 1 else self.method.part_of_state(whole, self.shards(tp))
 
     def shards(self, tp: TensorParallel) -> Mapping[str, TPShard]:
-        """Which part of every cut parameter a rank of a tensor-parallel group holds."""
-        parts = self._architecture, self.method, self._config.train
+        """Which part of every sharded parameter a rank of a tensor-parallel group holds."""
+        parts = self.record.architecture, self.method, self.record.config.train
         return shards_of(sharded_meta_model(*parts, tp))
+
+    def _method_in_charge(self) -> Method[Any]:
+        phases = {phase.name: phase for phase in plan_phases(self.record.config)}
+        name = self.record.trainer.phase
+        if name not in phases:
+            raise CheckpointError(
+                f"{self.checkpoint / layout.TRAINER}: phase is {name!r}, but the run in "
+                f"{layout.RUN} has {' and '.join(phases)}: the files are of different runs; use "
+                "another checkpoint"
+            )
+        return phases[name].method
 
     def _groups(self) -> list[TensorParallel]:
         """The ranks that wrote it."""
         return [part_of_model(self._parallel, rank) for rank in range(self._ranks)]
 
     def _method_file(self, tp: TensorParallel) -> dict[str, Any]:
-        path = self.checkpoint / METHOD_FILE.format(tp.suffix)
-        return self.trainer.method | (load_file(path) if path.is_file() else {})
+        path = self.checkpoint / layout.method(tp.suffix)
+        return self.record.trainer.method | (read_tensors(path) if path.is_file() else {})
 
     def _inventory(self, tp: TensorParallel) -> Inventory:
-        train = self._config.train
+        train = self.record.config.train
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        model = sharded_meta_model(self._architecture, self.method, train, tp)
-        return take_inventory(model, self.method, base_precision(self._config), dtype)
+        model = sharded_meta_model(self.record.architecture, self.method, train, tp)
+        return take_inventory(model, self.method, base_precision(self.record.config), dtype)
+
+
+@contextmanager
+def fitting(checkpoint: Path, what: str) -> Iterator[None]:
+    """Report as a CheckpointError that a saved state lacks something, or has it in another form.
+
+    Args:
+        checkpoint: where it was read.
+        what: the state, in words.
+    """
+    try:
+        yield
+    except ReloraError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: {what} are not of the run that {layout.RUN} describes "
+            f"({type(error).__name__}: {error}); use another checkpoint"
+        ) from error

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.checkpoint.store import CheckpointStore, TrainerState
+from relora_ds.checkpoint.format.record import RunRecord, TrainerState
+from relora_ds.checkpoint.format.tensors import split_tensors
+from relora_ds.checkpoint.store import CheckpointStore
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
@@ -167,21 +169,21 @@ class Trainer:
 
     def save(self, phase: Phase, engine: TrainEngine, done: int) -> Path:
         """Write a checkpoint of everything after `done` updates."""
+        plain, tensors = split_tensors(phase.method.state_dict())
         state = TrainerState(
             step=done,
             tokens=done * self.tokens_per_step,
             phase=phase.name,
             dp_size=self.topology.dp_size,
+            tp_size=self.topology.tp.size,
             zero_stage=self.zero_stage,
-            method=phase.method.state_dict(),
+            method=plain,
             telemetry=dict(self.telemetry.state_dict()),
-            data=list(self.corpus.fingerprints()),
-            tensor_size=self.topology.tp.size,
+            data_fingerprints=list(self.corpus.fingerprints()),
         )
         with recorder.phase("checkpoint"):
-            path = self.checkpoints.save(
-                engine, state, self.config, self.architecture, self.corpus.tokenizer
-            )
+            record = RunRecord(state, self.config, self.architecture)
+            path = self.checkpoints.save(engine, record, tensors, self.corpus.tokenizer)
         self.telemetry.event(done, f"checkpoint saved to {path}")
         return path
 
