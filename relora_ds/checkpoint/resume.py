@@ -187,7 +187,7 @@ def restore_phase(
     else:
         load_state(engine, other)
     own = saved.own_method_state(topology.tp)
-    with fitting(saved.checkpoint, "its method's tensors"):
+    with fitting(saved.checkpoint, "the entries of its method's state"):
         method.load_state_dict(own)
     barrier()  # one process of a node may restore what all of them read
 

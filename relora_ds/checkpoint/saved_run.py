@@ -15,6 +15,7 @@ from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
 from relora_ds.checkpoint.tp_state import JoinedState
+from relora_ds.engine.distributed import lost_peers
 from relora_ds.engine.precision import base_precision
 from relora_ds.errors import CheckpointError, ReloraError
 from relora_ds.methods.build import sharded_meta_model, shards_of
@@ -79,7 +80,7 @@ class SavedRun:
         states = [self._method_file(group) for group in groups]
         if len(states) == 1:
             return states[0]
-        with fitting(self.checkpoint, "its method's state"):
+        with fitting(self.checkpoint, "the entries of its method's state"):
             return self.method.join_states(states, [self.shards(group) for group in groups])
 
     def own_method_state(self, tp: TensorParallel) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class SavedRun:
 
 @contextmanager
 def fitting(checkpoint: Path, what: str) -> Iterator[None]:
-    """Report as a CheckpointError that a saved state lacks something, or has it in another form.
+    """Report as a CheckpointError that a saved state lacks something, or has another shape.
 
     Args:
         checkpoint: where it was read.
@@ -139,7 +140,9 @@ def fitting(checkpoint: Path, what: str) -> Iterator[None]:
         yield
     except ReloraError:
         raise
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and lost_peers(error):
+            raise
         raise CheckpointError(
             f"{checkpoint}: {what} are not of the run that {layout.RUN} describes "
             f"({type(error).__name__}: {error}); use another checkpoint"

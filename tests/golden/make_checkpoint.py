@@ -1,12 +1,12 @@
 """Write a golden checkpoint, and what the run that wrote it went on to.
 
-    python -m tests.golden.make_checkpoint --format 1
-    python -m tests.golden.make_checkpoint --format 0 --project ../checkout_of_9371481 --record
+    python -m tests.golden.make_checkpoint --method relora --format 1
+    python -m tests.golden.make_checkpoint --method relora --format 0 --project OTHER --record
 
-`checkpoints/format_N` is the run of `checkpoints/run.yaml` after STEP updates, written by the
-newest code that writes format N; for format 0, which has no number, that is commit 9371481. All
-hold the same run: `checkpoints/expected.json` was recorded once, with format 0, and every later
-version has to continue each of them to the same numbers.
+`checkpoints/METHOD_format_N` is the run of `checkpoints/METHOD.yaml` after STEP updates, written by
+a checkout that writes format N; for format 0, which has no number, that was commit 9371481. All
+formats of a method hold the same run: `METHOD.expected.json` was recorded once, by the checkout of
+format 0, and every later version has to continue each of them to the same numbers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,23 @@ from tests.golden.record_runs import outcome
 
 GOLDEN = Path(__file__).resolve().parent / "checkpoints"
 ROOT = GOLDEN.parents[2]
-RUN = GOLDEN / "run.yaml"
 VALID = GOLDEN / "tokens" / "valid"
 STEP = 5
 
 
-def checkpoint(number: int) -> Path:
-    """The golden checkpoint of a format."""
-    return GOLDEN / f"format_{number}"
+def run_file(method: str) -> Path:
+    """The description of a method's run."""
+    return GOLDEN / f"{method}.yaml"
+
+
+def checkpoint(method: str, number: int) -> Path:
+    """A method's golden checkpoint of a format."""
+    return GOLDEN / f"{method}_format_{number}"
+
+
+def expected(method: str) -> Path:
+    """What was recorded of a method's run."""
+    return GOLDEN / f"{method}.expected.json"
 
 
 def machine() -> dict[str, str]:
@@ -97,28 +106,28 @@ def call(project: Path, script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def make(project: Path, number: int, record: bool) -> None:
+def make(project: Path, method: str, number: int, record: bool) -> None:
     """Train the run with a checkout, keep its checkpoint, and record what followed if asked to."""
     if not VALID.with_suffix(".bin").is_file():
         write_tokens(VALID.parent)
     with tempfile.TemporaryDirectory() as scratch:
         output, exported = Path(scratch) / "run", Path(scratch) / "exported"
-        call(project, "launch/pretrain.py", str(RUN), f"output_dir={output}")
+        call(project, "launch/pretrain.py", str(run_file(method)), f"output_dir={output}")
         saved = output / "checkpoints" / f"step_{STEP}"
-        shutil.rmtree(checkpoint(number), ignore_errors=True)
-        shutil.copytree(saved, checkpoint(number))
+        shutil.rmtree(checkpoint(method, number), ignore_errors=True)
+        shutil.copytree(saved, checkpoint(method, number))
         if not record:
             return
         call(project, "tools/export_hf.py", "--checkpoint", str(saved), "--output", str(exported))
         scored = ("--checkpoint", str(saved), "--data", str(VALID))
         metrics = outcome(output)["metrics"]
-        expected = {
+        found = {
             "machine": machine(),
             "metrics": {step: line for step, line in metrics.items() if int(step) > STEP},
             "export": export_hash(exported),
             "evaluation": json.loads(call(project, "tools/evaluate.py", *scored).splitlines()[-1]),
         }
-    (GOLDEN / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    expected(method).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
@@ -126,11 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--method", choices=("relora", "switchlora"), required=True)
     parser.add_argument("--format", type=int, required=True, help="number that the checkout writes")
     parser.add_argument("--project", type=Path, default=ROOT, help="checkout [this one]")
-    parser.add_argument("--record", action="store_true", help="write expected.json as well")
+    parser.add_argument("--record", action="store_true", help="write METHOD.expected.json too")
     parsed = parser.parse_args()
-    make(parsed.project.resolve(), parsed.format, parsed.record)
+    make(parsed.project.resolve(), parsed.method, parsed.format, parsed.record)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def _validated(model: type[S], data: dict[str, Any], path: Path) -> S:
 
 
 def _unusable(problems: list[str]) -> CheckpointError:
+    what = "; ".join(problem.rstrip(".") for problem in problems)
     return CheckpointError(
-        f"{'; '.join(problems)}; the checkpoint is damaged or was written by another version of "
+        f"{what}; the checkpoint is damaged or was written by another version of "
         "relora_ds: use another checkpoint, or that version"
     )
