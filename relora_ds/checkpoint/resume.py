@@ -182,10 +182,11 @@ def restore_phase(
         CheckpointError: the optimizer's or the method's state does not fit.
     """
     other = state_of_other_topology(saved, topology, stage)
-    if other is None:
-        _load_as_written(saved.checkpoint, engine, topology)
-    else:
-        load_state(engine, other)
+    with fitting(saved.checkpoint, "its weights and optimizer states"):
+        if other is None:
+            _load_as_written(saved.checkpoint, engine, topology)
+        else:
+            load_state(engine, other)
     own = saved.own_method_state(topology.tp)
     with fitting(saved.checkpoint, "the entries of its method's state"):
         method.load_state_dict(own)

@@ -25,6 +25,8 @@ from relora_ds.parallel.shape import TPShard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.topology import part_of_model
 
+_REASON = 300  # characters of a library's own words; some list every parameter
+
 
 class SavedRun:
     """What a checkpoint holds of one phase.
@@ -134,7 +136,7 @@ def fitting(checkpoint: Path, what: str) -> Iterator[None]:
 
     Args:
         checkpoint: where it was read.
-        what: the state, in words.
+        what: its part that is being read, in words.
     """
     try:
         yield
@@ -143,7 +145,9 @@ def fitting(checkpoint: Path, what: str) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and lost_peers(error):
             raise
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{checkpoint}: {what} are not of the run that {layout.RUN} describes "
-            f"({type(error).__name__}: {error}); use another checkpoint"
+            f"{checkpoint}: {what} cannot be those of this run ({type(error).__name__}: "
+            f"{reason[:_REASON]}); restore the settings that it was saved with, or use another "
+            "checkpoint"
         ) from error

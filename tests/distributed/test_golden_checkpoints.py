@@ -46,14 +46,21 @@ def test_a_method_state_with_gaps_exits_4(tmp_path: Path) -> None:
     del tensors["pairs"]
     save_file(tensors, saved / layout.method(""))
     write_manifest(saved)
-    code, output = run(
-        [
-            str(run_file("switchlora")),
-            f"output_dir={tmp_path / 'run'}",
-            f"checkpoint.resume={saved}",
-        ]
-    )
-    assert code == 4, output
-    assert "the entries of its method's state are not of the run that run.yaml describes" in output
+    output = refused("switchlora", saved, tmp_path)
+    assert "the entries of its method's state cannot be those of this run" in output
     assert "'pairs'" in output
+
+
+def test_a_change_that_was_permitted_but_does_not_fit_exits_4(tmp_path: Path) -> None:
+    changes = ("method.rank=4", "checkpoint.allow_change=[method.rank]")
+    output = refused("relora", checkpoint("relora", 0), tmp_path, *changes)
+    assert "its weights and optimizer states cannot be those of this run" in output
+
+
+def refused(method: str, saved: Path, directory: Path, *changes: str) -> str:
+    """What is printed when a run refuses to continue a checkpoint."""
+    run_of = (str(run_file(method)), f"output_dir={directory / 'run'}")
+    code, output = run([*run_of, f"checkpoint.resume={saved}", *changes])
+    assert code == 4, output
     assert "Traceback" not in output
+    return output

@@ -76,10 +76,10 @@ def test_method_files_that_make_no_whole(saved_switchlora: Saved) -> None:
     saved_switchlora.edit(layout.TRAINER, lambda data: data.update(tensor_size=2))
     run = SavedRun(path)
     assert run.own_method_state(TensorParallel(0, 2)).keys() >= {"cursors", "pairs"}
-    with pytest.raises(CheckpointError, match=r"method's state are not of the run"):
+    with pytest.raises(CheckpointError, match="method's state cannot be those of this run"):
         run.own_method_state(SINGLE)
     saved_switchlora.remove(layout.method("_tp_1"))
-    with pytest.raises(CheckpointError, match=r"method's state are not of the run"):
+    with pytest.raises(CheckpointError, match="method's state cannot be those of this run"):
         run.own_method_state(SINGLE)
 
 
