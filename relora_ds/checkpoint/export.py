@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import verify_manifest
-from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import WorkingValues
-from relora_ds.checkpoint.store import find_checkpoint
 from relora_ds.methods.build import dense_weights
 from relora_ds.model.hf import read_hf, write_hf
 
@@ -37,9 +35,8 @@ class DenseModel:
             self.architecture, self._source = read_hf(path)
             directory = path
         else:
-            directory = find_checkpoint(path)
-            verify_manifest(directory)
-            self._source = SavedRun(directory)
+            self._source = open_saved_run(path)
+            directory = self._source.checkpoint
             self.architecture = self._source.record.architecture
             self.seq_length = self._source.record.config.train.seq_length
         tokenizer = directory / layout.TOKENIZER

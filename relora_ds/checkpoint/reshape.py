@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import verify_manifest, write_manifest
+from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.format.record import RunRecord, write_record
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
-from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.checkpoint.saved_run import open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
-from relora_ds.checkpoint.store import find_checkpoint
 from relora_ds.config.checks import batch_divides_over_processes, heads_divide_over_tensor
 from relora_ds.config.schema import ParallelConfig
 from relora_ds.errors import ConfigError
@@ -41,9 +40,7 @@ def reshape_checkpoint(
         CheckpointError: the checkpoint is incomplete, altered, or of an optimizer whose moments are
             not kept by element.
     """
-    source = find_checkpoint(checkpoint)
-    verify_manifest(source)
-    run = SavedRun(source)
+    run = open_saved_run(checkpoint)
     wanted = {"dp_size": dp_size, "zero_stage": stage, "tp_size": tp_size}
     changes = {key: value for key, value in wanted.items() if value is not None}
     record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes))
@@ -62,8 +59,9 @@ def reshape_checkpoint(
     if tensors:
         write_tensors(tensors, staging / layout.method(""))
     write_record(record, staging)
-    if (source / layout.TOKENIZER).is_file():
-        shutil.copyfile(source / layout.TOKENIZER, staging / layout.TOKENIZER)
+    tokenizer = run.checkpoint / layout.TOKENIZER
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, staging / layout.TOKENIZER)
     write_manifest(staging)
     staging.rename(output)
 

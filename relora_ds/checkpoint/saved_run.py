@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.manifest import verify_manifest
 from relora_ds.checkpoint.format.record import read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
+from relora_ds.checkpoint.store import find_checkpoint
 from relora_ds.checkpoint.tp_state import JoinedState
 from relora_ds.engine.distributed import lost_peers
 from relora_ds.engine.precision import base_precision
@@ -128,6 +130,20 @@ class SavedRun:
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         model = sharded_meta_model(self.record.architecture, self.method, train, tp)
         return take_inventory(model, self.method, base_precision(self.record.config), dtype)
+
+
+def open_saved_run(path: Path) -> SavedRun:
+    """A checkpoint, after making sure that every file of it is what was written.
+
+    Args:
+        path: `step_N`, a directory of checkpoints (the latest), or a run directory.
+
+    Raises:
+        CheckpointError: there is none, it is not what was written, or cannot be read.
+    """
+    checkpoint = find_checkpoint(path)
+    verify_manifest(checkpoint)
+    return SavedRun(checkpoint)
 
 
 @contextmanager

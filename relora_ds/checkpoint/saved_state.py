@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from relora_ds.checkpoint.deepspeed_state import DeepSpeedShards
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.tensors import open_tensors, read_tensors
+from relora_ds.checkpoint.format.tensors import open_tensors, read_tensors, write_tensors
 from relora_ds.checkpoint.inventory import Inventory, Pieces
 from relora_ds.errors import CheckpointError
 from relora_ds.numerics.base_weight import KINDS
@@ -125,11 +124,11 @@ def write_state(state: SavedState, directory: Path) -> None:
     for key, tensor in state.tensors():
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
-            save_file(pending, directory / layout.state(number))
+            write_tensors(pending, directory / layout.state(number))
             pending, size, number = {}, 0, number + 1
-        pending[key] = tensor.contiguous()
+        pending[key] = tensor
         size += grown
-    save_file(pending, directory / layout.state(number))
+    write_tensors(pending, directory / layout.state(number))
 
 
 def is_written_state(directory: Path) -> bool:

@@ -180,8 +180,7 @@ def _train(trainer: Trainer, deepspeed_config: dict[str, Any], saved: SavedRun |
             engine = _build_engine(trainer, phase, deepspeed_config, weights)
             phase.method.attach(engine.state, engine.model)
             if number == 0 and saved is not None:
-                to = trainer.topology, trainer.zero_stage
-                restore_phase(saved, engine, phase.method, *to)
+                restore_phase(saved, engine, phase.method, trainer.topology, trainer.zero_stage)
         meter = _build_meter(trainer, engine)
         trainer.run_phase(phase, engine, meter, completed)
         plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)

@@ -19,16 +19,29 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize(("method", "number"), [("relora", 0), ("relora", 1), ("switchlora", 0)])
 def test_resume(method: str, number: int, tmp_path: Path) -> None:
-    before = json.loads(expected(method).read_text())
+    assert_goes_on(method, checkpoint(method, number), tmp_path)
+
+
+def test_resume_of_the_rewritten_one(tmp_path: Path) -> None:
+    rewritten = tmp_path / "rewritten"
     code, output = run(
         [
-            str(run_file(method)),
-            f"output_dir={tmp_path}",
-            f"checkpoint.resume={checkpoint(method, number)}",
-        ]
+            *("--checkpoint", str(checkpoint("relora", 0)), "--output", str(rewritten)),
+            *("--data-parallel", "1", "--tensor", "1", "--zero-stage", "2"),
+        ],
+        script="tools/reshape_checkpoint.py",
     )
     assert code == 0, output
-    found = metrics(tmp_path)
+    assert_goes_on("relora", rewritten, tmp_path / "run")
+
+
+def assert_goes_on(method: str, saved: Path, output_dir: Path) -> None:
+    """Assert that a run continues a checkpoint to the numbers that were recorded."""
+    before = json.loads(expected(method).read_text())
+    run_of = (str(run_file(method)), f"output_dir={output_dir}")
+    code, output = run([*run_of, f"checkpoint.resume={saved}"])
+    assert code == 0, output
+    found = metrics(output_dir)
     assert sorted(found) == sorted(int(step) for step in before["metrics"])
     exact = machine() == before["machine"]
     for step, line in before["metrics"].items():
