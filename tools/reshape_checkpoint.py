@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, help="tensor-parallel processes; default: as before")
     parser.add_argument("--zero-stage", type=int, help="their ZeRO stage; default: as before")
     parsed = parser.parse_args()
-    sizes = parsed.data_parallel, parsed.zero_stage, parsed.tp
+    sizes = parsed.data_parallel, parsed.zero_stage, parsed.tensor
     reshape_checkpoint(parsed.checkpoint, parsed.output, *sizes)
 
 

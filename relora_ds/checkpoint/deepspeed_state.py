@@ -14,6 +14,7 @@ from relora_ds.engine.deepspeed.files import (
     load_optimizer_states,
     load_whole_model,
 )
+from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.parallel.shape import slice_of
 
@@ -34,6 +35,7 @@ class DeepSpeedShards:
             self._read_partitions(dp_size)
             return
         model = load_whole_model(directory, tensor_rank)
+        _check_shapes(directory, inventory, {n: v.shape for n, v in model["module"].items()})
         for name in inventory.frozen:
             self._add(f"working.{name}", model["module"][name])
         if stage:
@@ -82,6 +84,9 @@ class DeepSpeedShards:
         models = [
             load_model_states(self.directory, rank, self._tensor_rank) for rank in range(dp_size)
         ]
+        saved = [*models[0]["param_shapes"], models[0]["frozen_param_shapes"] or {}]
+        shapes = {name: shape for part in saved for name, shape in part.items()}
+        _check_shapes(self.directory, self.inventory, shapes)
         for name, shape in self.inventory.frozen.items():
             for model in models:
                 self._add_slice(f"working.{name}", model["frozen_param_fragments"][name], shape)
@@ -131,6 +136,16 @@ class DeepSpeedShards:
             part = part.detach().view(-1)
             length = part.numel() if length is None else length
         self.pieces.setdefault(key, Pieces()).append(part, cast(int, length))
+
+
+def _check_shapes(directory: Path, inventory: Inventory, found: Mapping[str, torch.Size]) -> None:
+    for name, shape in (inventory.trained | inventory.frozen).items():
+        if found.get(name) != shape:
+            held = f"as {tuple(found[name])}" if name in found else "not at all"
+            raise CheckpointError(
+                f"{directory}: holds {name} {held}, but its run has it as {tuple(shape)}: the "
+                "files are of different runs; use another checkpoint"
+            )
 
 
 def _is_moment(value: Any) -> bool:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.checkpoint.manifest import verify_manifest
-from relora_ds.checkpoint.saved_run import SavedRun, read_run
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import WorkingValues
-from relora_ds.checkpoint.store import find_checkpoint
 from relora_ds.config.methods.full import FullConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
@@ -36,51 +35,43 @@ class DenseModel:
         """SentencePiece model, if one is there."""
         self.seq_length: int | None = None
         """What the run trained on; an HF directory does not say."""
+        self._source: SavedRun | Mapping[str, torch.Tensor]
         if (path / "config.json").is_file():
-            self.architecture, self._hf = read_hf(path)
+            self.architecture, self._source = read_hf(path)
             directory = path
         else:
-            self._hf = None
-            directory = self._checkpoint = find_checkpoint(path)
-            verify_manifest(directory)
-            self._config, self.architecture = read_run(directory)
-            self.seq_length = self._config.train.seq_length
-        tokenizer = directory / "tokenizer.model"
+            self._source = open_saved_run(path)
+            directory = self._source.checkpoint
+            self.architecture = self._source.record.architecture
+            self.seq_length = self._source.record.config.train.seq_length
+        tokenizer = directory / layout.TOKENIZER
         self.tokenizer = tokenizer if tokenizer.is_file() else None
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
-        if self._hf is not None:
-            return _InFp32(self._hf)
-        saved = self._saved()
+        saved = self._source
+        if not isinstance(saved, SavedRun):
+            return _InFp32(saved)
         if not saved.method.has_dense_weight:
             raise CheckpointError(
-                f"{self._checkpoint}: method {self._config.method.name} has no dense weights that "
+                f"{saved.checkpoint}: method {saved.method.config.name} has no dense weights that "
                 "compute the same: the checkpoint can be resumed and evaluated, but not exported "
                 "or started from"
             )
         values = WorkingValues(saved.state())
-        return dense_weights(self.architecture, saved.method, self._config.train, values)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether `weights` has an answer."""
-        return self._hf is not None or self._saved().method.has_dense_weight
+        return dense_weights(self.architecture, saved.method, saved.record.config.train, values)
 
     def model(self, train: TrainConfig, device: torch.device) -> Llama:
         """The model to compute with, in fp32: the dense one where there is one, else the
         method's own."""
-        if self.is_dense:
-            weights, full = self.weights(), Full(FullConfig(name="full"), seed=0, steps=1)
-            return build_model(
-                self.architecture, full, train, lambda name, shape: weights[name], device
-            )
-        saved = self._saved()
-        values = WorkingValues(saved.state())
-        return filled_model(self.architecture, saved.method, train, values, device)
-
-    def _saved(self) -> SavedRun:
-        return SavedRun(self._checkpoint, self._config, self.architecture)
+        saved = self._source
+        if isinstance(saved, SavedRun) and not saved.method.has_dense_weight:
+            values = WorkingValues(saved.state())
+            return filled_model(self.architecture, saved.method, train, values, device)
+        weights, full = self.weights(), Full(FullConfig(name="full"), seed=0, steps=1)
+        return build_model(
+            self.architecture, full, train, lambda name, shape: weights[name], device
+        )
 
 
 class _InFp32(Mapping[str, torch.Tensor]):

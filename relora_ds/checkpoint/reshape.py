@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from relora_ds.checkpoint.manifest import verify_manifest, write_manifest
-from relora_ds.checkpoint.saved_run import SavedRun, read_run
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.manifest import write_manifest
+from relora_ds.checkpoint.format.record import RunRecord, write_record
+from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
+from relora_ds.checkpoint.saved_run import open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
-from relora_ds.checkpoint.store import COPIED, METHOD_FILE, find_checkpoint
 from relora_ds.config.checks import batch_divides_over_processes, heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import ConfigError
@@ -24,16 +23,16 @@ def reshape_checkpoint(
     output: Path,
     dp_size: int | None = None,
     stage: int | None = None,
-    tensor_size: int | None = None,
+    tp_size: int | None = None,
 ) -> None:
-    """Write the state of a checkpoint by parameter name: exact, and of no topology.
+    """Write the state of a checkpoint by parameter name: exact, of no topology, in today's format.
 
     Args:
         checkpoint: `step_N`, a directory of checkpoints (the latest), or a run directory.
         output: the new checkpoint; it appears complete or not at all.
         dp_size: data-parallel processes that are going to continue it; default: as before.
         stage: their ZeRO stage; default: as before.
-        tensor_size: tensor-parallel processes; default: as before.
+        tp_size: tensor-parallel processes; default: as before.
 
     Raises:
         ConfigError: the output exists, the batch or the heads do not divide over the processes, or
@@ -41,40 +40,42 @@ def reshape_checkpoint(
         CheckpointError: the checkpoint is incomplete, altered, or of an optimizer whose moments are
             not kept by element.
     """
-    source = find_checkpoint(checkpoint)
-    verify_manifest(source)
-    config, architecture = read_run(source)
-    run = SavedRun(source, config, architecture)
-    state = run.trainer
-    dp_size = state.dp_size if dp_size is None else dp_size
-    stage = state.zero_stage if stage is None else stage
-    tensor_size = state.tensor_size if tensor_size is None else tensor_size
-    parallel = ParallelConfig(tensor=max(1, tensor_size))
-    problems = [message for _, message in batch_divides_over_processes(config.train, dp_size)]
-    problems += [message for _, message in heads_divide_over_tensor(parallel, architecture)]
-    if dp_size < 1 or tensor_size < 1 or stage not in range(4):
-        problems.append(
-            f"{dp_size} x {tensor_size} processes at ZeRO stage {stage}: take 1 or more, and 0 to 3"
-        )
+    run = open_saved_run(checkpoint)
+    wanted = {"dp_size": dp_size, "zero_stage": stage, "tp_size": tp_size}
+    changes = {key: value for key, value in wanted.items() if value is not None}
+    record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes))
+    problems = list(_problems(record))
     if output.exists():
         problems.append(f"{output} exists: name a new directory")
     if problems:
         raise ConfigError(problems)
     saved = run.state()
-    staging = output.with_name(f"{output.name}.tmp")
+    staging = layout.staging(output)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     write_state(saved, staging)
-    save_file(saved.clocks, staging / "side.safetensors")
-    method = run.method_state()
-    tensors = {key: v for key, v in method.items() if isinstance(v, torch.Tensor)}
+    write_tensors(saved.clocks, staging / layout.side(""))
+    _, tensors = split_tensors(run.method_state())
     if tensors:
-        save_file(tensors, staging / METHOD_FILE.format(""))
-    later = replace(state, dp_size=dp_size, zero_stage=stage, tensor_size=tensor_size)
-    text = json.dumps(asdict(later), indent=1)
-    (staging / "trainer.json").write_text(text + "\n")
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
+        write_tensors(tensors, staging / layout.method(""))
+    write_record(record, staging)
+    tokenizer = run.checkpoint / layout.TOKENIZER
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, staging / layout.TOKENIZER)
     write_manifest(staging)
     staging.rename(output)
+
+
+def _problems(record: RunRecord) -> Iterator[str]:
+    """What speaks against continuing a run with the processes and the stage of its record."""
+    state = record.trainer
+    for _, message in batch_divides_over_processes(record.config.train, state.dp_size):
+        yield message
+    parallel = ParallelConfig(tensor=max(1, state.tp_size))
+    for _, message in heads_divide_over_tensor(parallel, record.architecture):
+        yield message
+    if state.dp_size < 1 or state.tp_size < 1 or state.zero_stage not in range(4):
+        yield (
+            f"{state.dp_size} x {state.tp_size} processes at ZeRO stage {state.zero_stage}: take "
+            "1 or more, and 0 to 3"
+        )

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from relora_ds.checkpoint.deepspeed_state import DeepSpeedShards
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.tensors import open_tensors, read_tensors, write_tensors
 from relora_ds.checkpoint.inventory import Inventory, Pieces
 from relora_ds.engine.zero.matrices import STATE_PREFIX
 from relora_ds.errors import CheckpointError
 from relora_ds.numerics.base_weight import KINDS
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
-_FILE = "state-{:05d}.safetensors"
 _FILE_BYTES = 2_000_000_000
 _STEP = "completed_steps"
 
@@ -90,7 +88,13 @@ class SavedState:
             return working.float()
         base = KINDS[self.inventory.precision](working.clone(), working.float())
         for key, tensor in base.tensors().items():
-            tensor.copy_(self._pieces[f"base.{name}.{key}"].read(start, length))
+            pieces = self._pieces.get(f"base.{name}.{key}", Pieces())
+            if pieces.length < start + length:
+                raise CheckpointError(
+                    f"the checkpoint holds {pieces.length} elements of the {key} of {name}, which "
+                    "restores its exact value: it is damaged or of another run; use another one"
+                )
+            tensor.copy_(pieces.read(start, length))
         return base.load(working, 0)
 
     def working(self, name: str) -> torch.Tensor:
@@ -143,16 +147,16 @@ def write_state(state: SavedState, directory: Path) -> None:
     for key, tensor in state.tensors():
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
-            save_file(pending, directory / _FILE.format(number))
+            write_tensors(pending, directory / layout.state(number))
             pending, size, number = {}, 0, number + 1
-        pending[key] = tensor.contiguous()
+        pending[key] = tensor
         size += grown
-    save_file(pending, directory / _FILE.format(number))
+    write_tensors(pending, directory / layout.state(number))
 
 
 def is_written_state(directory: Path) -> bool:
     """Whether `write_state` wrote the directory's weights, not DeepSpeed."""
-    return (directory / _FILE.format(0)).is_file()
+    return (directory / layout.state(0)).is_file()
 
 
 def open_state(
@@ -173,7 +177,7 @@ def open_state(
     Raises:
         CheckpointError: a file is missing or damaged, or of another run.
     """
-    side = _load_side(directory / f"side{tp.suffix}.safetensors")
+    side = read_tensors(directory / layout.side(tp.suffix))
     clocks = {name: tp for name, tp in side.items() if name.startswith("clock.")}
     if is_written_state(directory):
         completed, pieces = _written_pieces(directory)
@@ -183,9 +187,9 @@ def open_state(
         # at stage 3 what lies beside the edited weights is sliced like them
         needed = stage == 3 and inventory.edited and inventory.precision != "working"
         ranks = [tp.rank + copy * tp.size for copy in range(dp_size)]
-        paths = [directory / f"side_rank_{rank}.safetensors" for rank in ranks]
+        paths = [directory / layout.side_of_rank(rank) for rank in ranks]
         # a rank that owns no matrix-wise state writes none
-        slices = [_load_side(path) for path in paths if needed or path.is_file()]
+        slices = [read_tensors(path) for path in paths if needed or path.is_file()]
         for part in (side, *slices):
             for key, values in part.items():
                 target = _piece_of(key)
@@ -208,8 +212,8 @@ def _check_complete(directory: Path, inventory: Inventory, pieces: Mapping[str, 
 
 def _written_pieces(directory: Path) -> tuple[int, dict[str, Pieces]]:
     pieces, completed = {}, 0
-    for path in sorted(directory.glob("state-*.safetensors")):
-        file = _open(path)
+    for path in sorted(directory.glob(layout.STATES)):
+        file = open_tensors(path)
         for key in file.keys():  # noqa: SIM118 - not a mapping
             if key == _STEP:
                 completed = int(file.get_tensor(key))
@@ -228,17 +232,3 @@ def _piece_of(key: str) -> str | None:
         name, _, state = key.removeprefix(f"{STATE_PREFIX}.").rpartition(".")
         return f"{state}.{name}"
     return None
-
-
-def _load_side(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error

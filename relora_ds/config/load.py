@@ -32,6 +32,7 @@ __all__ = [
     "dump_run_config",
     "load_run_config",
     "read_model_config",
+    "validate_run",
 ]
 
 
@@ -75,6 +76,19 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRu
     warnings = document.report(find_doubts(sections))
     architecture = sections.pop("architecture")
     return LoadedRun(RunConfig(**sections), architecture, tuple(warnings), document)
+
+
+def validate_run(document: Document) -> RunConfig:
+    """The run that a document describes, defaults filled in. No file that it names is looked at.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not one that the key may have.
+    """
+    sections, findings = _validate(document.data)
+    problems = document.problems + document.report(findings)
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(**sections)
 
 
 def check_processes(run: LoadedRun, processes: int) -> None:

@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from relora_ds.engine.deepspeed.files import model_file
 from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import STRETCH, VectorAdamW
 from relora_ds.parallel.zero import ZeroSettings
 
-MODEL_FILE = "mp_rank_00_model_states.pt"
-"""The name under which DeepSpeed saves a model, so that exports find it."""
+_MODEL_FILE = model_file(tensor_rank=0)  # so that exports find it
 
 
 class PerLayerEngine:
@@ -158,7 +158,7 @@ class PerLayerEngine:
                 "masters": self._masters(),
                 "optimizer": self._optimizer.state_dict(),
             }
-            torch.save(saved, folder / MODEL_FILE)
+            torch.save(saved, folder / _MODEL_FILE)
         torch.distributed.barrier()
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
@@ -167,7 +167,7 @@ class PerLayerEngine:
         Raises:
             CheckpointError: it was not written with per-layer updates.
         """
-        path = Path(directory) / tag / MODEL_FILE
+        path = Path(directory) / tag / _MODEL_FILE
         saved = torch.load(path, map_location=self.device, weights_only=True)
         if "masters" not in saved:
             raise CheckpointError(

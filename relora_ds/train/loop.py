@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from relora_ds.accounting.recorder import recorder
+from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
+from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
-from relora_ds.checkpoint.store import CheckpointStore, TrainerState
+from relora_ds.checkpoint.store import CheckpointStore
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
@@ -192,23 +194,25 @@ class Trainer:
     def save(self, phase: Phase, engine: TrainEngine, session: Session[Any], done: int) -> Path:
         """Write a checkpoint of everything after `done` updates."""
         with torch.no_grad():
-            method, like = unwrap(session.state_dict())
+            values, shards = unwrap(session.state_dict())
+        plain, tensors = split_tensors(values)
         state = TrainerState(
             step=done,
             tokens=done * self.tokens_per_step,
             phase=phase.name,
             dp_size=self.topology.dp_size,
+            tp_size=self.topology.tp.size,
             zero_stage=self.zero_stage,
-            method=method,
-            method_shards=like,
+            method=plain,
+            method_shards={
+                key: ShardedLike(parameter=name, dim=dim) for key, (name, dim) in shards.items()
+            },
             telemetry=dict(self.telemetry.state_dict()),
-            data=list(self.corpus.fingerprints()),
-            tensor_size=self.topology.tp.size,
+            data_fingerprints=list(self.corpus.fingerprints()),
         )
         with recorder.phase("checkpoint"):
-            path = self.checkpoints.save(
-                engine, state, self.config, self.architecture, self.corpus.tokenizer
-            )
+            record = RunRecord(state, self.config, self.architecture)
+            path = self.checkpoints.save(engine, record, tensors, self.corpus.tokenizer)
         self.telemetry.event(done, f"checkpoint saved to {path}")
         return path
 

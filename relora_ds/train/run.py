@@ -12,15 +12,16 @@ import torch
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
 from relora_ds.checkpoint.export import DenseModel
-from relora_ds.checkpoint.resume import check_resume, choose_checkpoint, set_aside_earlier_run
-from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.saved_state import SavedState, is_written_state
-from relora_ds.checkpoint.store import (
-    CheckpointStore,
-    TrainerState,
-    verify_on_main,
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.resume import (
+    check_resume,
+    find_saved_run,
+    phases_left,
+    restore_phase,
+    set_aside_earlier_run,
 )
-from relora_ds.checkpoint.tp_state import PartOfState
+from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.checkpoint.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
@@ -30,7 +31,7 @@ from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspee
 from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
-from relora_ds.methods.registry import Phase, check_requirements, plan_phases
+from relora_ds.methods.registry import Phase, check_requirements
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
@@ -68,9 +69,9 @@ def run(loaded: LoadedRun) -> None:
     check_requirements(loaded, zero.stage)
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
-    checkpoint, state = _find_start(loaded, topology, corpus)
+    saved = _find_start(loaded, topology, corpus)
     stop = StopSignal(launcher)
-    trainer = _build_trainer(loaded, topology, zero.stage, corpus, state, stop)
+    trainer = _build_trainer(loaded, topology, zero.stage, corpus, saved, stop)
     if topology.is_main:
         warn_of_missing_export(loaded.config)
         for warning in (*loaded.warnings, reduction_advice(zero), version_advice()):
@@ -80,7 +81,7 @@ def run(loaded: LoadedRun) -> None:
     status, reason = "failed", None
     try:
         with recorder:
-            _train(trainer, zero, checkpoint, state)
+            _train(trainer, zero, saved)
         status = "completed"
     except PreemptedError as error:
         status, reason = "preempted", str(error)
@@ -97,40 +98,24 @@ def run(loaded: LoadedRun) -> None:
             distributed.barrier()
 
 
-def _find_start(
-    loaded: LoadedRun, topology: Topology, corpus: Corpus
-) -> tuple[Path | None, TrainerState | None]:
-    """The verified checkpoint to resume from, or a clean output directory."""
-    config = loaded.config
-    problem, checkpoint = None, None
-    if topology.is_main:  # one look at the disk: ranks must not disagree
-        try:
-            checkpoint = choose_checkpoint(config)
-        except CheckpointError as error:
-            problem = str(error)
-    problem, checkpoint = distributed.broadcast_object((problem, checkpoint))
-    if problem is not None:
-        raise CheckpointError(problem)
-    if checkpoint is None:
-        if topology.is_main:
-            moved = set_aside_earlier_run(Path(config.output_dir))
-            configure_logging(Path(config.output_dir), topology.rank)
-            if moved is not None:
-                _logger.info("moved the earlier run's results to %s", moved)
-            _logger.info("no checkpoint to resume from: starting at step 0")
-        distributed.barrier()
-        if not topology.is_main:
-            configure_logging(Path(config.output_dir), topology.rank)
-        return None, None
-    verify_on_main(checkpoint, topology.is_main)
-    state = check_resume(
-        checkpoint,
-        config,
-        loaded.architecture.model_dump(mode="json"),
-        list(corpus.fingerprints()),
-    )
-    _logger.info("resuming from %s", checkpoint)
-    return checkpoint, state
+def _find_start(loaded: LoadedRun, topology: Topology, corpus: Corpus) -> SavedRun | None:
+    """The checkpoint to resume from, which belongs to this run, or a clean output directory."""
+    saved = find_saved_run(loaded.config, topology.is_main)
+    if saved is not None:
+        check_resume(saved, loaded.config, loaded.architecture, corpus.fingerprints())
+        _logger.info("resuming from %s", saved.checkpoint)
+        return saved
+    output_dir = Path(loaded.config.output_dir)
+    if topology.is_main:
+        moved = set_aside_earlier_run(output_dir)
+        configure_logging(output_dir, topology.rank)
+        if moved is not None:
+            _logger.info("moved the earlier run's results to %s", moved)
+        _logger.info("no checkpoint to resume from: starting at step 0")
+    distributed.barrier()
+    if not topology.is_main:
+        configure_logging(output_dir, topology.rank)
+    return None
 
 
 def _build_trainer(
@@ -138,10 +123,11 @@ def _build_trainer(
     topology: Topology,
     stage: int,
     corpus: Corpus,
-    state: TrainerState | None,
+    saved: SavedRun | None,
     stop: StopSignal,
 ) -> Trainer:
     config, train = loaded.config, loaded.config.train
+    state = saved.record.trainer if saved else None
     output_dir = Path(config.output_dir)
     place = (train.micro_batch_size, topology.dp_rank, topology.dp_size)
     train_data = TrainingBatches(
@@ -169,36 +155,26 @@ def _build_trainer(
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(output_dir / "checkpoints", config.checkpoint.keep, topology),
+        checkpoints=CheckpointStore(
+            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
+        ),
         stop=stop,
         final={},
     )
 
 
-def _train(
-    trainer: Trainer,
-    zero: ZeroSettings,
-    checkpoint: Path | None,
-    state: TrainerState | None,
-) -> None:
+def _train(trainer: Trainer, zero: ZeroSettings, saved: SavedRun | None) -> None:
     """All phases that are left, each with an engine of its own."""
-    phases = plan_phases(trainer.config)
-    if state is not None:
-        names = [phase.name for phase in phases]
-        phases = phases[names.index(state.phase) :]
-    completed, device = state.step if state else 0, trainer.topology.device
-    weights: DenseWeights = _initial_weights(trainer) if state is None else None
+    phases = phases_left(trainer.config, saved)
+    completed, device = saved.record.trainer.step if saved else 0, trainer.topology.device
+    weights: DenseWeights = _initial_weights(trainer) if saved is None else None
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
             engine = _build_engine(trainer, phase, zero, weights)
             with torch.no_grad():
                 session = phase.method.start(engine.state, engine.model)
-            if number == 0 and checkpoint is not None and state is not None:
-                saved = SavedRun(checkpoint, trainer.config, trainer.architecture)
-                other = _state_of_other_topology(trainer, saved)
-                trainer.checkpoints.load(engine, checkpoint, other)
-                session.load_state_dict(saved.own_method_state(trainer.topology.tp))
-                distributed.barrier()  # one process of a node may restore what all of them read
+            if number == 0 and saved is not None:
+                restore_phase(saved, engine, session, trainer.topology, trainer.zero_stage)
         meter = _build_meter(trainer, engine)
         trainer.run_phase(phase, engine, session, meter, completed)
         plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)
@@ -216,24 +192,6 @@ def _train(
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
-
-
-def _state_of_other_topology(trainer: Trainer, saved: SavedRun) -> SavedState | None:
-    """This rank's part of the saved state by name; None if it can read the files as they are."""
-    topology, state, tp = trainer.topology, saved.trainer, trainer.topology.tp
-    before = state.dp_size, state.tensor_size, state.zero_stage
-    now = topology.dp_size, tp.size, trainer.zero_stage
-    alike = before == now and saved.is_sharded_like(tp)
-    if alike and not is_written_state(saved.checkpoint):
-        return None
-    _logger.info(
-        "written by %d x %d processes (data x tensor) at ZeRO stage %d, "
-        "continued by %d x %d at stage %d",
-        *before,
-        *now,
-    )
-    whole = saved.state()
-    return whole if tp.size == 1 else PartOfState(whole, saved.shards(tp))
 
 
 def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:

@@ -147,7 +147,7 @@ def test_other_processes_continue_it(
     checkpoint = folder / f"{source[0]} {source[1]}" / "checkpoints" / f"step_{HALF}"
     rewritten = folder / f"{source} to {target}" / f"step_{HALF}"
     rewritten.parent.mkdir()
-    sizes = {"dp_size": processes // tensor, "stage": target[1], "tensor_size": tensor}
+    sizes = {"dp_size": processes // tensor, "stage": target[1], "tp_size": tensor}
     run_ranks(cases.reshape, 1, source=str(checkpoint), target=str(rewritten), **sizes)
     runs = [
         (

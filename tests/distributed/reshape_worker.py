@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from relora_ds.checkpoint.format.record import RunRecord, TrainerState
+from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.restore import load_state
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saved_state import SavedState
-from relora_ds.checkpoint.store import CheckpointStore, TrainerState
+from relora_ds.checkpoint.store import CheckpointStore
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.engine import TrainEngine
@@ -71,18 +74,20 @@ def train(
 def save(
     phase: Phase, engine: TrainEngine, topology: Topology, config: RunConfig, stage: int, at: Path
 ) -> Path:
+    plain, tensors = split_tensors(phase.method.state_dict())
     state = TrainerState(
         step=BREAK_AT,
         tokens=0,
         phase=phase.name,
         dp_size=topology.dp_size,
+        tp_size=1,
         zero_stage=stage,
-        method=phase.method.state_dict(),
+        method=plain,
         telemetry={},
-        data=[],
+        data_fingerprints=[],
     )
-    store = CheckpointStore(at, None, topology)
-    return store.save(engine, state, config, relora.ARCHITECTURE, None)
+    record = RunRecord(state, config, relora.ARCHITECTURE)
+    return CheckpointStore(at, None, topology).save(engine, record, tensors, None)
 
 
 def write(case: str, topology: Topology, directory: Path) -> list[float]:
@@ -105,19 +110,17 @@ def go_on(case: str, stage: int, topology: Topology, directory: Path) -> dict[st
     for form in ("", "_reshaped"):
         source = directory / f"{case}{form}"
         source = source if form else source / f"step_{BREAK_AT}"
-        saved = SavedRun(source, config, relora.ARCHITECTURE).state()
+        saved = SavedRun(source).state()
         phase, engine = build(config, stage, topology)
-        CheckpointStore(source.parent, None, topology).load(engine, source, saved)
-        phase.method.load_state_dict(SavedRun(source, config, relora.ARCHITECTURE).method_state())
+        load_state(engine, saved)
+        phase.method.load_state_dict(SavedRun(source).method_state())
         distributed.barrier()
         again = directory / f"{case}{form}_by_{topology.dp_size}"
         path = save(phase, engine, topology, config, stage, again)
         if topology.is_main:
-            copy = SavedRun(path, config, relora.ARCHITECTURE).state()
+            copy = SavedRun(path).state()
             found[f"differences{form}"] = differences(saved, copy)
-            methods = [
-                SavedRun(d, config, relora.ARCHITECTURE).method_state() for d in (source, path)
-            ]
+            methods = [SavedRun(d).method_state() for d in (source, path)]
             same = [same_value(methods[0][key], methods[1][key]) for key in methods[0]]
             found[f"same_method{form}"] = methods[0].keys() == methods[1].keys() and all(same)
         found[f"losses{form}"] = train(phase, engine, topology, BREAK_AT, BREAK_AT + AFTER)

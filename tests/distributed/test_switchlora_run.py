@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from relora_ds.checkpoint.export import DenseModel
-from relora_ds.checkpoint.store import read_trainer_state
+from relora_ds.checkpoint.format.record import read_record
 from tests.distributed.launcher import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
@@ -44,7 +44,7 @@ def test_a_resumed_run_is_bit_identical_with_frozen_vectors_pending(
 
     source = checkpoints / f"step_{RESUMED}"
     clocks = load_file(source / "side.safetensors")
-    phase = read_trainer_state(source).step - 2
+    phase = read_record(source).trainer.step - 2
     assert any((t > phase).any() for name, t in clocks.items() if name.endswith("thaw"))
     code, output = run(
         [description, f"output_dir={again}", f"checkpoint.resume={source}"], processes=2

@@ -46,7 +46,7 @@ def test_a_shared_model_is_continued_by_one_process_and_back(
 
     expected = losses(shared)
     whole = tmp_path / "whole"
-    reshape_checkpoint(checkpoints / "step_5", whole, dp_size=1, tensor_size=1)
+    reshape_checkpoint(checkpoints / "step_5", whole, dp_size=1, tp_size=1)
     for source in (whole, checkpoints / "step_5"):
         alone = tmp_path / f"alone_{source.name}"
         arguments = [description, f"output_dir={alone}", f"checkpoint.resume={source}"]

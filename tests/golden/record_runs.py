@@ -6,6 +6,11 @@ A change that is meant to leave numbers alone is held by it: record before, reco
     python tests/golden/record_runs.py --output after.json
     python tests/golden/record_runs.py --compare before.json after.json
 
+With the runs that a recording with --keep left behind, the checkpoints of the version that wrote
+them are resumed instead; only the steps after them are compared then.
+
+    python tests/golden/record_runs.py --output resumed.json --resume-from WORK
+
 Only what a user sees is used, so that any two versions can be compared: the command line,
 `metrics.jsonl` and the exported model. A cell is a method, a ZeRO stage, and how many processes
 (data x tensor); --only takes a regular expression on its name, such as `relora/zero3/2x1`.
@@ -38,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sltrain": {"rank": 4, "sparsity": 0.1},
     "switchlora": {"rank": 4, "interval": 4, "freeze_steps": 2},
 }
+RESUMED_AT = 5
 PROCESSES = ((1, 1), (2, 1), (1, 2))
 KEPT = ("train/loss", "train/grad_norm", "eval/loss", "method/function_drift")
 MODEL = {
@@ -118,6 +124,18 @@ def run_cell(
     return outcome(output)
 
 
+def resume_cell(
+    project: Path, directory: Path, method: str, stage: int, data: int, tensor: int, saved: Path
+) -> dict[str, Any]:
+    """Continue a cell that another version saved below `saved`; what it ended with."""
+    name = f"{method}_{stage}_{data}_{tensor}"
+    checkpoint = saved / name / "checkpoints" / f"step_{RESUMED_AT}"
+    output = directory / name
+    call(project, "launch/pretrain.py", str(saved / f"{name}.yaml"), f"output_dir={output}",
+         f"checkpoint.resume={checkpoint}", processes=data * tensor)  # fmt: skip
+    return {"resumed_at": RESUMED_AT, **outcome(output)}
+
+
 def outcome(output: Path) -> dict[str, Any]:
     """Metrics by step and a hash of the exported weights of a finished run."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]
@@ -162,15 +180,22 @@ def call(project: Path, script: str, *arguments: str, processes: int = 1) -> Non
         raise SystemExit(f"{' '.join(command)} failed:\n" + "\n".join(o[-4000:] for o in outputs))
 
 
-def record(project: Path, output: Path, only: str, work: Path, keep: bool) -> None:
-    """Run all cells that match and write what they ended with."""
+def record(
+    project: Path, output: Path, only: str, work: Path, keep: bool, saved: Path | None
+) -> None:
+    """Run or resume all cells that match and write what they ended with."""
     work.mkdir(parents=True, exist_ok=True)
-    prepare_data(project, work)
+    if saved is None:
+        prepare_data(project, work)
     found: dict[str, Any] = {}
     for name, method, stage, data, tensor in cells():
         if re.search(only, name):
             started = time.monotonic()
-            found[name] = run_cell(project, work, method, stage, data, tensor)
+            if saved is None:
+                found[name] = run_cell(project, work, method, stage, data, tensor)
+            else:
+                cell = method, stage, data, tensor
+                found[name] = resume_cell(project, work, *cell, saved)
             print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
             output.write_text(json.dumps(found, indent=1) + "\n")
     if not keep:
@@ -181,6 +206,11 @@ def compare(first: Path, second: Path) -> int:
     """Print the cells that differ, of those that both recordings have; 1 if there are any."""
     one, two = json.loads(first.read_text()), json.loads(second.read_text())
     both = [name for name in one if name in two]
+    for name in both:  # a resumed cell has no steps before its checkpoint
+        first_step = max(cell[name].pop("resumed_at", 0) for cell in (one, two)) + 1
+        for cell in (one, two):
+            lines = cell[name]["metrics"]
+            cell[name]["metrics"] = {s: v for s, v in lines.items() if int(s) >= first_step}
     wrong = [name for name in both if one[name] != two[name]]
     for name in wrong:
         steps = one[name]["metrics"]
@@ -200,13 +230,17 @@ def main() -> int:
     parser.add_argument("--project", type=Path, default=PROJECT, help="checkout [this one]")
     parser.add_argument("--only", default="", metavar="REGEX", help="cells by name [all]")
     parser.add_argument("--work", type=Path, default=Path("/tmp/record_runs"), metavar="DIR")
+    parser.add_argument(
+        "--resume-from", type=Path, metavar="DIR", help="--work of a kept recording"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the runs in --work")
     parsed = parser.parse_args()
     if parsed.compare:
         return compare(*parsed.compare)
     if parsed.output is None:
         parser.error("say --output or --compare")
-    record(parsed.project.resolve(), parsed.output, parsed.only, parsed.work, parsed.keep)
+    how = parsed.only, parsed.work, parsed.keep, parsed.resume_from
+    record(parsed.project.resolve(), parsed.output, *how)
     return 0
 
 

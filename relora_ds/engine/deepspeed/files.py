@@ -14,12 +14,16 @@ from relora_ds.errors import CheckpointError
 
 _MODEL = "zero_pp_rank_{}_mp_rank_{:02d}_model_states.pt"
 _OPTIMIZER = "*zero_pp_rank_{}_mp_rank_{:02d}_optim_states.pt"
-_WHOLE = "mp_rank_{:02d}_model_states.pt"
+
+
+def model_file(tensor_rank: int) -> str:
+    """Name of the file that holds a tensor-parallel rank's model, at stages 0 to 2."""
+    return f"mp_rank_{tensor_rank:02d}_model_states.pt"
 
 
 def load_whole_model(directory: Path, tensor_rank: int) -> dict[str, Any]:
     """What a tensor-parallel rank holds of the model, at stages 0 to 2."""
-    return load_shard(directory / _WHOLE.format(tensor_rank))
+    return load_shard(directory / model_file(tensor_rank))
 
 
 def load_model_states(directory: Path, rank: int, tensor_rank: int) -> dict[str, Any]:

@@ -7,22 +7,33 @@ import json
 import os
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
+from relora_ds.checkpoint.format import layout
 from relora_ds.errors import CheckpointError
 
-MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
+
+
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    files: dict[str, _File]
 
 
 def write_manifest(directory: Path) -> None:
     """Record size and SHA-256 of every file below `directory`, and force all of them to disk."""
+    manifest = directory / layout.MANIFEST
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p != manifest):
         _sync(path)
         files[str(path.relative_to(directory))] = {
             "bytes": path.stat().st_size,
             "sha256": _sha256(path),
         }
-    manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n")
     _sync(manifest)
 
@@ -33,12 +44,13 @@ def verify_manifest(directory: Path) -> None:
     Raises:
         CheckpointError: the manifest or a file is missing, or a file is not what was written.
     """
-    path = directory / MANIFEST
+    path = directory / layout.MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = _Manifest.model_validate_json(path.read_bytes()).files
+    except (OSError, ValueError) as error:
+        reason = "it does not list files" if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); the checkpoint is incomplete: resume from another "
+            f"{path}: cannot be read ({reason}); the checkpoint is incomplete: resume from another "
             "with checkpoint.resume=PATH"
         ) from error
     for name, expected in files.items():
@@ -48,12 +60,12 @@ def verify_manifest(directory: Path) -> None:
                 f"{file}: missing; copy the whole checkpoint or resume from another one"
             )
         size = file.stat().st_size
-        if size != expected["bytes"]:
+        if size != expected.bytes:
             raise CheckpointError(
-                f"{file}: {size} bytes, but {expected['bytes']} were written; the file is "
+                f"{file}: {size} bytes, but {expected.bytes} were written; the file is "
                 "truncated: resume from another checkpoint with checkpoint.resume=PATH"
             )
-        if _sha256(file) != expected["sha256"]:
+        if _sha256(file) != expected.sha256:
             raise CheckpointError(
                 f"{file}: the content changed since it was written (SHA-256 differs); resume from "
                 "another checkpoint with checkpoint.resume=PATH"

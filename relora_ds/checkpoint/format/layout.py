@@ -1,0 +1,100 @@
+"""Every name in a directory of checkpoints, each written down once.
+
+    checkpoints/
+      latest                        name of the newest complete checkpoint
+      step_N/                       a checkpoint after N updates
+        trainer.json                format number, step, phase, tokens, topology, method state
+        run.yaml, model.json        the resolved run and its architecture
+        tokenizer.model             if the run has one
+        method.safetensors          tensors of the method's state, if it has any
+        side.safetensors            vector clocks and base-weight residuals
+        side_rank_R.safetensors     residuals of rank R's slices, where ZeRO shards weights
+        manifest.json               size and SHA-256 of all of these
+      step_N.tmp/                   one that is being written, or was when a process died
+      step_N.stale/                 one that a later save of the same step replaces
+
+Weights and optimizer states lie beside them in one of two forms:
+
+        mp_rank_TT_model_states.pt, *_optim_states.pt    DeepSpeed's shards, one set per
+                                                         tensor-parallel rank T
+        state-NNNNN.safetensors                          every parameter by name, of no topology
+
+Under tensor parallelism the names of side and method files end in `_tp_T`, and one of each is there
+per rank T that shares a copy of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+"""The directory of checkpoints below that of a run."""
+LATEST = "latest"
+TRAINER = "trainer.json"
+RUN = "run.yaml"
+MODEL = "model.json"
+TOKENIZER = "tokenizer.model"
+MANIFEST = "manifest.json"
+STATES = "state-*.safetensors"
+"""Pattern of the files that `state` names."""
+SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""DeepSpeed drops them beside its shards. At stage 1 they silently omit the frozen weights, and
+nobody should run code out of a checkpoint: `tools/export_hf.py` converts."""
+
+_STEP = re.compile(r"step_(\d+)")
+_STAGING = ".tmp"
+
+
+def checkpoint(step: int) -> str:
+    """Name of the checkpoint after `step` updates."""
+    return f"step_{step}"
+
+
+def step_of(name: str) -> int | None:
+    """Updates that a checkpoint of this name holds; None if it is not the name of one."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def staging(path: Path) -> Path:
+    """Where a file or a checkpoint is written before it is renamed to `path`."""
+    return path.with_name(path.name + _STAGING)
+
+
+def stale(path: Path) -> Path:
+    """Where the checkpoint at `path` waits for its removal while another one takes its place."""
+    return path.with_name(f"{path.name}.stale")
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Checkpoints in a directory that an interrupted save never finished."""
+    return sorted(directory.glob(f"step_*{_STAGING}"))
+
+
+def state(number: int) -> str:
+    """Name of one of the files that hold every parameter by name."""
+    return f"state-{number:05d}.safetensors"
+
+
+def side(suffix: str) -> str:
+    """Name of the file of what DeepSpeed does not save.
+
+    Args:
+        suffix: `TensorParallel.suffix` of the rank.
+    """
+    return f"side{suffix}.safetensors"
+
+
+def side_of_rank(rank: int) -> str:
+    """Name of the file of what lies beside a global rank's slices of weights."""
+    return f"side_rank_{rank}.safetensors"
+
+
+def method(suffix: str) -> str:
+    """Name of the file of the method's tensors.
+
+    Args:
+        suffix: `TensorParallel.suffix` of the rank.
+    """
+    return f"method{suffix}.safetensors"

@@ -1,0 +1,136 @@
+"""What a checkpoint says of itself: the run, its model, and how far it came."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, JsonValue, ValidationError
+
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, Contents, upgrade
+from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
+from relora_ds.config.explain import explain
+from relora_ds.config.load import dump_run_config, validate_run
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.reading.document import Document
+from relora_ds.config.reading.source import read_yaml
+from relora_ds.config.schema import RunConfig
+from relora_ds.errors import CheckpointError, ConfigError
+
+S = TypeVar("S", bound=Section)
+
+
+class ShardedLike(Section):
+    """A tensor of the method's state that tensor parallelism shards."""
+
+    parameter: str
+    """Full name of the parameter that it is sharded like."""
+    dim: NonNegativeInt
+    """Dimension of the tensor that is sharded."""
+
+
+class TrainerState(Section):
+    """What is needed to go on, beside tensors.
+
+    Nothing in a run draws from a global random generator, so there is no generator state to keep:
+    the seed and the step are the state, and they also fix the position in the data.
+
+    A later version may add a key that has a default; to rename or remove one takes a step in
+    `upgrade`.
+    """
+
+    step: NonNegativeInt
+    """Completed updates of the run."""
+    tokens: NonNegativeInt
+    """Tokens trained on."""
+    phase: str
+    """Registry key of the method in charge; the model on disk is built by it."""
+    dp_size: PositiveInt
+    """Data-parallel processes; DeepSpeed's shards belong to this many."""
+    tp_size: PositiveInt
+    """Tensor-parallel processes; every one has shards of its own."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    """ZeRO stage of the shards."""
+    method: dict[str, JsonValue]
+    """The method's own state without its tensors, which have a file of their own."""
+    telemetry: dict[str, str | None]
+    """What continues the curves."""
+    data_fingerprints: list[str]
+    """Identity of every token file, training files first."""
+    method_shards: dict[str, ShardedLike] | None = None
+    """How tensors of the method's state are sharded over tensor-parallel processes; null where the
+    writer did not say, as in format 0."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that a checkpoint holds beside tensors."""
+
+    trainer: TrainerState
+    config: RunConfig
+    """The resolved run."""
+    architecture: ModelConfig
+    """Its model."""
+
+
+def write_record(record: RunRecord, directory: Path) -> None:
+    """Write `trainer.json`, `run.yaml` and `model.json` in today's format."""
+    trainer = {KEY: FORMAT, **record.trainer.model_dump(mode="json")}
+    (directory / layout.TRAINER).write_text(json.dumps(trainer, indent=1) + "\n")
+    (directory / layout.RUN).write_text(dump_run_config(record.config))
+    (directory / layout.MODEL).write_text(record.architecture.model_dump_json(indent=1) + "\n")
+
+
+def read_record(checkpoint: Path) -> RunRecord:
+    """What a checkpoint of any known format says of itself, with today's defaults filled in.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, of a later version, or holds a key or a
+            value that this version does not know.
+    """
+    trainer_path, model_path = checkpoint / layout.TRAINER, checkpoint / layout.MODEL
+    try:
+        run = read_yaml(checkpoint / layout.RUN)
+    except ConfigError as error:
+        raise _unusable(error.problems) from error
+    read = Contents(_read_json(trainer_path), run.data, _read_json(model_path))
+    contents = upgrade(read, trainer_path)
+    try:
+        config = validate_run(replace(run, data=contents.run))
+    except ConfigError as error:
+        raise _unusable(error.problems) from error
+    return RunRecord(
+        _validated(TrainerState, contents.trainer, trainer_path),
+        config,
+        _validated(ModelConfig, contents.model, model_path),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise _unusable([f"{path}: cannot be read ({reason})"]) from error
+    if not isinstance(data, dict):
+        raise _unusable([f"{path}: must hold an object, not {type(data).__name__}"])
+    return data
+
+
+def _validated(model: type[S], data: dict[str, Any], path: Path) -> S:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        findings = explain(error, data, model)
+        raise _unusable(Document(str(path), data).report(findings)) from error
+
+
+def _unusable(problems: list[str]) -> CheckpointError:
+    what = "; ".join(problem.rstrip(".") for problem in problems)
+    return CheckpointError(
+        f"{what}; the checkpoint is damaged or was written by another version of "
+        "relora_ds: use another checkpoint, or that version"
+    )

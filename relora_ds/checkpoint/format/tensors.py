@@ -1,0 +1,52 @@
+"""Files of named tensors: the one way in which a checkpoint's own ones are written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from relora_ds.errors import CheckpointError
+
+
+def split_tensors(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Values that go into `trainer.json`, and those that are tensors and go into a file."""
+    tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in values.items() if key not in tensors}, tensors
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors of any device and layout."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file by name, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def open_tensors(path: Path) -> Any:
+    """A file whose tensors are read, whole or in slices, when they are asked for (`safe_open`).
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint")

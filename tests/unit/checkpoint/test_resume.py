@@ -1,0 +1,217 @@
+"""What a run continues from, and whether it may."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_ds.checkpoint import resume
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.resume import (
+    check_resume,
+    choose_checkpoint,
+    find_saved_run,
+    phases_left,
+    set_aside_earlier_run,
+    state_of_other_topology,
+)
+from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.config.free import free_keys
+from relora_ds.config.load import load_run_config
+from relora_ds.config.schema import RunConfig
+from relora_ds.errors import CheckpointError
+from relora_ds.parallel.topology import Topology
+from tests.golden.make_checkpoint import ROOT, checkpoint, run_file
+from tests.unit.checkpoint.conftest import Saved
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths in the golden run's description are relative to it."""
+    monkeypatch.chdir(ROOT)
+
+
+def continues(path: Path, *overrides: str, fingerprints: list[str] | None = None) -> None:
+    """Ask whether the golden run, with some of its keys changed, may continue a checkpoint."""
+    run, saved = load_run_config(run_file("relora"), overrides), SavedRun(path)
+    known = saved.record.trainer.data_fingerprints
+    found = known if fingerprints is None else fingerprints
+    check_resume(saved, run.config, run.architecture, found)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_same_run_may(number: int) -> None:
+    continues(checkpoint("relora", number))
+
+
+FREE = (
+    "output_dir=elsewhere",
+    "log.every=7",
+    "log.wandb.project=other",
+    "checkpoint.keep=2",
+    "eval.every=0",
+    "train.micro_batch_size=1",
+    "train.digest_every=3",
+    "parallel.low_rank_plan=fold",
+)
+
+
+@pytest.mark.parametrize("override", FREE)
+def test_what_changes_no_number_may_differ(override: str) -> None:
+    key = override.partition("=")[0]
+    parts = key.split(".")
+    assert any(".".join(parts[:n]) in free_keys(RunConfig) for n in range(1, len(parts) + 1))
+    continues(checkpoint("relora", 1), override)
+
+
+def test_every_difference_is_listed() -> None:
+    overrides = (
+        "optimizer.lr=0.5",
+        "method.rank=4",
+        "output_dir=elsewhere",
+        "method.reset.joint=false",
+    )
+    with pytest.raises(CheckpointError) as caught:
+        continues(checkpoint("relora", 0), *overrides, fingerprints=["x"])
+    first, *differences, remedy = str(caught.value).splitlines()
+    assert first == f"{checkpoint('relora', 0)}: belongs to a run that differs in"
+    assert differences[:-1] == [
+        "  method.rank: checkpoint 2, run 4",
+        "  method.reset.joint: checkpoint True, run False",
+        "  optimizer.lr: checkpoint 0.01, run 0.5",
+    ]
+    assert differences[-1].startswith("  token files: checkpoint ['1621d33c")
+    assert "checkpoint.resume=false" in remedy
+    assert "checkpoint.allow_change" in remedy
+
+
+def test_another_method_and_another_model(saved: Saved) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        continues(checkpoint("switchlora", 0))
+    assert "  method.name: checkpoint 'switchlora', run 'relora'" in str(caught.value)
+    assert "  method.interval: checkpoint 4.0, run None" in str(caught.value)
+    saved.edit(layout.MODEL, lambda data: data.update(rope_theta=500.0))
+    with pytest.raises(CheckpointError, match=r"architecture\.rope_theta: checkpoint 500\.0"):
+        continues(saved.path)
+
+
+def test_a_permitted_change() -> None:
+    key = "checkpoint.allow_change"
+    continues(checkpoint("relora", 0), "train.steps=9", f"{key}=[train.steps]")
+    continues(checkpoint("relora", 0), "schedule.warmup_steps=2", f"{key}=[schedule]")
+    with pytest.raises(CheckpointError, match=r"train\.steps: checkpoint 8, run 9"):
+        continues(checkpoint("relora", 0), "train.steps=9", f"{key}=[train.seed]")
+
+
+def test_keys_that_were_added_later_count_as_their_defaults(saved: Saved) -> None:
+    """The oldest file that could describe the run: it has no key whose value is the default."""
+    known = SavedRun(saved.path).record.config
+    written = known.model_dump(mode="json", exclude_defaults=True)
+    absent = ("parallel", "log.tensorboard", "train.gradient_reduction", "method.reset")
+    assert not [key for key in absent if _has(written, key)]
+
+    def forget(data: dict[str, Any]) -> None:
+        data.clear()
+        data.update(written)
+
+    saved.edit(layout.RUN, forget)
+    continues(saved.path)
+    with pytest.raises(CheckpointError) as caught:
+        continues(saved.path, "train.gradient_reduction=step")
+    line = "  train.gradient_reduction: checkpoint 'micro_batch', run 'step'"
+    assert str(caught.value).splitlines()[1:-1] == [line]
+
+
+def _has(data: dict[str, Any], key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section in data and (not name or name in data[section])
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_run_config(run_file("relora"), overrides).config
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    """A run whose newest checkpoint is the golden one."""
+    checkpoints = tmp_path / "run" / layout.CHECKPOINTS
+    shutil.copytree(checkpoint("relora", 0), checkpoints / "step_5")
+    (checkpoints / layout.LATEST).write_text("step_5")
+    return tmp_path / "run"
+
+
+def test_what_resume_asks_for(output_dir: Path, tmp_path: Path) -> None:
+    here, nowhere = f"output_dir={output_dir}", f"output_dir={tmp_path / 'nowhere'}"
+    latest = output_dir / layout.CHECKPOINTS / "step_5"
+    assert choose_checkpoint(config(here)) == latest
+    assert choose_checkpoint(config(here, "checkpoint.resume=true")) == latest
+    assert choose_checkpoint(config(here, "checkpoint.resume=false")) is None
+    assert choose_checkpoint(config(nowhere)) is None
+    assert choose_checkpoint(config(nowhere, f"checkpoint.resume={output_dir}")) == latest
+    for wanted in ("true", str(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"no checkpoint"):
+            choose_checkpoint(config(nowhere, f"checkpoint.resume={wanted}"))
+
+
+def test_a_saved_run_is_verified_before_it_is_read(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "broadcast_object", lambda value: value)
+    run = config(f"output_dir={output_dir}")
+    found = find_saved_run(run, is_main=True)
+    assert found is not None
+    assert found.record.trainer.step == 5
+    assert find_saved_run(config("checkpoint.resume=false"), is_main=True) is None
+    model = next((output_dir / layout.CHECKPOINTS / "step_5").glob("*model_states.pt"))
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=f"{model.name}: the content changed"):
+        find_saved_run(run, is_main=True)
+
+
+def test_every_rank_reports_what_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint("relora", 1)
+    monkeypatch.setattr(resume, "broadcast_object", lambda value: ("step_5: missing", None))
+    with pytest.raises(CheckpointError, match="step_5: missing"):
+        find_saved_run(config(), is_main=False)
+    monkeypatch.setattr(resume, "broadcast_object", lambda value: (None, path))
+    found = find_saved_run(config(f"checkpoint.resume={path.parent}/none"), is_main=False)
+    assert found is not None
+    assert found.checkpoint == path
+
+
+def test_phases_that_are_left(saved: Saved) -> None:
+    warm = config("method.warm_start_steps=6")
+    assert [phase.name for phase in phases_left(warm, None)] == ["full", "relora"]
+    assert [phase.name for phase in phases_left(warm, SavedRun(saved.path))] == ["relora"]
+    saved.edit(layout.RUN, lambda data: data["method"].update(warm_start_steps=6))
+    saved.edit(layout.TRAINER, lambda data: data.update(phase="full"))
+    run = SavedRun(saved.path)
+    assert [phase.name for phase in phases_left(warm, run)] == ["full", "relora"]
+    with pytest.raises(CheckpointError, match="saved in the phase 'full', but the run has relora"):
+        phases_left(config(), run)
+
+
+def test_an_earlier_run_is_set_aside(output_dir: Path) -> None:
+    (output_dir / "metrics.jsonl").touch()
+    (output_dir / "notes.txt").touch()
+    assert set_aside_earlier_run(output_dir) == output_dir / "previous_1"
+    assert (output_dir / "previous_1" / layout.CHECKPOINTS / "step_5").is_dir()
+    assert sorted(path.name for path in output_dir.iterdir()) == ["notes.txt", "previous_1"]
+    assert set_aside_earlier_run(output_dir) is None
+    (output_dir / "metrics.jsonl").touch()
+    assert set_aside_earlier_run(output_dir) == output_dir / "previous_2"
+
+
+def test_only_other_processes_or_stages_need_the_state_by_name(tmp_path: Path) -> None:
+    run, device = SavedRun(checkpoint("relora", 0)), torch.device("cpu")
+    one, two = Topology(0, 1, 0, device), Topology(1, 2, 1, device)
+    assert state_of_other_topology(run, one, 2) is None
+    for topology, stage in ((one, 3), (two, 2)):
+        assert state_of_other_topology(run, topology, stage) is not None
+    reshape_checkpoint(run.checkpoint, tmp_path / "reshaped")
+    assert state_of_other_topology(SavedRun(tmp_path / "reshaped"), one, 2) is not None
