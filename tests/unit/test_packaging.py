@@ -1,4 +1,4 @@
-"""What `pip install .` promises agrees with what is pinned, shipped and needed."""
+"""What `pip install .` and the hooks promise agrees with what is pinned, shipped and checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -78,3 +79,11 @@ def test_every_folder_of_the_package_is_a_package_that_says_what_it_is() -> None
     for path in sorted((ROOT / "relora_ds").rglob("*.py")):
         opening = (path.parent / "__init__.py").read_text()
         assert re.match(r'"""\S', opening), f"{path.parent} has no docstring"
+
+
+def test_the_hooks_are_the_checks_of_the_suite() -> None:
+    steps = re.findall(r"^step (.+)$", (ROOT / "launch" / "test.sh").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = [re.sub(r"^bash -c '(.*)'$", r"\1", hook["entry"]) for hook in hooks]
+    assert entries == [step for step in steps if "pytest" not in step]
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in hooks)
