@@ -1,5 +1,9 @@
 # Sourced by the other scripts: creates .venv at the project's root once and activates it.
 #
+# The project itself is installed there in editable mode, so that `python tools/X.py`, the ranks of a
+# launcher and `relora-ds` all import the package beside this script. A .venv that is a link belongs to
+# another checkout: it is used as it is, and PYTHONPATH puts this checkout's package before that one's.
+#
 # Settings, all optional:
 #   PYTHON           interpreter to create the environment with (3.11 or newer; default python3)
 #   TORCH_INDEX_URL  package index for torch alone, for example https://download.pytorch.org/whl/cpu
@@ -10,9 +14,9 @@ cd "$project_root" || exit
 
 venv="$project_root/.venv"
 stamp="$venv/.requirements.sha256"
-wanted="$(sha256sum requirements.txt | cut -d ' ' -f 1)"
+wanted="$(cat requirements.txt pyproject.toml | sha256sum | cut -d ' ' -f 1)"
 
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+if [ ! -L "$venv" ] && { [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; }; then
   python="${PYTHON:-python3}"
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: $("$python" --version 2>&1) is too old: install Python 3.11 or newer, or set PYTHON" >&2
@@ -28,11 +32,13 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_pin"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
   echo "$wanted" >"$stamp"
 fi
 
 # shellcheck source=/dev/null
 . "$venv/bin/activate"
+export PYTHONPATH="$project_root${PYTHONPATH:+:$PYTHONPATH}"
 
 # One thread per rank: several ranks with a thread per core each get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -8,8 +8,8 @@
 #
 # Settings: MASTER_ADDR (default: the first node's first address), MASTER_PORT (default 29500), FORWARD
 # (names of further variables to forward), and those of launch/supervise.sh.
-# Exit code: that of the run, as listed in README.md: 7 if a node is lost, 75 after a checkpoint on
-# request. A lost node is noticed within train.timeout_minutes.
+# Exit code: that of the run, as listed in docs/troubleshooting.md: 7 if a node is lost, 75 after a
+# checkpoint on request. A lost node is noticed within train.timeout_minutes.
 #
 # Variables reach the nodes on command lines that every user there can read. So only those of the
 # list below are forwarded, and never a credential: put keys where their libraries look for them on

@@ -4,9 +4,6 @@
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from relora_ds.train.main import main
 

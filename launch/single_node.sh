@@ -4,7 +4,7 @@
 # Ctrl-C and SIGTERM save a checkpoint first.
 #
 # Settings: PROCESSES, MASTER_PORT (default 29500), and those of launch/supervise.sh.
-# Exit code: that of the run, as listed in README.md.
+# Exit code: that of the run, as listed in docs/troubleshooting.md.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

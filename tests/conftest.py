@@ -1,13 +1,26 @@
-"""A small real corpus that the tests share."""
+"""What all tests share: a small real corpus, and programs that import the package under test."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def package_under_test() -> Iterator[None]:
+    """Programs that tests start import the package beside the tests, whichever is installed."""
+    before = os.environ.get("PYTHONPATH")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{before}" if before else str(ROOT))
+        yield
 
 
 @dataclass(frozen=True)

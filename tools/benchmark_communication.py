@@ -21,7 +21,7 @@ from benchmarks.communication import (
     benchmark_communication,
     plot_benchmark,
 )
-from relora_ds.command_line import run_tool, tool_parser
+from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.config.architecture import read_model_config
 
 _EXAMPLE = """

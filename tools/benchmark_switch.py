@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from relora_ds.command_line import run_tool, tool_parser
+from relora_ds.cli.parser import run_tool, tool_parser
 
 _EXAMPLE = """
 example:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tensor_parallel import benchmark_tensor
-from relora_ds.command_line import add_run, run_tool, tool_parser
+from relora_ds.cli.parser import add_run, run_tool, tool_parser
 from relora_ds.config.load import load_run_config
 
 _EXAMPLE = """

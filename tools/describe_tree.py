@@ -1,6 +1,7 @@
-"""Print the source tree with one line per file, as the README shows it.
+"""Write the tree of the package into docs/architecture.md: folders, with what each one is for.
 
-python tools/describe_tree.py
+Example:
+    python tools/describe_tree.py
 """
 
 from __future__ import annotations
@@ -11,39 +12,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_FOLDERS = ("launch", "relora_ds", "tools")
-_WIDTH = 44
+PAGE = ROOT / "docs" / "architecture.md"
+_BEGIN, _END = "<!-- tree: python tools/describe_tree.py -->\n", "<!-- end of tree -->\n"
+_WIDTH = 22
 
 
-def describe(root: Path = ROOT) -> str:
-    """One line per folder and file: its path and what it is for."""
-    lines = [f"{path:<{_WIDTH}}{text}" for path, text in _entries(root)]
-    return "\n".join(line.rstrip() for line in lines)
+def with_tree(page: str) -> str:
+    """The page with the tree as it is now between its two marks, which must be there."""
+    before, rest = page.split(_BEGIN)
+    _, after = rest.split(_END)
+    tree = "\n".join(_lines(ROOT / "relora_ds"))
+    return f"{before}{_BEGIN}```\n{tree}\n```\n{_END}{after}"
 
 
-def _entries(root: Path) -> Iterator[tuple[str, str]]:
-    for folder in _FOLDERS:
-        yield f"{folder}/", ""
-        for path in sorted((root / folder).rglob("*")):
-            depth = len(path.relative_to(root).parts) - 1
-            if path.is_dir() and path.name != "__pycache__":
-                yield "  " * depth + f"{path.name}/", _first_line(path / "__init__.py")
-            elif path.suffix == ".py" and path.name != "__init__.py":
-                yield "  " * depth + path.name, _first_line(path)
-            elif path.suffix in (".c", ".sh", ".sbatch", ".yaml"):
-                yield "  " * depth + path.name, _first_comment(path)
+def _lines(package: Path) -> Iterator[str]:
+    """One line per folder: its name, indented by its depth, and its docstring's first line."""
+    for opening in sorted(package.rglob("__init__.py"), key=lambda path: path.parent.parts):
+        depth = len(opening.parent.relative_to(package).parts)
+        text = ast.get_docstring(ast.parse(opening.read_text())) or ""
+        name = "  " * depth + opening.parent.name + "/"
+        yield f"{name:<{_WIDTH}}{text.splitlines()[0]}"
 
 
-def _first_line(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text())) if path.is_file() else None
-    return (text or "").split("\n")[0]
-
-
-def _first_comment(path: Path) -> str:
-    mark = "// " if path.suffix == ".c" else "# "
-    lines = [line for line in path.read_text().splitlines() if line.startswith(mark)]
-    return lines[0].removeprefix(mark) if lines else ""
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(with_tree(PAGE.read_text()))
 
 
 if __name__ == "__main__":
-    sys.stdout.write(describe() + "\n")
+    sys.exit(main())

@@ -1,65 +1,8 @@
 """What a run takes up, moves and needs in time on a cluster. Allocates nothing. See --help."""
 
-from __future__ import annotations
-
-import argparse
-import json
-import re
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from rich.console import Console
-
-from relora_ds.command_line import add_run, run_tool, tool_parser
-from relora_ds.config.load import load_run_config
-from relora_ds.planning.estimate import Cluster
-from relora_ds.planning.plan import plan
-from relora_ds.planning.report import show_plan
-
-_EXAMPLE = """
-example:
-  python tools/plan.py configs/run/llama_1b_switchlora.yaml --gpus 64 --gpu-memory 80GB
-"""
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-
-
-def main() -> None:
-    parsed = _parser().parse_intermixed_args()
-    names = ("gpus", "gpus_per_node", "gpu_memory", "node_bandwidth", "bandwidth")
-    names += ("latency", "peak_flops", "efficiency")
-    given = {name: getattr(parsed, name) for name in names}
-    cluster = Cluster(**{name: value for name, value in given.items() if value is not None})
-    found = plan(load_run_config(parsed.run, parsed.overrides), cluster)
-    if parsed.json:
-        print(json.dumps(found, indent=1))
-    else:
-        show_plan(found, Console(highlight=False))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = tool_parser(__doc__, _EXAMPLE)
-    add_run(parser)
-    parser.add_argument("--gpus", type=int, required=True, help="of the whole job")
-    parser.add_argument("--gpus-per-node", type=int, help="default 8")
-    parser.add_argument("--gpu-memory", type=_amount, help="default 80GB")
-    parser.add_argument("--node-bandwidth", type=_amount, help="per GPU within a node, 450GB/s")
-    parser.add_argument("--bandwidth", type=_amount, help="per GPU between nodes, 50GB/s")
-    parser.add_argument("--latency", type=float, help="seconds of a collective per doubling, 1e-5")
-    parser.add_argument("--peak-flops", type=_amount, help="per GPU, 989.4T")
-    parser.add_argument("--efficiency", type=float, help="share of the peak that is reached, 0.4")
-    parser.add_argument("--json", action="store_true", help="everything, to be read by a program")
-    return parser
-
-
-def _amount(text: str) -> float:
-    """A number with a decimal unit: 80GB, 450GB/s, 989.4T."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(?:B|B/s|FLOP/s)?", text)
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB or 450GB/s")
-    return float(match[1]) * _UNITS[match[2]]
-
+from relora_ds.cli.plan import main
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(main(sys.argv[1:]))

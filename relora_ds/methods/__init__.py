@@ -1,0 +1,1 @@
+"""Training methods behind one seam: what each one builds, trains, merges, switches and resets."""

@@ -23,13 +23,17 @@ example:
 """
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run what the command line says.
+
+    Args:
+        arguments: those after the command's name.
+        prog: how the command was called, for its help; None for `launch/pretrain.py`.
 
     Returns:
         The exit code: 0 done, otherwise that of the error class (see `errors`).
     """
-    parsed = _parser().parse_intermixed_args(arguments)
+    parsed = _parser(prog).parse_intermixed_args(arguments)
     try:
         loaded = load_run_config(parsed.run, parsed.overrides)
         if parsed.dry_run:
@@ -97,9 +101,9 @@ def _dry_run(loaded: LoadedRun) -> None:
         dry_run(loaded, zero, console)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=prog or "pretrain.py",
         description="Pre-train a LLaMA under DeepSpeed.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

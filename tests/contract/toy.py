@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from typing import ClassVar, Literal
 
 import torch
-from relora_ds.config.methods.base import MethodSettings
-from relora_ds.config.methods.catalogue import registered as registered_settings
-from relora_ds.config.sections import OptimizerConfig
 from torch import nn
 
 from relora_ds.config.base import PositiveInt
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.catalogue import registered as registered_settings
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import Event, Method, ParameterGroup, Session
 from relora_ds.methods.registry import registered as registered_method
 from relora_ds.methods.train_state import TrainState

@@ -1,0 +1,1 @@
+"""Tests on several gloo ranks, and the programs that those ranks run."""

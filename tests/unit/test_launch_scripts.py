@@ -1,8 +1,9 @@
-"""The launch scripts refuse what they could only pass on wrongly."""
+"""The launch scripts set up their environment once, and refuse what they would pass on wrongly."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -58,3 +59,54 @@ def test_a_missing_hostfile_is_an_error_and_no_local_run(tmp_path: Path) -> None
     done = subprocess.run(command, cwd=ROOT, env=os.environ | _CPU, capture_output=True, text=True)
     assert done.returncode == 2
     assert f"there is no hostfile {tmp_path}/none" in done.stderr
+
+
+def _checkout(root: Path) -> Path:
+    """What `launch/environment.sh` needs of a checkout; its pip writes down its arguments."""
+    (root / "launch").mkdir(parents=True)
+    shutil.copy(ROOT / "launch" / "environment.sh", root / "launch")
+    (root / "requirements.txt").write_text("torch==1\n")
+    (root / "pyproject.toml").write_text("[project]\n")
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "activate").touch()
+    (root / ".venv" / "bin" / "python").write_text('#!/bin/sh\necho "$*" >>"$PIP_LOG"\n')
+    (root / ".venv" / "bin" / "python").chmod(0o755)
+    return root
+
+
+def _installations(root: Path, log: Path) -> tuple[list[str], str]:
+    """What sourcing the script installed, and the PYTHONPATH that it left."""
+    log.write_text("")
+    done = subprocess.run(
+        ["bash", "-c", ". launch/environment.sh; echo $PYTHONPATH"],
+        cwd=root,
+        env=os.environ | _CPU | {"PIP_LOG": str(log), "PYTHONPATH": "/elsewhere"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in log.read_text().splitlines() if " install " in line]
+    return lines, done.stdout.splitlines()[-1]
+
+
+def test_the_environment_is_set_up_once_for_requirements_and_project(tmp_path: Path) -> None:
+    root, log = _checkout(tmp_path / "checkout"), tmp_path / "pip"
+    installed, path = _installations(root, log)
+    assert [line.split()[-1] for line in installed] == ["torch==1", "requirements.txt", "."]
+    assert "--no-deps --no-build-isolation -e ." in installed[-1]
+    assert path == f"{root}:/elsewhere"
+    assert _installations(root, log) == ([], path)
+    for name in ("requirements.txt", "pyproject.toml"):
+        with (root / name).open("a") as file:
+            file.write("# changed\n")
+        assert len(_installations(root, log)[0]) == 3, name
+
+
+def test_an_environment_of_another_checkout_is_used_and_left_alone(tmp_path: Path) -> None:
+    log = tmp_path / "pip"
+    owner, other = _checkout(tmp_path / "owner"), _checkout(tmp_path / "other")
+    shutil.rmtree(other / ".venv")
+    (other / ".venv").symlink_to(owner / ".venv")
+    (other / "pyproject.toml").write_text("[project]  # another revision\n")
+    assert _installations(other, log) == ([], f"{other}:/elsewhere")
+    assert not (owner / ".venv" / ".requirements.sha256").exists()

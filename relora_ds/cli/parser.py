@@ -1,24 +1,40 @@
-"""What the command-line tools have in common: their parsers, and errors as exit codes."""
+"""What all command lines have in common: their parsers, and errors as exit codes.
+
+A command has two doors, `python tools/X.py` in a checkout and `relora-ds VERB` where the package is
+installed. The door is what help and error messages name.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.errors import ConfigError, ReloraError
 
+_SCRIPT = re.compile(r"python tools/\w+\.py")
 
-def tool_parser(text: str | None, example: str = "") -> argparse.ArgumentParser:
-    """A parser whose help shows a tool's own text as it is written.
+
+def tool_parser(
+    text: str | None, example: str = "", prog: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser whose help shows a command's own text as it is written.
 
     Args:
-        text: `__doc__` of the tool.
+        text: what the command does, the docstring of its module.
         example: shown below the arguments.
+        prog: how the command was called, `relora-ds VERB`; None for the script in `tools/`, whose
+            name `text` and `example` hold.
     """
+    if prog is not None:
+        text, example = (_SCRIPT.sub(prog, part) for part in (text or "", example))
     return argparse.ArgumentParser(
-        description=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=text,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -1,0 +1,1 @@
+"""Command lines: one module per verb, which parses arguments and calls one function."""

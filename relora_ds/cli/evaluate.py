@@ -1,0 +1,30 @@
+"""Perplexity of a checkpoint or a Hugging Face directory on a token file.
+
+python tools/evaluate.py --checkpoint runs/quickstart/hf --data data/valid --seq-length 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from relora_ds.cli.parser import add_checkpoint, run_tool, tool_parser
+
+
+def main(arguments: Sequence[str], prog: str | None = None) -> int:
+    """Score what the arguments name and print one JSON line; returns the exit code."""
+    parser = tool_parser(__doc__, prog=prog)
+    add_checkpoint(parser, ", or an HF directory")
+    parser.add_argument("--data", required=True, help="token file prefix, or `builtin`")
+    parser.add_argument("--seq-length", type=int, help="default: that of the run, or 2048 at most")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    parsed = parser.parse_args(arguments)
+    return run_tool(lambda: _evaluate(parsed))
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
+
+    sizes = parsed.seq_length, parsed.batch_size
+    print(json.dumps(evaluate_checkpoint(parsed.checkpoint, parsed.data, *sizes)))

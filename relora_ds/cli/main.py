@@ -1,0 +1,82 @@
+"""`relora-ds VERB ...`: the console command. Each verb is the same function that a script calls.
+
+A verb's libraries are imported when it does its work, so that help and mistakes in the arguments
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from relora_ds import __version__
+from relora_ds.cli import (
+    evaluate,
+    export,
+    plan,
+    plot,
+    prepare_data,
+    reshape,
+    train_tokenizer,
+)
+
+PROG = "relora-ds"
+
+
+def _train(arguments: Sequence[str], prog: str | None) -> int:
+    from relora_ds.train.main import main as train
+
+    return train(arguments, prog)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing that the command does."""
+
+    run: Callable[[Sequence[str], str | None], int]
+    """Takes the arguments after the verb and the words that called it; returns the exit code."""
+    summary: str
+    """One line of help."""
+
+
+VERBS = {
+    "train": Verb(_train, "train what a run file describes; one process, or under a launcher"),
+    "plan": Verb(plan.main, "memory, bytes and time of a run on a cluster; allocates nothing"),
+    "prepare-data": Verb(prepare_data.main, "turn text files into a token file"),
+    "train-tokenizer": Verb(train_tokenizer.main, "train a SentencePiece tokenizer on text files"),
+    "evaluate": Verb(evaluate.main, "perplexity of a checkpoint or a Hugging Face directory"),
+    "export": Verb(export.main, "write a checkpoint's dense model as a Hugging Face directory"),
+    "reshape": Verb(reshape.main, "rewrite a checkpoint for other processes or ZeRO stages"),
+    "plot": Verb(plot.main, "draw a run's loss curve"),
+}
+"""Every verb by the word that is typed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the verb that the command line names.
+
+    Args:
+        arguments: those of the process by default.
+
+    Returns:
+        The exit code: 0 done, otherwise that of the error class (see `errors`).
+    """
+    parsed = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    return VERBS[parsed.verb].run(parsed.rest, f"{PROG} {parsed.verb}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Low-rank pre-training of LLaMA models on a DeepSpeed ZeRO engine.",
+        epilog=f"verbs:\n{verbs}\n\n`{PROG} VERB --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do, see below")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    return parser
