@@ -12,8 +12,8 @@ from torch import nn
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
+from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
-from relora_ds.engine.zero.layout import PartitionedParameters
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.numerics.base_weight import KINDS
 
