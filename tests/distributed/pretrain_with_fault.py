@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from relora_ds.methods.adapter import adapter_layers
-from relora_ds.methods.switchlora.switchlora import SwitchLoRA
+from relora_ds.methods.switchlora.switchlora import SwitchLoRA, SwitchLoRASession
+from relora_ds.methods.train_state import TrainState
 from relora_ds.train.main import main
 
 _FAULT_AT = 5
 
 
-class _Faulty(SwitchLoRA):
-    def before_step(self, state: Any, model: torch.nn.Module, step: int) -> None:
-        super().before_step(state, model, step)
+class _FaultySession(SwitchLoRASession):
+    def before_step(self, step: int) -> None:
+        super().before_step(step)
         if step == _FAULT_AT and os.environ["RANK"] == "1":
-            *_, layer = adapter_layers(model).values()
+            *_, layer = adapter_layers(self.model).values()
             layer.weight.data.view(-1).view(torch.int32)[7] ^= 1
+
+
+class _Faulty(SwitchLoRA):
+    def start(self, state: TrainState, model: torch.nn.Module) -> SwitchLoRASession:
+        return _FaultySession(self, state, model)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launcher import run
+from tests.harness.run import run
 
 pytestmark = pytest.mark.distributed
 

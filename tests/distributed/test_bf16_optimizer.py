@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.bf16_optimizer_worker import BREAK_AT
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import bf16_optimizer
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("bf16_optimizer")
-    return run_worker("tests.distributed.bf16_optimizer_worker", 2, directory)
+    return run_ranks(bf16_optimizer.figures, 2, directory=directory)
 
 
 def test_the_public_interface_reads_what_was_written(figures: dict[str, Any]) -> None:
@@ -30,4 +30,4 @@ def test_the_run_is_the_ordinary_one_up_to_the_rounding_of_sums(figures: dict[st
 
 def test_a_resumed_run_is_bit_identical(figures: dict[str, Any]) -> None:
     assert figures["by_name"] == []
-    assert figures["resumed"] == figures["losses"][BREAK_AT:]
+    assert figures["resumed"] == figures["losses"][bf16_optimizer.BREAK_AT :]

@@ -8,21 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.block_adamw_worker import STAGES
-from tests.distributed.launcher import metrics, run, write_run
-from tests.distributed.per_layer_worker import METHODS
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import block_adamw
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
+from tests.harness.run import metrics, run, write_run
+from tests.harness.runs import EVENTFUL
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.block_adamw_worker", 2, tmp_path_factory.mktemp("blocks"))
+def figures() -> dict[str, Any]:
+    return run_ranks(block_adamw.figures, 2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVENTFUL)
 def test_training_follows_32_bit_moments(figures: dict[str, Any], method: str, stage: int) -> None:
     found = figures[f"{method}/{stage}"]
     assert found["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-2)
@@ -32,7 +33,7 @@ def test_training_follows_32_bit_moments(figures: dict[str, Any], method: str, s
     assert found["states"] == pytest.approx(found["expected"], rel=0.06)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVENTFUL)
 def test_per_layer_updates_are_the_same_run(figures: dict[str, Any], method: str) -> None:
     found, plain = figures[f"{method}/per_layer"], figures[f"{method}/0"]
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)

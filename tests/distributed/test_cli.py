@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import TinyCorpus
-from tests.distributed.launcher import metrics, run, start, write_run
+from tests.harness.run import metrics, run, run_launcher, start, write_run
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +22,7 @@ def test_a_wrong_run_file_exits_2_on_two_ranks(tiny_run: dict[str, Any], tmp_pat
     tiny_run["method"]["rnak"] = 8
     tiny_run["train"]["steps"] = -1
     description = write_run(tiny_run, tmp_path / "run.yaml")
-    code, output = run([str(description)], processes=2, launcher=True)
+    code, output = run_launcher([str(description)], processes=2)
     assert code == 2
     assert output.count("method.rnak") == 1, "every rank finds it, one reports it"
     assert "did you mean" in output

@@ -13,9 +13,10 @@ from relora_ds.config.load import load_run_config
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.zero import ZeroSettings
-from tests.distributed.communication_worker import TIMEOUT_MINUTES
-from tests.distributed.launcher import metrics, run, write_run
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import communication
+from tests.harness.ranks import run_ranks
+from tests.harness.run import metrics, run, write_run
+from tests.harness.warm import GROUP_TIMEOUT_MINUTES
 
 pytestmark = pytest.mark.distributed
 
@@ -41,16 +42,25 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("communication")
-    return run_worker("tests.distributed.communication_worker", WORLD_SIZE, directory)
+def figures() -> dict[str, Any]:
+    return run_ranks(communication.steps, WORLD_SIZE)
 
 
-def test_every_group_is_bounded_by_the_run(figures: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def hooks() -> dict[str, Any]:
+    return run_ranks(communication.hooks, WORLD_SIZE)
+
+
+@pytest.fixture(scope="module")
+def reductions() -> dict[str, list[list[float]]]:
+    return run_ranks(communication.reductions, WORLD_SIZE)
+
+
+def test_every_group_is_bounded_by_the_run() -> None:
     """DeepSpeed names no timeout for its groups; torch's own default is 30 minutes."""
-    timeouts = figures["group timeouts"]
+    timeouts = run_ranks(communication.group_timeouts, WORLD_SIZE)
     assert len(timeouts) > 1
-    assert set(timeouts) == {60 * TIMEOUT_MINUTES}
+    assert set(timeouts) == {60 * GROUP_TIMEOUT_MINUTES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,9 +76,7 @@ def test_recorded_calls_equal_what_gloo_ran(figures: dict[str, Any], case: str) 
 
 
 def test_the_cases_are_complete_and_exercise_padding(figures: dict[str, Any]) -> None:
-    assert {
-        name for name, found in figures.items() if isinstance(found, dict) and "recorded" in found
-    } == set(CASES)
+    assert figures.keys() == set(CASES)
     for method in METHODS:
         elements = figures[f"{method}/2/fp32/1"]["elements"]
         assert any(count % (2 * WORLD_SIZE) for count in elements)
@@ -84,9 +92,9 @@ def test_adapters_cut_the_bytes_of_every_stage_by_their_share(figures: dict[str,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_reduction_per_update_changes_no_more_than_rounding(
-    figures: dict[str, Any], precision: str
+    reductions: dict[str, list[list[float]]], precision: str
 ) -> None:
-    trained = {key: found for key, found in figures["trained"].items() if precision in key}
+    trained = {key: found for key, found in reductions.items() if precision in key}
     reference = trained[f"1/{precision}/step"]
     assert trained[f"1/{precision}/micro_batch"] == reference
     for stage in (2, 3):
@@ -98,19 +106,19 @@ def test_one_reduction_per_update_changes_no_more_than_rounding(
         assert each == [pytest.approx(step, rel=tolerance) for step in reference]
 
 
-def test_every_way_to_a_collective_is_counted_once(figures: dict[str, Any]) -> None:
-    assert figures["aliases"] == {
-        "all_gather world 2 float32 control": [2, 2 * 24],
-        "all_reduce world 2 float32 control": [3, 3 * 12],
-        "all_to_all world 2 float32 control": [1, 24],
-        "barrier world 2 none control": [1, 0],
-        "reduce_scatter world 2 float32 control": [1, 24],
+def test_every_way_to_a_collective_is_counted_once(hooks: dict[str, Any]) -> None:
+    assert hooks["aliases"] == {
+        "all_gather world 2 float32 control": (2, 2 * 24),
+        "all_reduce world 2 float32 control": (3, 3 * 12),
+        "all_to_all world 2 float32 control": (1, 24),
+        "barrier world 2 none control": (1, 0),
+        "reduce_scatter world 2 float32 control": (1, 24),
     }
 
 
-def test_stopping_restores_the_original_functions(figures: dict[str, Any]) -> None:
-    assert figures["restored"]
-    assert figures["silent_when_off"]
+def test_stopping_restores_the_original_functions(hooks: dict[str, Any]) -> None:
+    assert hooks["restored"]
+    assert hooks["silent_when_off"]
 
 
 def test_metrics_hold_the_bytes_of_their_step(tiny_run: dict[str, Any], tmp_path: Path) -> None:

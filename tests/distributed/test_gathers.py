@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.gathers_worker import FEW, METHODS, REST, VARIANTS, name_of
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import gathers as cases
+from tests.distributed.cases.gathers import FEW, METHODS, REST, VARIANTS, name_of
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.gathers_worker", 2, tmp_path_factory.mktemp("gathers"))
+def figures() -> dict[str, Any]:
+    return run_ranks(cases.methods, 2, cases=FEW) | run_ranks(cases.variants, 2)
 
 
 def check(found: dict[str, Any]) -> None:
@@ -22,15 +23,14 @@ def check(found: dict[str, Any]) -> None:
     assert found["recorded_bytes"] == [found["expected_bytes"]] * 2
 
 
-@pytest.mark.parametrize("case", [*map(name_of, FEW), *VARIANTS])
+@pytest.mark.parametrize("case", [*map(name_of, FEW), *VARIANTS, "fp32 gradients"])
 def test_recorded_bytes_equal_the_closed_form(figures: dict[str, Any], case: str) -> None:
     check(figures[case])
 
 
 @pytest.mark.slow
-def test_the_other_precisions_and_accumulations(tmp_path_factory: pytest.TempPathFactory) -> None:
-    directory = tmp_path_factory.mktemp("gathers_rest")
-    figures = run_worker("tests.distributed.gathers_rest_worker", 2, directory)
+def test_the_other_precisions_and_accumulations() -> None:
+    figures = run_ranks(cases.methods, 2, cases=REST)
     assert figures.keys() == set(map(name_of, REST))
     for found in figures.values():
         check(found)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
-from tests.distributed.launcher import metrics, run
 from tests.golden.make_checkpoint import checkpoint, expected, machine, run_file
+from tests.harness.run import metrics, run
 
 pytestmark = pytest.mark.distributed
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.hpz_worker import CASES as WORKER_CASES
-from tests.distributed.hpz_worker import NODE
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import hpz
+from tests.distributed.cases.hpz import NODE
+from tests.harness.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-CASES = ["/".join(case) for case in WORKER_CASES]
+CASES = ["/".join(case) for case in hpz.CASES]
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.hpz_worker", 4, tmp_path_factory.mktemp("hpz"))
+def figures() -> dict[str, Any]:
+    return run_ranks(hpz.figures, 4)
 
 
 @pytest.mark.parametrize("case", CASES)

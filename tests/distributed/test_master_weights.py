@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.master_weights_worker import CASES
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import master_weights
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -15,11 +15,13 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     directory = tmp_path_factory.mktemp("masters")
-    worker = "tests.distributed.master_weights_worker"
-    return {ranks: run_worker(worker, ranks, directory) for ranks in (1, 2)}
+    return {
+        ranks: run_ranks(master_weights.figures, ranks, directory=directory / str(ranks))
+        for ranks in (1, 2)
+    }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", master_weights.CASES)
 def test_two_ranks_are_bit_identical_to_one(figures: dict[int, Any], name: str) -> None:
     one, two = figures[1][name], figures[2][name]
     assert one["bits"] == two["bits"]
@@ -27,7 +29,7 @@ def test_two_ranks_are_bit_identical_to_one(figures: dict[int, Any], name: str) 
     assert one["norms"] == two["norms"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", master_weights.CASES)
 def test_training_follows_the_run_with_masters(figures: dict[int, Any], name: str) -> None:
     for found in (figures[2][name], figures[2]["accumulated"]):
         assert found["losses"] == pytest.approx(found["plain"]["losses"], rel=0.02)
@@ -36,7 +38,7 @@ def test_training_follows_the_run_with_masters(figures: dict[int, Any], name: st
         assert found["in_bf16"] == found["parameters"] - found["edited"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", master_weights.CASES)
 def test_bytes_are_those_of_the_closed_form(figures: dict[int, Any], name: str) -> None:
     for found in (figures[1][name], figures[2][name], figures[2]["accumulated"]):
         measured, expected = found["measured"], found["expected"]

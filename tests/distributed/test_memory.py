@@ -6,45 +6,51 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.memory_worker import METHODS, PER_LAYER_CASES, PUBLISHED
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import memory
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-STATES = ("weights", "indices", "gradients", "states")
+COMPONENTS = ("weights", "indices", "gradients", "states", "activations")
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.memory_worker", 1, tmp_path_factory.mktemp("memory"))
+def figures() -> dict[str, Any]:
+    return run_ranks(memory.small, 1)
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    return run_ranks(memory.published, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_published_sizes(figures: dict[str, Any], size: str) -> None:
-    found = figures[size]
-    for component in (*STATES, "activations"):
+@pytest.mark.parametrize("size", memory.PUBLISHED)
+def test_published_sizes(published: dict[str, Any], size: str) -> None:
+    found = published[size]
+    for component in COMPONENTS:
         measured, expected = found["measured"][component], found["expected"][component]
         assert measured == pytest.approx(expected, rel=0.02), component
     assert found["measured"]["indices"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", PUBLISHED)
-@pytest.mark.parametrize("kind", PER_LAYER_CASES)
-def test_updates_within_the_backward_pass(figures: dict[str, Any], kind: str, size: str) -> None:
-    found = figures[f"{size}/{kind}"]
-    for component in (*STATES, "activations"):
+@pytest.mark.parametrize("size", memory.PUBLISHED)
+@pytest.mark.parametrize("kind", memory.PER_LAYER_CASES)
+def test_updates_within_the_backward_pass(published: dict[str, Any], kind: str, size: str) -> None:
+    found = published[f"{size}/{kind}"]
+    for component in COMPONENTS:
         measured, expected = found["measured"][component], found["expected"][component]
         assert measured == pytest.approx(expected, rel=0.02), component
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", memory.METHODS)
 def test_every_method(figures: dict[str, Any], name: str, precision: str, stage: int) -> None:
     found = figures[f"{name}/{precision}/{stage}"]
-    for component in (*STATES, "activations"):
+    for component in COMPONENTS:
         measured, expected = found["measured"][component], found["expected"][component]
         assert measured == pytest.approx(expected, rel=0.02), component
 

@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.methods_worker import METHODS
-from tests.distributed.ranks import run_worker
-from tests.distributed.relora_worker import STAGES
+from tests.distributed.cases import methods
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 CASES = [
     f"{method}/{stage}/{optimizer}"
-    for method in METHODS
+    for method in methods.METHODS
     for stage in STAGES
     for optimizer in (("adamw", "torch_adamw") if method == "full" else ("adamw",))
 ]
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.methods_worker", 2, tmp_path_factory.mktemp("methods"))
+def figures() -> dict[str, Any]:
+    return run_ranks(methods.figures, 2)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launcher import metrics, run, write_run
-from tests.distributed.per_layer_worker import METHODS
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import per_layer
+from tests.harness.ranks import run_ranks
+from tests.harness.run import metrics, run, write_run
+from tests.harness.runs import EVENTFUL
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.per_layer_worker", 2, tmp_path_factory.mktemp("layers"))
+def figures() -> dict[str, Any]:
+    return run_ranks(per_layer.figures, 2)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVENTFUL)
 def test_it_equals_the_ordinary_update(
     figures: dict[str, Any], method: str, accumulation: int
 ) -> None:
@@ -34,7 +35,7 @@ def test_it_equals_the_ordinary_update(
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVENTFUL)
 def test_bf16_has_masters(figures: dict[str, Any], method: str, accumulation: int) -> None:
     found = figures[f"{method}/bf16/{accumulation}/0"]
     assert found["losses"] == pytest.approx(found["plain"]["losses"], rel=2e-3)
@@ -42,7 +43,7 @@ def test_bf16_has_masters(figures: dict[str, Any], method: str, accumulation: in
     assert found["measured"]["states"] == pytest.approx(found["plain"]["measured"]["states"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVENTFUL)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_gradient_at_a_time(figures: dict[str, Any], method: str, precision: str) -> None:
     found = figures[f"{method}/{precision}/1/0"]

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import relora
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-STAGES = (0, 1, 2, 3)
 JOINT = ("zero", "random", "magnitude", "zero_keep_steps")
 WORLD_SIZE = 2
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("relora")
-    return run_worker("tests.distributed.relora_worker", WORLD_SIZE, directory)
+def figures() -> dict[str, Any]:
+    return run_ranks(relora.figures, WORLD_SIZE)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_worker
-from tests.distributed.reshape_worker import TARGETS
+from tests.distributed.cases import reshape
+from tests.distributed.cases.reshape import TARGETS
+from tests.harness.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 PAIRS = [(size, case) for size, targets in TARGETS.items() for case in targets]
@@ -16,8 +17,8 @@ PAIRS = [(size, case) for size, targets in TARGETS.items() for case in targets]
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     directory = tmp_path_factory.mktemp("reshape")
-    worker = "tests.distributed.reshape_worker"
-    return {size: run_worker(worker, size, directory) for size in (2, *TARGETS)}
+    written: dict[int, dict[str, Any]] = {2: run_ranks(reshape.write, 2, directory=directory)}
+    return written | {size: run_ranks(reshape.go_on, size, directory=directory) for size in TARGETS}
 
 
 @pytest.mark.parametrize(("size", "case"), PAIRS)

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed.launcher import metrics, write_run
-from tests.distributed.ranks import ROOT, free_port, rank_environment
+from tests.harness.ranks import ROOT, free_port, rank_environment
+from tests.harness.run import metrics, write_run
 
 pytestmark = pytest.mark.distributed
 

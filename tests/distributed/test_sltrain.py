@@ -11,21 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 from relora_ds.methods.sltrain.support import draw_support
-from tests.distributed.launcher import metrics, run, write_run
-from tests.distributed.ranks import run_worker
-from tests.distributed.sltrain_worker import STAGES, VARIANTS
+from tests.distributed.cases import sltrain
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
+from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp(f"sltrain_{request.param}")
-    return run_worker("tests.distributed.sltrain_worker", request.param, directory)
+def figures(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return run_ranks(sltrain.figures, request.param)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", sltrain.VARIANTS)
 def test_losses_and_parameters_equal_dense_autograd(
     figures: dict[str, Any], variant: str, stage: int
 ) -> None:

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_worker
-from tests.distributed.stage3_worker import VARIANTS
+from tests.distributed.cases import stage3
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_worker("tests.distributed.stage3_worker", 2, tmp_path_factory.mktemp("stage3"))
+def figures() -> dict[str, Any]:
+    return run_ranks(stage3.figures, 2)
 
 
 def test_no_rank_holds_the_whole_model_while_it_is_built(figures: dict[str, Any]) -> None:
@@ -23,7 +24,7 @@ def test_no_rank_holds_the_whole_model_while_it_is_built(figures: dict[str, Any]
     assert memory["peak"] <= memory["whole"] / 2 + 4 * memory["largest"] < memory["whole"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", stage3.VARIANTS)
 def test_options_of_stage_3_change_nothing(figures: dict[str, Any], variant: str) -> None:
     found = figures["losses"][variant]
     expected = figures["losses"]["plain"]["losses"]
@@ -45,20 +46,20 @@ def test_a_merge_moves_the_factors_and_nothing_else(figures: dict[str, Any]) -> 
         assert max(found["merge_bytes"]) <= found["factor_bytes"] + 1024 * found["layers"]
 
 
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_the_public_interface_reads_what_was_written(figures: dict[str, Any], stage: str) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_public_interface_reads_what_was_written(figures: dict[str, Any], stage: int) -> None:
     found = figures["contract"][stage]
     assert len(found) > 30
     assert all(found.values()), [name for name, equal in found.items() if not equal]
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
-def test_one_changed_bit_is_found_by_name(figures: dict[str, Any], stage: str) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_changed_bit_is_found_by_name(figures: dict[str, Any], stage: int) -> None:
     found = figures["digest"][stage]
     assert len(found) == 4  # weight, its residual, both factors
     for name, message in found.items():
         # a frozen slice and its residual are sealed together
-        shown = name.removesuffix(" (low)") if stage == "3" else name
+        shown = name.removesuffix(" (low)") if stage == 3 else name
         assert message.startswith(f"rank 1 disagrees with the others on {shown},"), message
 
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_worker
+from tests.distributed.cases import switchlora
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
-
-STAGES = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("switchlora")
-    return run_worker("tests.distributed.switchlora_worker", 2, directory, timeout_s=580)
+    return run_ranks(switchlora.figures, 2, 580.0, directory=directory)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.format.record import read_record
-from tests.distributed.launcher import metrics, run, write_run
+from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
 
@@ -76,7 +76,7 @@ def test_a_lost_bit_ends_the_run_at_the_next_logged_switch(
     tiny_run["checkpoint"]["every"] = 100
     description = str(write_run(tiny_run, tmp_path / "run.yaml"))
     script = "tests/distributed/pretrain_with_fault.py"
-    code, output = run([description], processes=2, script=script, launcher=True)
+    code, output = run([description], processes=2, script=script)
     assert code == 6, output
     assert "disagrees with the others on model.layers.1.mlp.down_proj.weight" in output
     assert "after a switch" in output

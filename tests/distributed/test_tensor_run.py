@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.reshape import reshape_checkpoint
-from tests.distributed.launcher import metrics, run, write_run
+from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
 

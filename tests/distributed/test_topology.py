@@ -6,18 +6,23 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import run_worker
-from tests.distributed.topology_worker import MERGE_EVERY, MODES, STAGES, STEPS
+from tests.distributed.cases import topology
+from tests.harness.ranks import run_ranks
 
-# four starts and hundreds of steps
+# hundreds of steps
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+MODES = ("zero", "random", "magnitude")
+STAGES = {1: (0, 3), 2: (0, 1, 2, 3), 4: (0, 3)}
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("topology")
+def figures() -> dict[int, dict[str, Any]]:
+    # four ranks share few cores: one mode there
+    modes = {1: MODES, 2: MODES, 4: MODES[:1]}
     return {
-        size: run_worker("tests.distributed.topology_worker", size, directory) for size in STAGES
+        size: run_ranks(topology.figures, size, modes=modes[size], stages=stages)
+        for size, stages in STAGES.items()
     }
 
 
@@ -27,7 +32,7 @@ def test_losses_do_not_depend_on_stage_or_ranks(
 ) -> None:
     expected = figures[1][f"{mode}/0"]
     assert [event["step"] for event in expected["events"]] == [16, 32, 48]
-    assert len(expected["losses"]) == STEPS == 4 * MERGE_EVERY
+    assert len(expected["losses"]) == topology.LONG == 4 * topology.MERGE_EVERY
     for size, stages in STAGES.items():
         for stage in stages:
             if f"{mode}/{stage}" not in figures[size]:
@@ -39,8 +44,6 @@ def test_losses_do_not_depend_on_stage_or_ranks(
             assert shares == pytest.approx(wanted, abs=2e-3)
 
 
-def test_bf16_without_clipping_is_the_same_bit_for_bit_at_all_stages(
-    figures: dict[int, dict[str, Any]],
-) -> None:
-    losses = [figures[2][f"bf16/{stage}"]["losses"] for stage in (0, 1, 2, 3)]
+def test_bf16_without_clipping_is_the_same_bit_for_bit_at_all_stages() -> None:
+    losses = run_ranks(topology.bf16_losses, 2)
     assert losses[0] == losses[1] == losses[2] == losses[3]

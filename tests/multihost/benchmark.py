@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.distributed.launcher import metrics, write_run
+from tests.harness.run import metrics, write_run
 from tests.multihost.hosts import Hosts, missing
 
 _MODEL = {

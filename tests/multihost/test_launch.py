@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launcher import metrics, write_run
+from tests.harness.run import metrics, write_run
 from tests.multihost.hosts import Hosts, missing
 
 _REASON = missing()

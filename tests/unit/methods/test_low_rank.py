@@ -36,9 +36,9 @@ def test_spectral_is_the_best_approximation(spec: Spec, rows: int, cols: int) ->
     assert float((dense - product).norm() / best) == pytest.approx(1.0, abs=1e-5)
     for factor in (layer.lora_B.detach().t(), layer.lora_A.detach()):
         # split evenly: both factors carry the root of the singular values
-        torch.testing.assert_close(
-            factor @ factor.t(), values[:5].float().diag(), atol=1e-5, rtol=0
-        )
+        error = (factor @ factor.t() - values[:5].float().diag()).abs().max()
+        # the rounding of sums of products as large as the largest value
+        assert float(error / values[0]) < 16 * torch.finfo(torch.float32).eps
 
 
 def test_spectral_signs_are_fixed(spec: Spec) -> None:

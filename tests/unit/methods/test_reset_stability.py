@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.relora import ReLoRAConfig
+from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.train_state import MomentShard
 from relora_ds.numerics.base_weight import Working
@@ -49,6 +50,7 @@ def build(reset: dict[str, Any]) -> tuple[ReLoRA, nn.Sequential, MemoryState, Op
     state = MemoryState(moments=moments)
     for number in range(LAYERS):
         layer = method.linear(LinearSpec(f"layer.{number}", WIDTH, WIDTH, False, "column"))
+        assert isinstance(layer, AdapterLinear)
         with torch.no_grad():
             method.initialize(layer, 0.2 * torch.randn(WIDTH, WIDTH, generator=generator))
         model.extend([layer, nn.Tanh()])

@@ -79,8 +79,10 @@ def test_forward_and_gradients_equal_dense_autograd(
     assert exact_x.grad is not None
     assert relative(x.grad, exact_x.grad) <= TOLERANCE[dtype]
     for name, parameter in layer.named_parameters():
+        expected_grad = exact[name].grad
         assert parameter.grad is not None
-        assert relative(parameter.grad, exact[name].grad) <= TOLERANCE[dtype], name
+        assert expected_grad is not None
+        assert relative(parameter.grad, expected_grad) <= TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("gradient", ["dense", "low_rank"])

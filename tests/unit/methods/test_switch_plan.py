@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def run(selection: Selection, steps: int, count: int = 1) -> list[tuple[SwitchSt
 
 
 @pytest.mark.parametrize("name", ["random", "ring"])
-def test_plans_keep_their_promises(name: str) -> None:
+def test_plans_keep_their_promises(name: Literal["random", "ring"]) -> None:
     for rank, slots, count in ((8, 24, 1), (8, 10, 2), (16, 17, 1), (5, 12, 3)):
         run(SELECTIONS[name]("q", rank, slots, 1), 200, count)
 

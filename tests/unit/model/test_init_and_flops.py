@@ -12,7 +12,7 @@ from relora_ds.accounting.flops import flops_per_token, kind_of, parameter_count
 from relora_ds.config.model import ModelConfig
 from relora_ds.model.init import InitialWeights, dense_shapes
 from relora_ds.model.llama import Llama
-from relora_ds.parallel.linear import DenseLinear, LinearSpec
+from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 
 
 def test_table_of_distributions(config):
@@ -81,11 +81,11 @@ def test_parameter_counts_of_the_published_sizes(size):
     assert total == sum(math.prod(shape) for shape in dense_shapes(config).values())
 
 
-class Factored(nn.Module):
+class Factored(Projection):
     """A frozen matrix beside two trained factors, as an adapter would have."""
 
     def __init__(self, spec: LinearSpec) -> None:
-        super().__init__()
+        super().__init__(spec)
         self.weight = nn.Parameter(
             torch.empty(spec.out_features, spec.in_features), requires_grad=False
         )

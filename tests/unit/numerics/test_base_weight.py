@@ -102,7 +102,9 @@ def test_slices_are_loaded_and_stored_in_place(kind: Precision) -> None:
 
 def test_stores_hold_what_a_checkpoint_needs() -> None:
     exact = normal(50)
-    for kind, names in (("working", set()), ("bf16_residual", {"low"}), ("fp32", {"exact"})):
+    stores: dict[Precision, set[str]]
+    stores = {"working": set(), "bf16_residual": {"low"}, "fp32": {"exact"}}
+    for kind, names in stores.items():
         base, working = make(kind, exact)
         saved = {name: tensor.clone() for name, tensor in base.tensors().items()}
         assert saved.keys() == names

@@ -101,11 +101,11 @@ def test_the_kernel_and_the_operations_give_the_same_bits(monkeypatch: pytest.Mo
 
 
 def trained(
-    kind: type[VectorAdamW], weight: torch.Tensor, steps: int, **settings: float
+    kind: type[VectorAdamW], weight: torch.Tensor, steps: int, lr: float, weight_decay: float = 0.0
 ) -> tuple[nn.Parameter, VectorAdamW]:
     """Constant gradients of one, so that every update is one learning rate."""
     parameter = nn.Parameter(weight.clone())
-    optimizer = kind([parameter], **settings)
+    optimizer = kind([parameter], lr=lr, weight_decay=weight_decay)
     optimizer.roundings = {storage_key(parameter): STREAM}
     for _ in range(steps):
         parameter.grad = torch.ones_like(parameter)
@@ -117,12 +117,12 @@ def trained(
 def test_updates_below_half_a_last_place_add_up(kind: type[VectorAdamW]) -> None:
     """A last place of numbers below one is 2^-8; 200 updates of 2^-14 are three of them."""
     start, lr, steps = torch.full((4096,), 0.9), 2.0**-14, 200
-    exact, _ = trained(kind, start, steps, lr=lr)
+    exact, _ = trained(kind, start, steps, lr)
     nearest = start.bfloat16()
     for _ in range(steps):
         nearest -= lr
     assert torch.equal(nearest, start.bfloat16())
-    found, _ = trained(kind, start.bfloat16(), steps, lr=lr)
+    found, _ = trained(kind, start.bfloat16(), steps, lr)
     moved = start.bfloat16().double() - found.detach().double()
     meant = float((start - exact.detach()).mean())
     assert float(moved.mean()) == pytest.approx(meant, rel=0.02)
@@ -131,9 +131,8 @@ def test_updates_below_half_a_last_place_add_up(kind: type[VectorAdamW]) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_update_is_the_fp32_update_but_for_the_rounding(kind: type[VectorAdamW]) -> None:
     start = torch.randn(700, generator=torch.Generator().manual_seed(1)).bfloat16()
-    settings = {"lr": 1e-2, "weight_decay": 0.1}
-    exact, own = trained(kind, start.float(), 1, **settings)
-    found, optimizer = trained(kind, start, 1, **settings)
+    exact, own = trained(kind, start.float(), 1, lr=1e-2, weight_decay=0.1)
+    found, optimizer = trained(kind, start, 1, lr=1e-2, weight_decay=0.1)
     assert torch.equal(bits(found.detach()), bits(rounded(exact.detach(), 0)))
     for key, value in own.state[exact].items():
         assert torch.equal(optimizer.state[found][key], value), key

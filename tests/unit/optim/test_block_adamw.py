@@ -163,6 +163,7 @@ def test_clocks_reach_across_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
         clock = VectorClock(40, 0)
         fragment = Fragment(0, 0, weight.numel(), clock, 48)
         optimizer.fragments = {storage_key(weight): [fragment]}
+        frozen = torch.empty(0)
         for step in range(6):
             if step == 3:
                 clock.restart(3, torch.arange(10, 20))

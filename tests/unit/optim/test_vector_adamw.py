@@ -194,6 +194,7 @@ def test_frozen_vectors_keep_their_bits_while_others_move() -> None:
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(flat_size(), generator=generator)
     optimizer, parts = cut_optimizer(start, [9, 20], known, DECAY)
+    before = start
     for _ in range(3):
         before = step(optimizer, parts, torch.randn(flat_size(), generator=generator))
     # moments are not zeroed: they alone must not move a frozen vector

@@ -44,24 +44,33 @@ class PlainAdapter(Projection):
 
 
 @dataclass
+class PlainState:
+    """Moments of a parameter, and the updates since they were reset."""
+
+    m: torch.Tensor
+    v: torch.Tensor
+    step: int = 0
+
+
+@dataclass
 class PlainAdamW:
-    """m, v and the step of each parameter; the textbook update."""
+    """The textbook update."""
 
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    state: dict[nn.Parameter, dict[str, torch.Tensor | int]] = field(default_factory=dict)
+    state: dict[nn.Parameter, PlainState] = field(default_factory=dict)
 
     def update(self, parameter: nn.Parameter, lr: float) -> None:
         assert parameter.grad is not None
         zero = torch.zeros_like(parameter)
-        state = self.state.setdefault(parameter, {"m": zero.clone(), "v": zero.clone(), "step": 0})
+        state = self.state.setdefault(parameter, PlainState(zero.clone(), zero.clone()))
         b1, b2 = self.betas
-        state["step"] += 1
-        state["m"] = b1 * state["m"] + (1 - b1) * parameter.grad
-        state["v"] = b2 * state["v"] + (1 - b2) * parameter.grad**2
-        first = state["m"] / (1 - b1 ** state["step"])
-        second = state["v"] / (1 - b2 ** state["step"])
+        state.step += 1
+        state.m = b1 * state.m + (1 - b1) * parameter.grad
+        state.v = b2 * state.v + (1 - b2) * parameter.grad**2
+        first = state.m / (1 - b1**state.step)
+        second = state.v / (1 - b2**state.step)
         if parameter.ndim > 1:
             parameter.data.mul_(1 - lr * self.weight_decay)
         parameter.data.sub_(lr * first / (second.sqrt() + self.eps))
@@ -129,7 +138,7 @@ class PlainReLoRA:
     def reset(self, parameter: nn.Parameter, name: str, number: int) -> None:
         state, reset = self.optimizer.state[parameter], self.config.reset
         keep = {}
-        for key, moment in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+        for key, moment, values in (("m", "exp_avg", state.m), ("v", "exp_avg_sq", state.v)):
             if reset.mode == "zero":
                 keep[key] = torch.zeros_like(parameter, dtype=torch.bool)
             elif reset.mode == "random":
@@ -137,12 +146,11 @@ class PlainReLoRA:
                 uniform = stream.uniform(0, parameter.numel()).view_as(parameter)
                 keep[key] = uniform >= reset.fraction
             else:
-                size = state[key].abs()
+                size = values.abs()
                 keep[key] = size > torch.quantile(size.flatten(), reset.fraction)
         if reset.joint:
             both = keep["m"] & keep["v"] if reset.mode == "magnitude" else keep["m"]
             keep = {"m": both, "v": both}
-        for key, mask in keep.items():
-            state[key] = state[key] * mask
+        state.m, state.v = state.m * keep["m"], state.v * keep["v"]
         if reset.steps:
-            state["step"] = 0
+            state.step = 0

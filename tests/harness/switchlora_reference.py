@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.model.llama import Llama
 from relora_ds.randomness import Stream
-from tests.distributed.reference import PlainAdapter
+from tests.harness.reference import PlainAdapter
 
 
 def uniform(seed: int, purpose: str, name: str, shape: Sequence[int], std: float) -> torch.Tensor:
@@ -74,7 +75,7 @@ class Layer:
             if not side.turns:
                 count = len(side.pool) - (side.rank if side.round == 0 else 0)
                 stream = Stream(self.seed, f"switch.candidates_{label}", self.name, side.round)
-                side.turns = [int(stream.permutation(count)(i)) for i in range(count)]
+                side.turns = stream.permutation(count)(np.arange(count)).tolist()
                 side.round += 1
             slot = side.turns.pop(0)
             if slot not in side.slots and slot not in taken:

@@ -1,0 +1,1 @@
+"""What the tests of this folder run on several ranks, a module per test file."""

@@ -1,0 +1,95 @@
+"""What one update takes up, measured and in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from relora_ds.config.architecture import read_model_config
+from relora_ds.config.model import ModelConfig
+from relora_ds.parallel.topology import Topology
+from tests.harness.build import STAGES, Training, run_config
+from tests.harness.ranks import ROOT
+
+SMALL = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "lora": {"name": "lora", "rank": 8},
+    "relora": {"name": "relora", "rank": 8},
+    "low_rank": {"name": "low_rank", "rank": 8},
+    "sltrain": {"name": "sltrain", "rank": 8},
+    "sltrain_step": {"name": "sltrain", "rank": 8, "keep_composed": "step"},
+}
+PUBLISHED = {
+    "60m": {"name": "sltrain", "rank": 128, "alpha": 32, "sparsity": 0.03},
+    "130m": {"name": "sltrain", "rank": 256, "alpha": 16, "sparsity": 0.03},
+}
+SEQUENCE = 32
+# one micro-batch per update, so that no gradient is kept
+PER_LAYER = {"per_layer_update": True, "global_batch_size": 1}
+PER_LAYER_CASES = {
+    "masters": ({**PER_LAYER}, "adamw"),
+    "bf16": ({**PER_LAYER, "master_weights": False}, "adamw"),
+    "bf16_8bit": ({**PER_LAYER, "master_weights": False}, "adamw8bit"),
+}
+
+
+def measure(
+    topology: Topology,
+    architecture: ModelConfig,
+    method: Mapping[str, object],
+    train: Mapping[str, object],
+    optimizer: str = "adamw",
+    stage: int = 0,
+) -> dict[str, Any]:
+    """Bytes by component after one update, `measured` and `expected`."""
+    shape = {"steps": 4, "seq_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": 2}
+    config = run_config(method, train=shape | dict(train), optimizer={"name": optimizer})
+    generator = torch.Generator().manual_seed(0)
+    run = Training(config, topology, {"stage": stage}, architecture)
+    run.engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
+    tokens = torch.randint(0, architecture.vocab_size, (2, 1, SEQUENCE + 1), generator=generator)
+    micro_batches = tokens.unbind(0)[: config.train.global_batch_size]
+    run.train_step(micro_batches)
+    measured, expected = run.engine.memory.measured, run.expected_memory()
+    run.train_step(micro_batches)
+    assert measured is run.engine.memory.measured, "only the first update is measured"
+    run.destroy()
+    return {"measured": measured, "expected": expected}
+
+
+def small(topology: Topology) -> dict[str, Any]:
+    """Every method in both precisions at every stage, and recomputed layers."""
+    found = {}
+    for stage in STAGES:
+        for name, method in METHODS.items():
+            for precision in ("fp32", "bf16"):
+                train = {"precision": precision}
+                case = f"{name}/{precision}/{stage}"
+                found[case] = measure(topology, SMALL, method, train, stage=stage)
+    for name in ("full", "sltrain"):
+        train = {"precision": "bf16", "activation_checkpointing": True}
+        found[f"{name}/checkpointed"] = measure(topology, SMALL, METHODS[name], train)
+    return found
+
+
+def published(topology: Topology) -> dict[str, Any]:
+    """Models of the papers, with ordinary updates and with updates within the backward pass."""
+    found = {}
+    for size, method in PUBLISHED.items():
+        architecture = read_model_config(ROOT / f"configs/model/llama_{size}.json")
+        found[size] = measure(topology, architecture, method, {"precision": "bf16"})
+        for kind, (train, optimizer) in PER_LAYER_CASES.items():
+            train = {"precision": "bf16", **train}
+            found[f"{size}/{kind}"] = measure(topology, architecture, method, train, optimizer)
+    return found

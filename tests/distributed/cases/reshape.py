@@ -1,0 +1,131 @@
+"""Checkpoints of two ranks, continued by two, one and four at other ZeRO stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_ds.checkpoint.format.record import RunRecord, TrainerState
+from relora_ds.checkpoint.format.tensors import split_tensors
+from relora_ds.checkpoint.method_state import unwrap
+from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.restore import load_state
+from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.checkpoint.saved_state import SavedState
+from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine import distributed
+from relora_ds.parallel.topology import Topology
+from tests.harness.build import TINY, Training, batches
+from tests.harness.runs import RATES, STEPS, relora, start, switchlora
+
+BREAK_AT, AFTER = 7, 5
+# No padding between parameters, several groups and sub-groups, factors that straddle ranks; the
+# merge after step 4 leaves residuals, and the one after step 8 comes on the new topology.
+CASES: dict[str, tuple[RunConfig, int]] = {
+    "relora_fp32_zero2": (relora("random", "fp32"), 2),
+    "relora_bf16_zero3": (relora("zero", "bf16"), 3),
+    "relora_bf16_zero0": (relora("zero", "bf16"), 0),
+    "switchlora_fp32_zero3": (switchlora("fp32"), 3),
+    "switchlora_bf16_zero1": (switchlora("bf16"), 1),
+}
+"""A run and its stage."""
+TARGETS = {
+    1: {"relora_fp32_zero2": 3, "relora_bf16_zero3": 1, "relora_bf16_zero0": 3,
+        "switchlora_fp32_zero3": 0, "switchlora_bf16_zero1": 3},
+    4: {"relora_fp32_zero2": 1, "relora_bf16_zero3": 3, "switchlora_fp32_zero3": 3},
+}  # fmt: skip
+"""By number of ranks, the stage at which each run goes on."""
+
+
+def build(config: RunConfig, stage: int, topology: Topology) -> Training:
+    """The run under an engine."""
+    small = {"stage3_param_persistence_threshold": 200, "sub_group_size": 500}
+    return start(config, stage, topology, **(small if stage == 3 else {}))
+
+
+def train(run: Training, first: int, last: int) -> list[float]:
+    """Losses of updates `first` + 1 to `last`."""
+    tokens = batches(STEPS)
+    losses = [run.update(step, tokens[step], RATES).loss for step in range(first, last)]
+    run.check_replicas()
+    return losses
+
+
+def save(run: Training, stage: int, directory: Path) -> Path:
+    """Write a checkpoint after `BREAK_AT` updates; returns its folder."""
+    plain, tensors = split_tensors(unwrap(run.session.state_dict())[0])
+    state = TrainerState(
+        step=BREAK_AT,
+        tokens=0,
+        phase=run.phase.name,
+        dp_size=run.topology.dp_size,
+        tp_size=1,
+        zero_stage=stage,
+        method=plain,
+        telemetry={},
+        data_fingerprints=[],
+    )
+    record = RunRecord(state, run.config, TINY)
+    return CheckpointStore(directory, None, run.topology).save(run.engine, record, tensors, None)
+
+
+def write(topology: Topology, directory: Path) -> dict[str, list[float]]:
+    """Checkpoints of all runs; losses after the break of runs that are not interrupted."""
+    found = {}
+    for case, (config, stage) in CASES.items():
+        run = build(config, stage, topology)
+        train(run, 0, BREAK_AT)
+        path = save(run, stage, directory / case)
+        if topology.is_main:
+            reshape_checkpoint(path, directory / f"{case}_reshaped", dp_size=4, stage=3)
+        found[case] = train(run, BREAK_AT, BREAK_AT + AFTER)
+        run.destroy()
+    return found
+
+
+def go_on(topology: Topology, directory: Path) -> dict[str, dict[str, Any]]:
+    """Losses of runs that continue on this topology, and what their own checkpoints changed."""
+    targets = TARGETS[topology.dp_size]
+    return {case: _go_on(topology, directory, case, stage) for case, stage in targets.items()}
+
+
+def _go_on(topology: Topology, directory: Path, case: str, stage: int) -> dict[str, Any]:
+    config, _ = CASES[case]
+    found: dict[str, Any] = {}
+    for form in ("", "_reshaped"):
+        source = directory / f"{case}{form}"
+        source = source if form else source / f"step_{BREAK_AT}"
+        origin = SavedRun(source)
+        saved = origin.state()
+        run = build(config, stage, topology)
+        load_state(run.engine, saved)
+        run.session.load_state_dict(origin.method_state())
+        distributed.barrier()
+        path = save(run, stage, directory / f"{case}{form}_by_{topology.dp_size}")
+        if topology.is_main:
+            copy = SavedRun(path)
+            found[f"differences{form}"] = differences(saved, copy.state())
+            ours, theirs = origin.method_state(), copy.method_state()
+            same = [same_value(ours[key], theirs[key]) for key in ours]
+            found[f"same_method{form}"] = ours.keys() == theirs.keys() and all(same)
+        found[f"losses{form}"] = train(run, BREAK_AT, BREAK_AT + AFTER)
+        run.destroy()
+    return found
+
+
+def differences(first: SavedState, second: SavedState) -> list[str]:
+    """Names of what is not bit-identical."""
+    ours, theirs = dict(first.tensors()), dict(second.tensors())
+    assert len(ours) > 100
+    wrong = [n for n in ours if n not in theirs or not torch.equal(ours[n], theirs[n])]
+    clocks = first.clocks.keys() ^ second.clocks.keys()
+    wrong += [n for n, clock in first.clocks.items() if not torch.equal(clock, second.clocks[n])]
+    return [*wrong, *clocks, *(["completed"] if first.completed != second.completed else [])]
+
+
+def same_value(first: Any, second: Any) -> bool:
+    """Whether two values of a method's state are the same, bit for bit."""
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second

@@ -1,0 +1,1 @@
+"""What tests are built with: engines, ranks, references and runs of the command line."""

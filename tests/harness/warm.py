@@ -1,0 +1,173 @@
+"""A process that has imported everything, and forks processes which start in no time.
+
+Importing torch, DeepSpeed and Megatron costs a rank five seconds of a core, a fork of this process
+costs milliseconds. Each forked process is fresh: what it does to global state dies with it.
+
+Forked ranks differ from ranks of their own start in one point: they share one hash seed. Tests
+whose subject is a start (launchers, import order, signals) use `tests.harness.run.start`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import pickle
+import runpy
+import signal
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NoReturn
+
+GROUP_TIMEOUT_MINUTES = 5.0
+"""How long a collective of a case may take."""
+
+_STABLE = ("torch", "megatron.core.parallel_state", "megatron.core.tensor_parallel")
+_STABLE += ("matplotlib.pyplot", "safetensors.torch", "rich.progress", "pydantic", "yaml")
+_STABLE += ("megatron.core.datasets.indexed_dataset",)
+_PRODUCT = ("deepspeed", "relora_ds.train.main", "relora_ds.train.run")
+_PRODUCT += ("relora_ds.checkpoint.reshape", "relora_ds.planning.dry_run")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Python file that runs as the main program.
+
+    Args:
+        path: of the file, from the root of the project.
+        arguments: its command line.
+    """
+
+    path: str
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> None:
+        sys.argv[:] = [self.path, *self.arguments]
+        runpy.run_path(self.path, run_name="__main__")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function that every rank of a group calls.
+
+    Args:
+        content: the pickled function and its arguments by name; it is unpickled on the rank, so
+            that the process which forks never imports a test.
+        result: file in which rank 0 leaves what the function returned there, pickled.
+    """
+
+    content: bytes
+    result: str
+
+    def __call__(self) -> None:
+        from relora_ds.engine import distributed
+
+        function, arguments = pickle.loads(self.content)
+        topology = distributed.start(GROUP_TIMEOUT_MINUTES)
+        returned = function(topology, **arguments)
+        if topology.is_main:
+            Path(self.result).write_bytes(pickle.dumps(returned))
+        distributed.stop()
+
+
+@dataclass(frozen=True)
+class Start:
+    """One process to fork.
+
+    Args:
+        job: what it does.
+        environment: its whole environment.
+        output: file to which standard output and standard error are appended.
+    """
+
+    job: Script | Case
+    environment: dict[str, str]
+    output: str
+
+
+def serve(descriptor: int) -> None:
+    """Fork what is asked for, and say how it ended, until the other end of the pipe closes.
+
+    A request is a list of `Start`, answered with process ids, or a list of process ids, answered
+    with an exit code each: None while the process runs, negative for the signal that ended it.
+    """
+    _import_everything()
+    connection = Connection(descriptor)
+    codes: dict[int, int | None] = {}
+    while True:
+        try:
+            request: list[Start] | list[int] = connection.recv()
+        except EOFError:
+            break
+        started = [_fork(each, connection) for each in request if isinstance(each, Start)]
+        codes |= dict.fromkeys(started)
+        _reap(codes)
+        asked = [codes[each] for each in request if isinstance(each, int)]
+        connection.send(started or asked)
+    for process, code in codes.items():
+        if code is None:
+            os.killpg(process, signal.SIGKILL)
+
+
+def _import_everything() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _STABLE:
+            importlib.import_module(name)
+        # An engine's end collects garbage, which takes a quarter of a second over all of torch.
+        # DeepSpeed comes later: the product looks for one of its objects among the collected ones.
+        gc.freeze()
+        for name in _PRODUCT:
+            importlib.import_module(name)
+    _compile_kernels()
+
+
+def _compile_kernels() -> None:
+    from relora_ds.numerics import block_codes, rounding
+    from relora_ds.numerics.host_kernels import load_kernels
+    from relora_ds.optim import vector_block
+
+    for module in (block_codes, rounding, vector_block):
+        assert module.__file__ is not None
+        load_kernels(Path(module.__file__).with_suffix(".c"))
+
+
+def _reap(codes: dict[int, int | None]) -> None:
+    for process, code in codes.items():
+        if code is None:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            codes[process] = os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _fork(start: Start, connection: Connection) -> int:
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        _become(start)
+    return process
+
+
+def _become(start: Start) -> NoReturn:
+    """Leave nothing of the process that was forked but what it has imported."""
+    os.setsid()
+    output = os.open(start.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(start.environment)
+    code = 0
+    try:
+        start.job()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
