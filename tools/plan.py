@@ -32,7 +32,7 @@ def main() -> None:
     cluster = Cluster(**{name: value for name, value in given.items() if value is not None})
     found = plan(load_run_config(parsed.run, parsed.overrides), cluster)
     if parsed.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found.as_dict(), indent=1))
     else:
         show_plan(found, Console(highlight=False))
 

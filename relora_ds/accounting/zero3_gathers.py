@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from relora_ds.model.embedding import LanguageHead
-
 PREFETCH = 50_000_000
 PERSISTENCE = 100_000
 DISTANCE = LIVE = 1_000_000_000
@@ -64,11 +62,12 @@ class Replay(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)  # a plan asks for several stages of one model
-def visits(model: nn.Module) -> Sequence[Visit]:
+def visits(model: nn.Module, tp_size: int) -> Sequence[Visit]:
     """The modules of one micro-batch in order, as DeepSpeed's hooks see them.
 
     Args:
         model: a `Llama` in training mode on the meta device, which does not change any more.
+        tp_size: processes that share it.
     """
     seen: list[Visit] = []
     phase, handles = "forward", []
@@ -86,9 +85,8 @@ def visits(model: nn.Module) -> Sequence[Visit]:
     with torch.enable_grad(), warnings.catch_warnings():
         # the embedding's input has no gradient, so its hook says that it fires early
         warnings.simplefilter("ignore")
-        head = next(module for module in model.modules() if isinstance(module, LanguageHead))
-        length = head.tp.size  # no part of the sequence may be empty
-        loss = model(torch.zeros(1, 1 + length, dtype=torch.int64, device="meta"))
+        # no part of the sequence may be empty
+        loss = model(torch.zeros(1, 1 + tp_size, dtype=torch.int64, device="meta"))
         phase = "backward"
         loss.backward()
     model.zero_grad()
@@ -97,7 +95,13 @@ def visits(model: nn.Module) -> Sequence[Visit]:
     return seen
 
 
-def gathered(model: nn.Module, zero: Mapping[str, Any], dp_size: int, micro_batches: int) -> Replay:
+def gathered(
+    model: nn.Module,
+    zero: Mapping[str, Any],
+    dp_size: int,
+    micro_batches: int,
+    tp_size: int = 1,
+) -> Replay:
     """What one update gathers once the order of modules is known.
 
     The first micro-batch of a run, and the one after a forward pass without a backward one, is
@@ -108,8 +112,9 @@ def gathered(model: nn.Module, zero: Mapping[str, Any], dp_size: int, micro_batc
         zero: the resolved `zero_optimization`.
         dp_size: processes, at least 2.
         micro_batches: of one update.
+        tp_size: processes that share a copy of the model.
     """
-    replay = _Coordinator(model, zero, dp_size)
+    replay = _Coordinator(model, visits(model, tp_size), zero, dp_size)
     replay.micro_batch(recording=True)
     if micro_batches > 1:
         replay.micro_batch()
@@ -132,8 +137,14 @@ def gathered(model: nn.Module, zero: Mapping[str, Any], dp_size: int, micro_batc
 class _Coordinator:
     """State of DeepSpeed's `PartitionedParameterCoordinator`, sizes in place of tensors."""
 
-    def __init__(self, model: nn.Module, zero: Mapping[str, Any], dp_size: int) -> None:
-        self._visits = visits(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        order: Sequence[Visit],
+        zero: Mapping[str, Any],
+        dp_size: int,
+    ) -> None:
+        self._visits = order
         self._dp_size = dp_size
         self._prefetch = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
         self._distance = int(zero.get("stage3_max_reuse_distance", DISTANCE))

@@ -69,6 +69,7 @@ def expected_payloads(
     *,
     once: bool = False,
     group: str = "world",
+    tp_size: int = 1,
     replay: Replay | None = None,
 ) -> Payloads:
     """What one update moves, from its first forward pass to the end of the optimizer's step.
@@ -80,6 +81,7 @@ def expected_payloads(
         dp_size: data-parallel processes.
         once: gradients are reduced once per update at every stage.
         group: the recorder's name of the processes' group.
+        tp_size: processes that share a copy of the model.
         replay: what `gathered` returned for them, where it is known already.
 
     Raises:
@@ -91,7 +93,7 @@ def expected_payloads(
     moved = _stage3_payloads(groups, resolved, dp_size, once, group)
     if dp_size > 1:
         zero, steps = resolved["zero_optimization"], int(resolved["gradient_accumulation_steps"])
-        found = replay or gathered(model, zero, dp_size, steps)
+        found = replay or gathered(model, zero, dp_size, steps, tp_size)
         moved |= _gather_payloads(found, resolved, (group, dp_size))
     return moved
 
@@ -108,7 +110,7 @@ def _stage3_payloads(
         if zero.get(key, value) != value:
             raise ValueError(
                 f"zero_optimization.{key} is {zero[key]!r}, which has no closed form at stage 3: "
-                "remove it, or measure with tools/benchmark_communication.py"
+                "remove it, or measure with benchmarks/communication.py"
             )
     steps = int(resolved["gradient_accumulation_steps"])
     working = "bfloat16" if resolved["bf16"]["enabled"] else "float32"
@@ -157,7 +159,7 @@ def step_payloads(
     once: bool = False,
     group: str = "world",
 ) -> Payloads:
-    """The same at stages 0 to 2, where numbers of elements are enough.
+    """What one update moves at stages 0 to 2, where numbers of elements are enough to know it.
 
     Args:
         group_elements: trained elements per optimizer group.

@@ -40,7 +40,7 @@ def _memory(run: LoadedRun, phase: Phase, deepspeed_config: dict[str, Any]) -> s
     together *= deepspeed_config["gradient_accumulation_steps"]
     copies = deepspeed_config["train_batch_size"] // together
     plan = storage_plan(run.config, stage, copies, torch.device("cuda"))
-    form = closed_form(run.config, run.architecture, phase.method, plan)
+    form = closed_form(run.config, run.architecture, phase.method, plan).as_dict()
     held = " + ".join(f"{name} {form[name] / _GB:.2f}" for name in _HELD if form[name])
     rest = ", ".join(f"{name} {n / _GB:.2f}" for name, n in form.items() if n and name not in _HELD)
     total = sum(form[name] for name in _HELD) / _GB

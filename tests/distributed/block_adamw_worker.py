@@ -83,8 +83,8 @@ def train(
     found = {
         "losses": losses,
         "resets": resets,
-        "states": engine.memory.measured and engine.memory.measured["states"],
-        "expected": closed_form(config, ARCHITECTURE, phase.method, plan)["states"],
+        "states": engine.memory.measured and engine.memory.measured.states,
+        "expected": closed_form(config, ARCHITECTURE, phase.method, plan).states,
     }
     masters = [place.master().clone() for place in engine.layout.placements.values()]
     engine.destroy()

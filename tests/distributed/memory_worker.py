@@ -104,7 +104,8 @@ def measure(
     engine.train_step(micro_batches)
     assert measured is engine.memory.measured, "only the first update is measured"
     engine.destroy()
-    return {"measured": measured, "expected": expected}
+    assert measured is not None
+    return {"measured": measured.as_dict(), "expected": expected.as_dict()}
 
 
 def main(output: Path) -> None:

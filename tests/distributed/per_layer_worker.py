@@ -98,13 +98,13 @@ def train(config: RunConfig, topology: Topology) -> dict[str, Any]:
         "frozen": frozen,
         "parameters": exact_parameters(engine),
         "gradients_left": sum(p.grad is not None for p in engine.model.parameters()),
-        "measured": engine.memory.measured,
+        "measured": engine.memory.measured and engine.memory.measured.as_dict(),
         "expected": closed_form(
             config,
             ARCHITECTURE,
             phase.method,
             storage_plan(config, 0, topology.dp_size, topology.device),
-        ),
+        ).as_dict(),
     }
     engine.destroy()
     return found

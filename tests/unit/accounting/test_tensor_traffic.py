@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_volumes
+from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_volumes
 from relora_ds.accounting.zero_traffic import Traffic
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.registry import plan_phases
@@ -73,7 +73,7 @@ def test_only_stage_3_does_not_exchange_the_overflow_flag(
         "gradient_accumulation_steps": 5,
         "bf16": {"enabled": True},
     }
-    found = tensor_volumes(model, resolved, 16, 2, 100, len(groups))
+    found = tensor_volumes(model, resolved, GroupWork(2, 16, 100, len(groups)))
     flag = found.get(Traffic("all_reduce", "tp", 2, "uint8", "step"))
     assert (0 if flag is None else flag.payload) == flags
     forward = found[Traffic("all_reduce", "tp", 2, "bfloat16", "forward")]
