@@ -213,8 +213,8 @@ class _Rehearsal:
         """As the model runs it: within the backward pass again, if the layer is recomputed."""
         if not self._layer.recomputed:
             return self._layer.product(x)
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
-        return cast(torch.Tensor, checkpoint(self._layer.product, x, **settings))
+        out = checkpoint(self._layer.product, x, use_reentrant=False, preserve_rng_state=False)
+        return cast(torch.Tensor, out)
 
     def _take_heard(self) -> list[tuple[Operation, int]]:
         heard = list(self._group.heard)

@@ -33,6 +33,10 @@ from relora_ds.model.norm import RMSNorm
 from relora_ds.parallel.footprint import Footprint, UpdateSize
 
 
+# per token and per weight a projection costs the same whatever the length: one run tells it
+_TYPICAL_TOKENS = 4096
+
+
 @dataclass(frozen=True)
 class StoragePlan:
     """How the numbers of a run are stored and cut."""
@@ -85,8 +89,7 @@ def expected_memory(
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    size = UpdateSize(max(1, tokens), dtype=plan.dtype)
-    costs = list(footprints(model, size).values())
+    costs = list(footprints(model, UpdateSize(_TYPICAL_TOKENS, dtype=plan.dtype)).values())
     sharded = plan.dp_size if plan.stage >= 1 else 1
     weights = plan.working * total + plan.beside_edited * sum(p.numel() for p in edited)
     states = (plan.master + 2 * plan.moment) * trained / sharded

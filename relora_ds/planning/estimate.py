@@ -244,12 +244,12 @@ class PhaseEstimator:
 def _held_alike(model: nn.Module, size: UpdateSize) -> int:
     """Elements of matrices that are whole on every tensor-parallel rank and read activations.
 
-    A layer that makes a whole weight of its factors composes its own part of it instead.
+    A layer that makes a whole weight of trained parameters composes its own part of it instead.
     """
     return sum(
         parameter.numel()
         for layer, cost in footprints(model, size).items()
-        if not cost.scratch_bytes
+        if not (cost.scratch_bytes and all(p.requires_grad for p in layer.parameters()))
         for name, parameter in layer.named_parameters()
         if name != "bias" and parameter.requires_grad and shard_of(parameter) is None
     )
