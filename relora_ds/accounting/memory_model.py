@@ -32,7 +32,6 @@ from relora_ds.model.mlp import MLP
 from relora_ds.model.norm import RMSNorm
 from relora_ds.parallel.footprint import Footprint, UpdateSize
 
-
 # per token and per weight a projection costs the same whatever the length: one run tells it
 _TYPICAL_TOKENS = 4096
 
