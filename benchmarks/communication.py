@@ -36,17 +36,19 @@ from relora_ds.accounting.recorder import Traffic, Volume, Volumes, counting_sec
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
 from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads
 from relora_ds.command_line import run_tool, tool_parser
+from relora_ds.config.architecture import read_model_config
 from relora_ds.config.checks import heads_divide_over_tensor
-from relora_ds.config.load import read_model_config
+from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import build_engine
-from relora_ds.engine.deepspeed.config import reduces_once, resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.parallel.zero import ZeroSettings
 
 _EXAMPLE = """
 example:
@@ -138,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__, _EXAMPLE)
     add = parser.add_argument
     add("--model", required=True, help="JSON with HF LlamaConfig keys")
-    add("--methods", nargs="+", default=["full", "relora", "switchlora"])
+    methods = ["full", "relora", "switchlora"]
+    add("--methods", nargs="+", default=methods, choices=list(method_models()))
     add("--stages", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4))
     add("--accumulation", nargs="+", type=int, default=[1, 4])
     add("--rank", type=int, default=32, help="of the adapters")
@@ -179,12 +182,12 @@ def _measure(
     config = _run_config(workload, method, accumulation, world)
     topology = share_models(world, config)
     groups = _named_groups(topology)
-    zero, architecture = {"zero_optimization": {"stage": stage}}, workload.architecture
-    resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
+    source, architecture = {"zero_optimization": {"stage": stage}}, workload.architecture
+    zero = resolve_deepspeed_config(source, config, topology.dp_size)
     in_charge = plan_phases(config)[-1].method
-    engine = build_engine(architecture, in_charge, config, resolved, topology)
+    engine = build_engine(architecture, in_charge, config, zero, topology)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
-    expected = _expected(workload, config, resolved, topology)
+    expected = _expected(workload, config, zero, topology)
     # processes that share a copy of the model read the same tokens
     draw = torch.Generator().manual_seed(topology.dp_rank)
     shape = (accumulation, workload.micro_batch_size, workload.seq_length + 1)
@@ -213,7 +216,7 @@ def _measure(
         method=method,
         stage=stage,
         accumulation=accumulation,
-        reduction="step" if reduces_once(config, resolved) else workload.reduction,
+        reduction="step" if zero.reduces_once else workload.reduction,
         measured=dict(_sent(volumes)),
         wire_bytes=wire,
         expected_wire_bytes=bytes_of(expected).wire,
@@ -247,7 +250,7 @@ def _everywhere(here: bool, device: torch.device) -> bool:
 
 def _run_config(workload: Workload, method: str, accumulation: int, world: Topology) -> RunConfig:
     described: dict[str, Any] = {"name": method}
-    if method != "full":
+    if "rank" in method_models()[method].model_fields:
         described["rank"] = workload.rank
     micro = workload.micro_batch_size
     if workload.tensor < 1:
@@ -274,22 +277,20 @@ def _run_config(workload: Workload, method: str, accumulation: int, world: Topol
 
 
 def _expected(
-    workload: Workload, config: RunConfig, resolved: dict[str, Any], topology: Topology
+    workload: Workload, config: RunConfig, zero: ZeroSettings, topology: Topology
 ) -> Payloads:
     method, tp = plan_phases(config)[-1].method, topology.tp
     model = sharded_meta_model(workload.architecture, method, config.train, tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
-    once, copies = reduces_once(config, resolved), topology.dp_size
+    once, copies = zero.reduces_once, topology.dp_size
     name = "world" if tp.size == 1 else "dp"
-    moved = expected_payloads(
-        model, groups, resolved, copies, once=once, group=name, tp_size=tp.size
-    )
+    moved = expected_payloads(model, groups, zero, copies, once=once, group=name, tp_size=tp.size)
     if tp.size == 1:
         return moved
-    share = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
+    share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
     tokens = workload.micro_batch_size * workload.seq_length
     work = GroupWork(tp.size, tokens, share, len(groups))
-    return moved | tensor_payloads(model, resolved, work)
+    return moved | tensor_payloads(model, zero, work)
 
 
 def _sent(volumes: Volumes) -> Iterator[tuple[str, Sent]]:

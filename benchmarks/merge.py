@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,6 +25,7 @@ from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.numerics.base_weight import KINDS
+from relora_ds.parallel.zero import ZeroSettings
 
 _EXAMPLE = """
 example:
@@ -32,6 +33,7 @@ example:
 """
 _SCALE = 1e-3
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+_ZERO = ZeroSettings(stage=3, deepspeed=_CONFIG)
 
 
 def main() -> None:
@@ -57,7 +59,8 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     group = torch.distributed.group.WORLD
     assert group is not None
     # the layout of an engine that trains nothing: only its slices are used
-    layout = PartitionedParameters([], torch.optim.SGD([torch.zeros(1)]), group, None)
+    no_wrapper = cast(Any, None)
+    layout = PartitionedParameters([], torch.optim.SGD([torch.zeros(1)]), group, no_wrapper)
     bases = {}
     for weight, _, _ in triples:
         _, working = layout.working(weight)
@@ -65,12 +68,12 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     state = ZeroState(layout, bases, {}, lambda: 0, lambda: None)
 
     def on_slices() -> None:
-        factors = state.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
+        factors = state.weights.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])
         edits = [
-            state.add_product(weight, left, right, _SCALE)
+            state.weights.add_product(weight, left, right, _SCALE)
             for (weight, _, _), (left, right) in zip(triples, factors, strict=True)
         ]
-        state.total_edits([edit for edit in edits if edit is not None])
+        state.weights.totals([edit for edit in edits if edit is not None])
 
     def gathered() -> None:
         for triple in triples:
@@ -100,7 +103,7 @@ def _triple(
 ) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """W, A and B, cut."""
     shapes = {"weight": (rows, cols), "lora_A": (rank, cols), "lora_B": (rows, rank)}
-    partitioner = ZeroPartitioner(_CONFIG, torch.float32)
+    partitioner = ZeroPartitioner(_ZERO)
     made = []
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(len(name))

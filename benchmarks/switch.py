@@ -259,7 +259,7 @@ def benchmark_share(
     """
     world = distributed.start(config.train.timeout_minutes)
     method, train = plan_phases(config)[-1].method, config.train
-    resolved = resolve_deepspeed_config({"zero_optimization": {"stage": 1}}, config, 1)
+    zero = resolve_deepspeed_config({"zero_optimization": {"stage": 1}}, config, 1)
     model = meta_model(architecture, method, train)
     ranks = {factor.shape[axis] for factor, axis in method.vector_axes(model).items()}
     if not ranks:
@@ -268,16 +268,18 @@ def benchmark_share(
         (layer.spec.out_features, layer.spec.in_features)
         for layer in projection_layers(model).values()
     ]
-    engine = build_engine(architecture, method, config, resolved, world)
+    engine = build_engine(architecture, method, config, zero, world)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
-    method.attach(engine.state, engine.model)
+    with torch.no_grad():
+        session = method.start(engine.state, engine.model)
     size = (train.micro_batch_size, train.seq_length + 1)
     micro = train.global_batch_size // train.micro_batch_size
     tokens = torch.randint(0, architecture.vocab_size, (micro, *size))
     events, whole = [], []
     for step in range(_WARM_STEPS + steps):
         started = time.perf_counter()
-        method.before_step(engine.state, engine.model, step)
+        with torch.no_grad():
+            session.before_step(step)
         switched = time.perf_counter()
         engine.train_step(tokens.unbind(0))[0].item()
         events.append(switched - started)

@@ -112,9 +112,9 @@ class _Stepper:
     ) -> None:
         topology = share_models(world, config)
         method, train = plan_phases(config)[-1].method, config.train
-        zero = {"zero_optimization": {"stage": stage}}
-        resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
-        self._engine = build_engine(architecture, method, config, resolved, topology)
+        source = {"zero_optimization": {"stage": stage}}
+        zero = resolve_deepspeed_config(source, config, topology.dp_size)
+        self._engine = build_engine(architecture, method, config, zero, topology)
         self._engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
         generator = torch.Generator().manual_seed(topology.dp_rank)
         shape = (train.micro_batch_size, train.seq_length + 1)

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from relora_ds.command_line import add_run, run_tool, tool_parser
 from relora_ds.config.load import load_run_config
-from relora_ds.planning.plan import Cluster, plan
+from relora_ds.planning.plan import plan
 from relora_ds.planning.report import show_plan
+from relora_ds.planning.results import Cluster
 
 _EXAMPLE = """
 example:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,13 +19,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.parallel.linear import Projection
 
-# Where DeepSpeed 0.19.8 keeps gradients between backward and step; no stage has all of them
-_GRADIENTS = (
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grad_partitions_flat_buffer",
-    "fp32_groups_gradients_flat",
-)
+
+class StepStorages(Protocol):
+    """Where a rank keeps what an update works with; an engine's layout is one."""
+
+    def weight_storages(self, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
+        """Every tensor in which this rank stores a working weight, copies of it too."""
+        ...
+
+    def gradient_storages(self) -> Iterable[torch.Tensor]:
+        """Every tensor that holds gradients on this rank at this moment."""
+        ...
+
+    def owners(self) -> Iterable[torch.Tensor]:
+        """Every tensor that the optimizer steps on this rank."""
+        ...
 
 
 class Storages:
@@ -34,12 +42,11 @@ class Storages:
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
 
-    def add(self, tensors: Iterable[torch.Tensor | None]) -> Storages:
+    def add(self, tensors: Iterable[torch.Tensor]) -> Storages:
         """Count tensors whose storage is not known yet."""
         for tensor in tensors:
-            if tensor is not None:
-                storage = tensor.untyped_storage()
-                self._sizes[storage.data_ptr()] = storage.nbytes()
+            storage = tensor.untyped_storage()
+            self._sizes[storage.data_ptr()] = storage.nbytes()
         return self
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
@@ -55,9 +62,9 @@ class MemoryMeter:
     """Measures the first update of an engine by component, and stays out of the way afterwards.
 
     Args:
-        model: as DeepSpeed holds it.
-        optimizer: the client optimizer.
-        wrapper: DeepSpeed's optimizer.
+        model: in its working precision.
+        optimizer: keeps the states.
+        storages: where this rank's weights and gradients are.
         kept: tensors that store frozen weights beside the working ones.
     """
 
@@ -65,15 +72,14 @@ class MemoryMeter:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        wrapper: Any,
+        storages: StepStorages,
         kept: Iterable[Mapping[str, torch.Tensor]],
     ) -> None:
-        self._model, self._optimizer, self._wrapper = model, optimizer, wrapper
+        self._model, self._optimizer, self._storages = model, optimizer, storages
         self._kept = [tensor for tensors in kept for tensor in tensors.values()]
         self._gradients = self._activations = 0
         self.measured: MemoryUse | None = None
         """Once the first update is done; with `transient` on a CUDA device only."""
-        self._hook = optimizer.register_step_pre_hook(lambda *_: self.after_backward())
 
     def forward(self) -> AbstractContextManager[Any]:
         """Wraps a forward pass."""
@@ -96,22 +102,18 @@ class MemoryMeter:
         return saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def after_backward(self) -> None:
-        """Look at the gradients between the last backward pass and the update, and within it."""
+        """Look at the gradients: after a backward pass, and when an update begins."""
         if self.measured is None:
-            found = Storages().add(p.grad for p in self._model.parameters())
-            found.add(owner.grad for owner in self._owners())
-            for name in _GRADIENTS:
-                found.add(_tensors(getattr(self._wrapper, name, None)))
+            found = Storages().add(self._storages.gradient_storages())
             self._gradients = max(self._gradients, found.bytes)
 
     def finish(self) -> None:
         """The first update is done: the optimizer has its states."""
         if self.measured is not None:
             return
-        self._hook.remove()
         weights = Storages().add(self._weights()).add(self._kept)
         states = Storages().add(_tensors([dict(s) for s in self._optimizer.state.values()]))
-        states.add(owner for owner in self._owners() if owner not in weights)
+        states.add(owner for owner in self._storages.owners() if owner not in weights)
         self.measured = MemoryUse(
             weights=weights.bytes,
             indices=Storages().add(self._model.buffers()).bytes,
@@ -126,17 +128,7 @@ class MemoryMeter:
 
     def _weights(self) -> Iterator[torch.Tensor]:
         for parameter in self._model.parameters():
-            yield parameter.data
-            # ZeRO stage 3: this rank's slice, and its slice of hpZ's second copy
-            yield from _tensors(getattr(parameter, "ds_tensor", None))
-            yield from _tensors(getattr(parameter, "ds_secondary_tensor", None))
-
-    def _owners(self) -> Iterator[torch.Tensor]:
-        """What the optimizer steps."""
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
-        # stage 3 empties the groups between steps
-        yield from _tensors(getattr(self._wrapper, "fp32_partitioned_groups_flat", None))
+            yield from self._storages.weight_storages(parameter)
 
 
 def _tensors(node: Any) -> Iterator[torch.Tensor]:

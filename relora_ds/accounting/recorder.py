@@ -8,7 +8,7 @@ tensors' shapes alone: nothing is read from a device, and nothing waits.
 
 Not seen, because it passes by `ProcessGroup`'s Python methods: functional collectives and DTensor,
 torch's own DDP reducer, and DeepSpeed's shared-memory and SDMA kernels, none of which are used here
-(`distributed.start` switches the shared-memory kernel off).
+(`join_process_group` switches the shared-memory kernel off).
 """
 
 from __future__ import annotations

@@ -21,16 +21,15 @@ left, and the shares are those of norms and biases too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from relora_ds.accounting.footprints import footprints
-from relora_ds.accounting.recorder import Volume, Volumes
-from relora_ds.accounting.zero_traffic import Payloads, Traffic, padded
+from relora_ds.accounting.recorder import Traffic, Volume, Volumes
+from relora_ds.accounting.zero_traffic import Payloads, dtype_name, padded
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
@@ -38,6 +37,7 @@ from relora_ds.model.loss import chunk_rows
 from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.shape import global_shape, tp_local_shape
+from relora_ds.parallel.zero import ZeroSettings
 
 _NORM_BYTES = 4
 _WIDE_BYTES = 4
@@ -59,33 +59,32 @@ class GroupWork:
     """The recorder's name of the group."""
 
 
-def tensor_payloads(model: nn.Module, resolved: Mapping[str, Any], work: GroupWork) -> Payloads:
+def tensor_payloads(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Payloads:
     """Payload bytes that one update moves within a tensor-parallel group.
 
     Counted from the first forward pass to the end of the optimizer's step.
 
     Args:
         model: a `Llama` that belongs to the group, on any device.
-        resolved: output of `resolve_deepspeed_config`.
+        zero: how the step is shared over data-parallel processes.
         work: the group and its update.
     """
-    found = tensor_volumes(model, resolved, work)
+    found = tensor_volumes(model, zero, work)
     return {kind: volume.payload for kind, volume in found.items()}
 
 
-def tensor_volumes(model: nn.Module, resolved: Mapping[str, Any], work: GroupWork) -> Volumes:
+def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Volumes:
     """Calls and payload bytes of one update within a tensor-parallel group.
 
     Counted from the first forward pass to the end of the optimizer's step.
 
     Args:
         model: a `Llama` that belongs to the group, on any device.
-        resolved: output of `resolve_deepspeed_config`.
+        zero: how the step is shared over data-parallel processes.
         work: the group and its update.
     """
-    bf16 = bool(resolved["bf16"]["enabled"])
-    working, element = ("bfloat16", 2) if bf16 else ("float32", 4)
-    micro_batches = int(resolved["gradient_accumulation_steps"])
+    working, element = dtype_name(zero.dtype), zero.element_size
+    micro_batches = zero.accumulation
     moved: Volumes = {}
 
     def add(
@@ -100,13 +99,13 @@ def tensor_volumes(model: nn.Module, resolved: Mapping[str, Any], work: GroupWor
         model, working, element, work.tokens
     ):
         add(dtype, phase, micro_batches * calls, micro_batches * payload, *operation)
-    size = UpdateSize(work.tokens, micro_batches, getattr(torch, working))
+    size = UpdateSize(work.tokens, micro_batches, zero.dtype)
     for layer in footprints(model, size).values():
         for moved_here in layer.exchanges:
             payload = element * moved_here.elements
             add(working, moved_here.phase, moved_here.calls, payload, moved_here.operation)
     add(working, "step", 1, element * work.share_elements)
-    for dtype, calls, payload in _norms(resolved, work.optimizer_groups, bf16):
+    for dtype, calls, payload in _norms(zero, work.optimizer_groups):
         add(dtype, "step", calls, payload)
     return moved
 
@@ -137,15 +136,15 @@ def _micro_batch(
     yield working, "backward", calls, calls * activation, "all_reduce"
 
 
-def _norms(resolved: Mapping[str, Any], groups: int, bf16: bool) -> list[tuple[str, int, int]]:
+def _norms(zero: ZeroSettings, groups: int) -> list[tuple[str, int, int]]:
     """Scalars: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow flag,
     which stage 3 does not exchange."""
-    stage, clips = int(resolved["zero_optimization"]["stage"]), resolved["gradient_clipping"] > 0
+    stage, clips, bf16 = zero.stage, zero.clip > 0, zero.dtype == torch.bfloat16
     if stage == 0 and not bf16:
         return [("float32", 1 + clips, _NORM_BYTES * (1 + clips))]
     # stage 3 adds its norms up in double precision
     norm = ("float64", groups, 8 * groups) if stage == 3 else ("float32", groups, 4 * groups)
-    checks = stage == 0 or (stage < 3 and resolved["bf16"].get("check_grad_overflow", True))
+    checks = stage == 0 or (stage < 3 and zero.checks_overflow)
     return [norm, ("uint8", 1, 1)] if bf16 and checks else [norm]
 
 

@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 gathers in one update: DeepSpeed 0.19.8's coordinator, replayed without data.
+"""What ZeRO stage 3 gathers in one update: DeepSpeed's coordinator, replayed without data.
 
 A module's parameters are gathered when it is entered, forward or backward, unless they are still
 whole, and cut again when it is left. From the second micro-batch on DeepSpeed knows the order of
@@ -18,16 +18,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-PREFETCH = 50_000_000
-PERSISTENCE = 100_000
-DISTANCE = LIVE = 1_000_000_000
-"""DeepSpeed's defaults, in elements."""
+from relora_ds.parallel.zero import Gathering
 
 
 class Visit(NamedTuple):
@@ -97,7 +94,7 @@ def visits(model: nn.Module, tp_size: int) -> Sequence[Visit]:
 
 def gathered(
     model: nn.Module,
-    zero: Mapping[str, Any],
+    settings: Gathering,
     dp_size: int,
     micro_batches: int,
     tp_size: int = 1,
@@ -109,12 +106,12 @@ def gathered(
 
     Args:
         model: a `Llama` on the meta device, in the working state of training.
-        zero: the resolved `zero_optimization`.
+        settings: when weights are gathered, and for how long.
         dp_size: processes, at least 2.
         micro_batches: of one update.
         tp_size: processes that share a copy of the model.
     """
-    replay = _Coordinator(model, visits(model, tp_size), zero, dp_size)
+    replay = _Coordinator(model, visits(model, tp_size), settings, dp_size)
     replay.micro_batch(recording=True)
     if micro_batches > 1:
         replay.micro_batch()
@@ -138,19 +135,13 @@ class _Coordinator:
     """State of DeepSpeed's `PartitionedParameterCoordinator`, sizes in place of tensors."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        order: Sequence[Visit],
-        zero: Mapping[str, Any],
-        dp_size: int,
+        self, model: nn.Module, order: Sequence[Visit], settings: Gathering, dp_size: int
     ) -> None:
         self._visits = order
         self._dp_size = dp_size
-        self._prefetch = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
-        self._distance = int(zero.get("stage3_max_reuse_distance", DISTANCE))
-        self._live = int(zero.get("stage3_max_live_parameters", LIVE))
-        threshold = int(zero.get("stage3_param_persistence_threshold", PERSISTENCE))
-        self._persistent = {p for p in model.parameters() if p.numel() <= threshold}
+        self._prefetch, self._distance = settings.prefetch, settings.reuse_distance
+        self._live = settings.live
+        self._persistent = {p for p in model.parameters() if p.numel() <= settings.persistence}
         # torch walks a module's dictionaries for these: looked up millions of times at 7B
         self._own = {m: list(m.parameters(recurse=False)) for m in model.modules()}
         self._size = {m: sum(p.numel() for p in own) for m, own in self._own.items()}
@@ -159,7 +150,7 @@ class _Coordinator:
         self._whole: set[nn.Parameter] = set()
         self._kept: dict[tuple[nn.Module, int], set[nn.Parameter]] = {}
         # what has a second copy within the node; DeepSpeed makes it when it cuts a parameter
-        self._has_near = int(zero.get("zero_hpz_partition_size", 1)) > 1
+        self._has_near = settings.hpz > 1
         self._near = {p for p in model.parameters() if self._has_near}
         self._moved: Counter[Gather] = Counter()
         self.calls = self.live = 0

@@ -1,4 +1,4 @@
-"""Bytes of one training step in closed form, as DeepSpeed 0.19.8 moves them. Pure.
+"""Bytes of one training step in closed form, as DeepSpeed moves them. Pure.
 
 T is the number of trained elements, P the same with every optimizer group padded to a multiple of
 2 x dp, R the same with every parameter padded to a multiple of dp, g and w the bytes of an element
@@ -27,32 +27,20 @@ first after an evaluation or an event's probe, is recorded anew and moves more t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from relora_ds.accounting.recorder import StepBytes, Traffic, Volume, total
 from relora_ds.accounting.zero3_gathers import Replay, gathered
+from relora_ds.parallel.zero import ZeroSettings
 
-_BYTES = {"float32": 4, "bfloat16": 2}
 _NORM_BYTES = 4
 _NORM_BYTES_STAGE_3 = 8
 _FLAG_BYTES = 1
 # DeepSpeed aligns every rank's part of a group to the 4 bytes that NCCL wants, for 2-byte elements
 _ALIGNMENT = 2
-_SUB_GROUP = 1_000_000_000
-
-# Options of stage 3 that change what is moved in ways that are not replayed
-_NOT_REPLAYED = {
-    "reduce_scatter": True,
-    "stage3_use_all_reduce_for_fetch_params": False,
-    "stage3_module_granularity_threshold": 0,
-    "stage3_model_persistence_threshold": None,
-    "enable_sanity_checks": False,
-    "offload_optimizer": None,
-    "offload_param": None,
-}
 
 HPZ_GROUP = "hpz"
 """The recorder's name of the group that holds one copy of the weights under hpZ."""
@@ -64,7 +52,7 @@ Payloads = dict[Traffic, int]
 def expected_payloads(
     model: nn.Module,
     groups: Sequence[Sequence[nn.Parameter]],
-    resolved: Mapping[str, Any],
+    zero: ZeroSettings,
     dp_size: int,
     *,
     once: bool = False,
@@ -77,7 +65,7 @@ def expected_payloads(
     Args:
         model: a `Llama` in training mode on the meta device.
         groups: its trained parameters by optimizer group.
-        resolved: output of `resolve_deepspeed_config`.
+        zero: how the step is shared over processes.
         dp_size: data-parallel processes.
         once: gradients are reduced once per update at every stage.
         group: the recorder's name of the processes' group.
@@ -87,52 +75,58 @@ def expected_payloads(
     Raises:
         ValueError: an option of stage 3 is set that makes the figure inexact.
     """
-    if int(resolved["zero_optimization"]["stage"]) < 3:
+    if zero.stage < 3:
         elements = [sum(p.numel() for p in parameters) for parameters in groups]
-        return step_payloads(elements, resolved, dp_size, once=once, group=group)
-    moved = _stage3_payloads(groups, resolved, dp_size, once, group)
+        return step_payloads(elements, zero, dp_size, once=once, group=group)
+    moved = _stage3_payloads(groups, zero, dp_size, once, group)
     if dp_size > 1:
-        zero, steps = resolved["zero_optimization"], int(resolved["gradient_accumulation_steps"])
-        found = replay or gathered(model, zero, dp_size, steps, tp_size)
-        moved |= _gather_payloads(found, resolved, (group, dp_size))
+        found = replay or gathered(model, zero.gathering, dp_size, zero.accumulation, tp_size)
+        moved |= _gather_payloads(found, zero, (group, dp_size))
     return moved
 
 
 def _stage3_payloads(
     groups: Sequence[Sequence[nn.Parameter]],
-    resolved: Mapping[str, Any],
+    zero: ZeroSettings,
     dp_size: int,
     once: bool,
     group: str,
 ) -> Payloads:
-    zero = resolved["zero_optimization"]
-    for key, value in _NOT_REPLAYED.items():
-        if zero.get(key, value) != value:
+    for key, value, replayed in _not_replayed(zero):
+        if value != replayed:
             raise ValueError(
-                f"zero_optimization.{key} is {zero[key]!r}, which has no closed form at stage 3: "
+                f"zero_optimization.{key} is {value!r}, which has no closed form at stage 3: "
                 "remove it, or measure with benchmarks/communication.py"
             )
-    steps = int(resolved["gradient_accumulation_steps"])
-    working = "bfloat16" if resolved["bf16"]["enabled"] else "float32"
-    gradients = _gradient_type(resolved, working)
     sizes = [[-(-p.numel() // dp_size) for p in parameters] for parameters in groups]
-    reduced = dp_size * sum(map(sum, sizes)) * (1 if once else steps)
-    norms = sum(_sub_groups(each, int(zero.get("sub_group_size", _SUB_GROUP))) for each in sizes)
+    reduced = dp_size * sum(map(sum, sizes)) * (1 if once else zero.accumulation)
+    norms = sum(_sub_groups(each, zero.sub_group) for each in sizes)
+    gradients, size = dtype_name(zero.gradient_dtype), zero.gradient_dtype.itemsize
     found = {
-        ("reduce_scatter", group, dp_size, gradients, "backward"): reduced * _BYTES[gradients],
+        ("reduce_scatter", group, dp_size, gradients, "backward"): reduced * size,
         ("all_reduce", group, dp_size, "float64", "step"): norms * _NORM_BYTES_STAGE_3,
     }
     return {Traffic(*kind): payload for kind, payload in found.items() if payload}
 
 
-def _gather_payloads(
-    replay: Replay, resolved: Mapping[str, Any], everyone: tuple[str, int]
-) -> Payloads:
-    near = (HPZ_GROUP, int(resolved["zero_optimization"].get("zero_hpz_partition_size", 1)))
-    working = "bfloat16" if resolved["bf16"]["enabled"] else "float32"
+def _not_replayed(zero: ZeroSettings) -> list[tuple[str, object, object]]:
+    """Options of stage 3 that change what is moved: key, value, and the one that is replayed."""
+    return [
+        ("reduce_scatter", zero.reduce_scatter, True),
+        ("stage3_use_all_reduce_for_fetch_params", zero.gathers_by_all_reduce, False),
+        ("stage3_module_granularity_threshold", zero.module_granularity, 0),
+        ("stage3_model_persistence_threshold", zero.model_persistence, None),
+        ("enable_sanity_checks", zero.sanity_checks, False),
+        ("offload_optimizer", zero.offloads_optimizer, False),
+        ("offload_param", zero.offloads_weights, False),
+    ]
+
+
+def _gather_payloads(replay: Replay, zero: ZeroSettings, everyone: tuple[str, int]) -> Payloads:
+    near, working = (HPZ_GROUP, zero.gathering.hpz), dtype_name(zero.dtype)
     return {
         Traffic("all_gather", *(near if gather.near else everyone), working, gather.phase): (
-            elements * _BYTES[working]
+            elements * zero.element_size
         )
         for gather, elements in replay.elements.items()
         if elements
@@ -153,7 +147,7 @@ def _sub_groups(partitions: Sequence[int], limit: int) -> int:
 
 def step_payloads(
     group_elements: Sequence[int],
-    resolved: Mapping[str, Any],
+    zero: ZeroSettings,
     dp_size: int,
     *,
     once: bool = False,
@@ -163,7 +157,7 @@ def step_payloads(
 
     Args:
         group_elements: trained elements per optimizer group.
-        resolved: output of `resolve_deepspeed_config`.
+        zero: how the step is shared over processes.
         dp_size: data-parallel processes.
         once: gradients are reduced once per update at stage 2 as well.
         group: the recorder's name of the processes' group.
@@ -171,31 +165,27 @@ def step_payloads(
     Raises:
         ValueError: the stage is not 0, 1 or 2.
     """
-    zero = resolved["zero_optimization"]
-    stage, clips = int(zero["stage"]), resolved["gradient_clipping"] > 0
+    stage, bf16 = zero.stage, zero.dtype == torch.bfloat16
     if stage not in (0, 1, 2):
         raise ValueError(f"stage {stage} needs the model's order: call expected_payloads")
-    bf16 = bool(resolved["bf16"]["enabled"])
-    working = "bfloat16" if bf16 else "float32"
     moved: Payloads = {}
 
     def add(operation: str, dtype: str, phase: str, payload: int) -> None:
         if payload:
             moved[Traffic(operation, group, dp_size, dtype, phase)] = payload
 
-    gradients = _gradient_type(resolved, working)
-    reductions = int(resolved["gradient_accumulation_steps"]) if stage == 2 and not once else 1
-    payload = reductions * sum(group_elements) * _BYTES[gradients]
-    add(_reduction(zero, stage), gradients, "backward", payload)
+    reductions = zero.accumulation if stage == 2 and not once else 1
+    payload = reductions * sum(group_elements) * zero.gradient_dtype.itemsize
+    add(_reduction(zero), dtype_name(zero.gradient_dtype), "backward", payload)
     if stage == 0:
-        add("all_reduce", "float32", "step", _NORM_BYTES if clips and not bf16 else 0)
+        add("all_reduce", "float32", "step", _NORM_BYTES if zero.clip > 0 and not bf16 else 0)
         return moved
     add("all_reduce", "float32", "step", _NORM_BYTES * len(group_elements))
-    if bf16 and resolved["bf16"].get("check_grad_overflow", True):
+    if bf16 and zero.checks_overflow:
         add("all_reduce", "uint8", "step", _FLAG_BYTES)
     if dp_size > 1:  # DeepSpeed skips it for one rank, but not the reductions
         weights = sum(padded(elements, dp_size) for elements in group_elements)
-        add("all_gather", working, "step", weights * _BYTES[working])
+        add("all_gather", dtype_name(zero.dtype), "step", weights * zero.element_size)
     return moved
 
 
@@ -218,12 +208,12 @@ def padded(elements: int, dp_size: int) -> int:
     return -(-elements // unit) * unit
 
 
-def _gradient_type(resolved: Mapping[str, Any], working: str) -> str:
-    named = {"fp32": "float32", "bf16": "bfloat16", None: working}
-    return named[resolved.get("communication_data_type")]
+def dtype_name(dtype: torch.dtype) -> str:
+    """What the recorder calls a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _reduction(zero: Mapping[str, Any], stage: int) -> str:
+def _reduction(zero: ZeroSettings) -> str:
     """Stages 1 and 2 reduce to every rank, unless they are told to reduce to the owners only."""
-    to_owner = not zero.get("use_multi_rank_bucket_allreduce", True)
-    return "reduce" if stage > 0 and to_owner and zero.get("reduce_scatter", True) else "all_reduce"
+    to_owner = zero.stage > 0 and zero.reduce_scatter and not zero.joins_owners
+    return "reduce" if to_owner else "all_reduce"

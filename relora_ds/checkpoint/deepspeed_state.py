@@ -89,22 +89,26 @@ class DeepSpeedShards:
             flats, at = self._flats_of_rank(rank), 0
             for name, shape in self.inventory.trained.items():
                 for key, pieces in flats.items():
-                    if pieces.length:
+                    if key == "master" or name not in self.inventory.matrix_states:
                         self._add_slice(f"{key}.{name}", PiecesView(pieces, at), shape)
                 at += slice_of(shape.numel(), 0, dp_size)[1]
 
     def _flats_of_rank(self, rank: int) -> dict[str, Pieces]:
-        """A rank's slices of all trained parameters, of all sub-groups one after the other."""
+        """A rank's slices of all trained parameters, of all sub-groups one after the other; of a
+        sub-group without moments, which is updated matrix-wise, zeros that nobody asks for."""
         shard = load_optimizer_states(self.directory, rank, self._tensor_rank)
-        flats = {key: Pieces() for key in ("master", *MOMENTS)}
+        flats, present = {key: Pieces() for key in ("master", *MOMENTS)}, {"master"}
         for index, flat in enumerate(shard["fp32_flat_groups"]):
             flats["master"].append(flat.detach(), flat.numel())
             state = shard["optimizer_state_dict"]["state"].get(index, {})
             self._note_step(state)
             for key in MOMENTS:
-                if _is_moment(state.get(key)):
-                    flats[key].append(state[key], state[key].numel())
-        return flats
+                moment = state.get(key)
+                if _is_moment(moment):
+                    present.add(key)
+                filler = torch.zeros(1).expand(flat.numel())
+                flats[key].append(moment if _is_moment(moment) else filler, flat.numel())
+        return {key: pieces for key, pieces in flats.items() if key in present}
 
     def _add_slice(self, key: str, part: Any, shape: torch.Size) -> None:
         """Append the next rank's slice without its padding."""

@@ -11,8 +11,13 @@ from relora_ds.checkpoint.manifest import verify_manifest
 from relora_ds.checkpoint.saved_run import SavedRun, read_run
 from relora_ds.checkpoint.saved_state import WorkingValues
 from relora_ds.checkpoint.store import find_checkpoint
-from relora_ds.methods.build import dense_weights
+from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.sections import TrainConfig
+from relora_ds.errors import CheckpointError
+from relora_ds.methods.build import build_model, dense_weights, filled_model
+from relora_ds.methods.full import Full
 from relora_ds.model.hf import read_hf, write_hf
+from relora_ds.model.llama import Llama
 
 
 class DenseModel:
@@ -47,9 +52,35 @@ class DenseModel:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
         if self._hf is not None:
             return _InFp32(self._hf)
-        saved = SavedRun(self._checkpoint, self._config, self.architecture)
+        saved = self._saved()
+        if not saved.method.has_dense_weight:
+            raise CheckpointError(
+                f"{self._checkpoint}: method {self._config.method.name} has no dense weights that "
+                "compute the same: the checkpoint can be resumed and evaluated, but not exported "
+                "or started from"
+            )
         values = WorkingValues(saved.state())
         return dense_weights(self.architecture, saved.method, self._config.train, values)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether `weights` has an answer."""
+        return self._hf is not None or self._saved().method.has_dense_weight
+
+    def model(self, train: TrainConfig, device: torch.device) -> Llama:
+        """The model to compute with, in fp32: the dense one where there is one, else the
+        method's own."""
+        if self.is_dense:
+            weights, full = self.weights(), Full(FullConfig(name="full"), seed=0, steps=1)
+            return build_model(
+                self.architecture, full, train, lambda name, shape: weights[name], device
+            )
+        saved = self._saved()
+        values = WorkingValues(saved.state())
+        return filled_model(self.architecture, saved.method, train, values, device)
+
+    def _saved(self) -> SavedRun:
+        return SavedRun(self._checkpoint, self._config, self.architecture)
 
 
 class _InFp32(Mapping[str, torch.Tensor]):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import Method
 from relora_ds.numerics.base_weight import Precision
-from relora_ds.parallel.shape import tp_local_shape
+from relora_ds.optim.matrix import StateTensor
+from relora_ds.optim.vector_adamw import MOMENTS
+from relora_ds.parallel.shape import global_shape, tp_local_shape
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,20 @@ class Inventory:
     """How that is kept."""
     dtype: torch.dtype
     """What the model computes in."""
+    matrix_states: Mapping[str, Mapping[str, StateTensor]] = field(default_factory=dict)
+    """Declared optimizer state of every parameter that is updated matrix-wise."""
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """Keys of a trained parameter's optimizer state that has a value per element."""
+        if name not in self.matrix_states:
+            return MOMENTS
+        declared = self.matrix_states[name].items()
+        return tuple(key for key, tensor in declared if tensor.held == "slice")
+
+    def whole_states(self, name: str) -> dict[str, StateTensor]:
+        """State of a trained parameter that has a shape of its own, by key."""
+        declared = self.matrix_states.get(name, {}).items()
+        return {key: tensor for key, tensor in declared if tensor.held != "slice"}
 
     @property
     def trained(self) -> dict[str, torch.Size]:
@@ -34,17 +52,33 @@ class Inventory:
 
 
 def take_inventory(
-    model: nn.Module, method: Method[Any], precision: Precision, dtype: torch.dtype
+    model: nn.Module,
+    method: Method[Any],
+    precision: Precision,
+    dtype: torch.dtype,
+    optimizer: OptimizerConfig,
 ) -> Inventory:
-    """Names and shapes of a model, which may be without memory."""
+    """Names and shapes of a model, which may be without memory.
+
+    Args:
+        model: built by the method.
+        method: says what is trained and edited, and how it is updated.
+        precision: how edited weights are kept.
+        dtype: what the model computes in.
+        optimizer: the run's settings, which the method may answer with an optimizer of its own.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [
-        {names[id(p)]: tp_local_shape(p) for p in group.parameters}
-        for group in method.parameter_groups(model)
-    ]
+    described = method.parameter_groups(model)
+    groups = [{names[id(p)]: tp_local_shape(p) for p in group.parameters} for group in described]
+    states: dict[str, Mapping[str, StateTensor]] = {}
+    for group in described:
+        rule = method.optimizer(optimizer, group)
+        if rule is not None:
+            found = {names[id(p)]: rule.state(global_shape(p)) for p in group.parameters}
+            states |= found
     frozen = {n: tp_local_shape(p) for n, p in model.named_parameters() if not p.requires_grad}
     edited = frozenset(names[id(weight)] for weight in method.edited_weights(model))
-    return Inventory(groups, frozen, edited, precision, dtype)
+    return Inventory(groups, frozen, edited, precision, dtype, states)
 
 
 @dataclass

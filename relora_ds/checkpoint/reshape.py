@@ -15,7 +15,7 @@ from relora_ds.checkpoint.saved_run import SavedRun, read_run
 from relora_ds.checkpoint.saved_state import write_state
 from relora_ds.checkpoint.store import COPIED, METHOD_FILE, find_checkpoint
 from relora_ds.config.checks import batch_divides_over_processes, heads_divide_over_tensor
-from relora_ds.config.schema import ParallelConfig
+from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import ConfigError
 
 

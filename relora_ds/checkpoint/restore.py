@@ -14,7 +14,8 @@ from torch import nn
 from relora_ds.checkpoint.saved_state import SavedState
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
-from relora_ds.optim.vector_adamw import MOMENTS, VectorAdamW
+from relora_ds.optim.grouped import GroupedOptimizer
+from relora_ds.optim.vector_adamw import MOMENTS, VectorAdamW, storage_key
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def load_state(engine: TrainEngine, saved: SavedState) -> None:
         CheckpointError: the optimizer keeps its moments in another form, or the clocks are of
             another method.
     """
-    if type(engine.optimizer) not in (VectorAdamW, torch.optim.AdamW):
+    if type(engine.optimizer) not in (GroupedOptimizer, VectorAdamW, torch.optim.AdamW):
         raise CheckpointError(
             "a checkpoint of other processes or another ZeRO stage can be continued with "
             "optimizer.name adamw or torch_adamw only: the others keep moments in blocks or "
@@ -36,7 +37,7 @@ def load_state(engine: TrainEngine, saved: SavedState) -> None:
     for owner in engine.layout.owners() if saved.completed else ():
         engine.optimizer.state[owner] = {
             "step": torch.tensor(float(saved.completed)),
-            **{key: torch.zeros_like(owner, dtype=torch.float32) for key in MOMENTS},
+            **({} if storage_key(owner) in engine.matrices.placed else _no_moments(owner)),
         }
     for name, parameter in engine.model.named_parameters():
         start, working = engine.layout.working(parameter)
@@ -50,7 +51,9 @@ def load_state(engine: TrainEngine, saved: SavedState) -> None:
             else:
                 working.copy_(exact)
         engine.layout.drop_copies(parameter)
-    load_side_tensors(engine, saved.clocks | _base_tensors(engine))
+    # what was just loaded slice by slice is its own source
+    loaded = _base_tensors(engine) | engine.matrices.side_tensors() | engine.matrices.side_slices()
+    load_side_tensors(engine, saved.clocks | loaded)
 
 
 def _load_trained(
@@ -59,10 +62,31 @@ def _load_trained(
     placement = engine.layout.placements[parameter]
     start, length = placement.stretch.start, placement.stretch.length
     placement.master().copy_(saved.read("master", name, start, length))
+    if parameter in engine.matrices.by_parameter:
+        _load_matrix(engine, saved, name, parameter)
+        return
     for key in MOMENTS if saved.completed and length else ():
         own = engine.layout.optimizer_state(parameter, key)
         assert own is not None
         own.copy_(saved.read(key, name, start, length))
+
+
+def _no_moments(owner: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {key: torch.zeros_like(owner, dtype=torch.float32) for key in MOMENTS}
+
+
+def _load_matrix(
+    engine: TrainEngine, saved: SavedState, name: str, parameter: nn.Parameter
+) -> None:
+    """State of a parameter that is updated matrix-wise: this rank's slice, or all of what it
+    holds whole."""
+    stretch = engine.layout.placements[parameter].stretch
+    sliced = saved.inventory.moments(name)
+    for key, tensor in engine.matrices.by_parameter[parameter].state.items():
+        if key in sliced:
+            tensor.copy_(saved.read(key, name, stretch.start, stretch.length))
+        else:
+            tensor.copy_(saved.matrix_state(key, name))
 
 
 def side_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
@@ -72,12 +96,14 @@ def side_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
     for parameter, clock in engine.clocks.items():
         for key, tensor in clock.tensors().items():
             tensors[f"clock.{names[parameter]}.{key}"] = tensor
+    tensors |= engine.matrices.side_tensors()
     return tensors if engine.layout.weights_sharded else tensors | _base_tensors(engine)
 
 
 def side_slices(engine: TrainEngine) -> dict[str, torch.Tensor]:
     """More of the same that differs by rank: what lies beside this rank's slices of weights."""
-    return _base_tensors(engine) if engine.layout.weights_sharded else {}
+    slices = engine.matrices.side_slices()
+    return slices | _base_tensors(engine) if engine.layout.weights_sharded else slices
 
 
 def _base_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from relora_ds.checkpoint.store import (
     latest_checkpoint,
     read_trainer_state,
 )
+from relora_ds.config.reading.source import read_yaml
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_yaml
 from relora_ds.errors import CheckpointError, ConfigError
 
 # Neither the trained function nor the order of the data depends on these.

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
+from relora_ds.checkpoint.method_state import Likeness, join_parts, likeness_by_name, part_of
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
 from relora_ds.checkpoint.store import METHOD_FILE, TrainerState, read_trainer_state
 from relora_ds.checkpoint.tp_state import JoinedState
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.reading.source import read_yaml
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_yaml
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
+from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.shape import TPShard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.topology import part_of_model
@@ -83,19 +84,22 @@ class SavedRun:
         states = [self._method_file(group) for group in groups]
         if len(states) == 1:
             return states[0]
-        return self.method.join_states(states, [self.shards(group) for group in groups])
+        return join_parts(states, [self.shards(group) for group in groups], self._likeness())
 
     def own_method_state(self, tp: TensorParallel) -> dict[str, Any]:
         """The same for one rank of a tensor-parallel group, as `load_state_dict` takes it."""
         if self.is_sharded_like(tp):
             return self._method_file(tp)
         whole = self.method_state()
-        return whole if tp.size == 1 else self.method.part_of_state(whole, self.shards(tp))
+        return whole if tp.size == 1 else part_of(whole, self.shards(tp), self._likeness())
 
     def shards(self, tp: TensorParallel) -> Mapping[str, TPShard]:
         """Which part of every cut parameter a rank of a tensor-parallel group holds."""
         parts = self._architecture, self.method, self._config.train
         return shards_of(sharded_meta_model(*parts, tp))
+
+    def _likeness(self) -> Likeness:
+        return self.trainer.method_shards or likeness_by_name(self._method_file(self._groups()[0]))
 
     def _groups(self) -> list[TensorParallel]:
         """The ranks that wrote it."""
@@ -107,6 +111,8 @@ class SavedRun:
 
     def _inventory(self, tp: TensorParallel) -> Inventory:
         train = self._config.train
-        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        dtype = DTYPES[train.precision]
         model = sharded_meta_model(self._architecture, self.method, train, tp)
-        return take_inventory(model, self.method, base_precision(self._config), dtype)
+        return take_inventory(
+            model, self.method, base_precision(self._config), dtype, self._config.optimizer
+        )

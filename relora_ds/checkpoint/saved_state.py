@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from relora_ds.checkpoint.deepspeed_state import DeepSpeedShards
 from relora_ds.checkpoint.inventory import Inventory, Pieces
+from relora_ds.engine.zero.matrices import STATE_PREFIX
 from relora_ds.errors import CheckpointError
 from relora_ds.numerics.base_weight import KINDS
-from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 _FILE = "state-{:05d}.safetensors"
@@ -49,7 +49,7 @@ class SavedState:
         self._pieces = pieces
 
     def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
-        """A slice of a trained parameter's `master` or of one of its `MOMENTS`: fp32, 1-D.
+        """A slice of a trained parameter's `master` or of a moment of it: fp32, 1-D.
 
         Raises:
             CheckpointError: the optimizer that wrote it keeps its moments in another form.
@@ -60,6 +60,26 @@ class SavedState:
                 "in blocks; resume with the processes, ZeRO stage and optimizer it was saved with"
             )
         return self._pieces[f"{kind}.{name}"].read(start, length)
+
+    def matrix_state(self, key: str, name: str) -> torch.Tensor:
+        """Optimizer state of a trained parameter that has a shape of its own.
+
+        Raises:
+            CheckpointError: the optimizer that wrote it keeps none of this name.
+        """
+        shape = self.inventory.whole_states(name)[key].shape
+        pieces = self._pieces.get(f"{key}.{name}", Pieces())
+        if pieces.length != shape.numel():
+            raise CheckpointError(
+                f"the checkpoint holds {pieces.length} of {shape.numel()} elements of the "
+                f"optimizer's {key} of {name}: it was written with another optimizer; resume with "
+                "the one it was saved with"
+            )
+        return pieces.read(0, shape.numel()).view(shape)
+
+    def holds_matrix_state(self, key: str, name: str) -> bool:
+        """Whether `matrix_state` has an answer: of one owner's state one part has."""
+        return f"{key}.{name}" in self._pieces
 
     def frozen(self, name: str, start: int, length: int) -> torch.Tensor:
         """A slice of a frozen parameter's exact value: fp32, 1-D."""
@@ -90,8 +110,11 @@ class SavedState:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything, whole, one at a time, by the keys of the files that `write_state` writes."""
         for name, shape in self.inventory.trained.items():
-            for kind in ("master", *(MOMENTS if self.completed else ())):
+            moments = self.inventory.moments(name) if self.completed else ()
+            for kind in ("master", *moments):
                 yield f"{kind}.{name}", self.read(kind, name, 0, shape.numel())
+            for key in self.inventory.whole_states(name):
+                yield f"{key}.{name}", self.matrix_state(key, name).reshape(-1)
         for name, shape in self.inventory.frozen.items():
             yield f"frozen.{name}", self.frozen(name, 0, shape.numel())
 
@@ -157,15 +180,17 @@ def open_state(
     else:
         reader = DeepSpeedShards(directory, inventory, stage, dp_size, tp.rank)
         completed, pieces = reader.completed, reader.pieces
-        # at stage 3 what lies beside the edited weights is cut like them
-        cut = stage == 3 and inventory.edited and inventory.precision != "working"
-        ranks = [tp.rank + copy * tp.size for copy in range(dp_size)] if cut else []
-        names = [f"side_rank_{rank}.safetensors" for rank in ranks]
-        slices = [_load_side(directory / name) for name in names] or [side]
-        for part in slices:
+        # at stage 3 what lies beside the edited weights is sliced like them
+        needed = stage == 3 and inventory.edited and inventory.precision != "working"
+        ranks = [tp.rank + copy * tp.size for copy in range(dp_size)]
+        paths = [directory / f"side_rank_{rank}.safetensors" for rank in ranks]
+        # a rank that owns no matrix-wise state writes none
+        slices = [_load_side(path) for path in paths if needed or path.is_file()]
+        for part in (side, *slices):
             for key, values in part.items():
-                if key.startswith("base."):
-                    pieces.setdefault(key, Pieces()).append(values, values.numel())
+                target = _piece_of(key)
+                if target is not None:
+                    pieces.setdefault(target, Pieces()).append(values.view(-1), values.numel())
     _check_complete(directory, inventory, pieces)
     return SavedState(inventory, completed, clocks, pieces)
 
@@ -193,6 +218,16 @@ def _written_pieces(directory: Path) -> tuple[int, dict[str, Pieces]]:
             pieces[key] = Pieces()
             pieces[key].append(part, part.get_shape()[0])
     return completed, pieces
+
+
+def _piece_of(key: str) -> str | None:
+    """The piece that a tensor beside DeepSpeed's shards belongs to."""
+    if key.startswith("base."):
+        return key
+    if key.startswith(f"{STATE_PREFIX}."):
+        name, _, state = key.removeprefix(f"{STATE_PREFIX}.").rpartition(".")
+        return f"{state}.{name}"
+    return None
 
 
 def _load_side(path: Path) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relora_ds.checkpoint.manifest import verify_manifest, write_manifest
+from relora_ds.checkpoint.method_state import Likeness
 from relora_ds.checkpoint.restore import load_side_tensors, load_state, side_slices, side_tensors
 from relora_ds.checkpoint.saved_state import SavedState
 from relora_ds.config.load import dump_run_config
@@ -80,6 +81,8 @@ class TrainerState:
     """Fingerprints of the token files."""
     tensor_size: int = 1
     """Tensor-parallel processes; every one has shards of its own."""
+    method_shards: Likeness = field(default_factory=dict)
+    """How the tensors of the method's state are sharded over them."""
 
 
 class CheckpointStore:

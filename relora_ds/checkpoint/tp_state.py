@@ -83,6 +83,13 @@ class JoinedState(_Translated):
             shards[name].place(_all_of(part, kind, name), whole)
         return whole
 
+    def matrix_state(self, key: str, name: str) -> torch.Tensor:
+        holders = [part for part in self._parts if part.holds_matrix_state(key, name)]
+        return (holders or self._parts)[0].matrix_state(key, name)
+
+    def holds_matrix_state(self, key: str, name: str) -> bool:
+        return any(part.holds_matrix_state(key, name) for part in self._parts)
+
 
 class PartOfState(_Translated):
     """What one rank of a tensor-parallel group holds of a whole.
@@ -103,6 +110,12 @@ class PartOfState(_Translated):
         groups = [cut(group) for group in known.groups]
         super().__init__(replace(known, groups=groups, frozen=cut(known.frozen)), whole)
         self._whole, self._shards = whole, shards
+
+    def matrix_state(self, key: str, name: str) -> torch.Tensor:
+        return self._whole.matrix_state(key, name)
+
+    def holds_matrix_state(self, key: str, name: str) -> bool:
+        return self._whole.holds_matrix_state(key, name)
 
     def _make(self, kind: str, name: str) -> torch.Tensor:
         value = _all_of(self._whole, kind, name)

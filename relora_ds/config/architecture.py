@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from relora_ds.config.checks import apply_rules
-from relora_ds.config.document import Document, Finding, KeyPath, show
 from relora_ds.config.explain import explain
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.source import read_json
-from relora_ds.config.suggest import did_you_mean
+from relora_ds.config.reading.document import Document, Finding, KeyPath, show
+from relora_ds.config.reading.source import read_json
+from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.errors import ConfigError
 
 # The authors' spelling -> HF's

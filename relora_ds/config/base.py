@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import Enum
+from typing import Annotated, TypeVar, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,7 +13,25 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Section(BaseModel):
+class OnResume(Enum):
+    """What a resumed run may do with a key of the run that it continues."""
+
+    FREE = "free"
+    """Change it: neither the trained function nor the order of the data depends on it."""
+
+
+T = TypeVar("T")
+Free = Annotated[T, OnResume.FREE]
+"""A key, or a section with every key in it, that a resumed run may change."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+class _Frozen(type(BaseModel)):
+    """Tells type checkers that sections are frozen, so that one may narrow the type of a key that
+    it inherits."""
+
+
+class Section(BaseModel, metaclass=_Frozen):
     """A frozen part of the run description: unknown keys, coerced types and nan are errors."""
 
     model_config = ConfigDict(

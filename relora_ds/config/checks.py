@@ -1,26 +1,23 @@
-"""Rules between the fields of a run, and between a run and its model.
+"""Rules between the fields of a run, and between a run and its model, whatever its method.
 
 A rule is a generator whose parameters name the sections it reads; it yields what is wrong. It is
 skipped while one of its sections is itself invalid, so one report can hold both kinds of problems.
-`architecture` is the model's; all other names are sections of `RunConfig`.
+`architecture` is the model's; all other names are sections of `RunConfig`. Rules that belong to
+one method are methods of its settings.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from relora_ds.config.document import Finding
 from relora_ds.config.keys import run_keys
-from relora_ds.config.method import (
-    AdapterConfig,
-    MethodConfig,
-    ReLoRAConfig,
-)
-from relora_ds.config.method_checks import METHOD_RULES, is_ours
-from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import (
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.reading.document import Finding, Rule
+from relora_ds.config.reading.suggest import did_you_mean
+from relora_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
     OptimizerConfig,
@@ -28,9 +25,25 @@ from relora_ds.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
-from relora_ds.config.suggest import did_you_mean
 
-Rule = Callable[..., Iterator[Finding]]
+
+def find_problems(sections: Mapping[str, Any]) -> list[Finding]:
+    """What breaks a rule, general or the method's own.
+
+    Args:
+        sections: the valid sections of a run by name, and `architecture` if the model is valid.
+    """
+    own = sections["method"].rules() if "method" in sections else ()
+    return apply_rules((*RULES, *own), sections)
+
+
+def find_doubts(sections: Mapping[str, Any]) -> list[Finding]:
+    """What is allowed, but probably not meant.
+
+    Args:
+        sections: all sections of a run by name, and its `architecture`.
+    """
+    return apply_rules((*sections["method"].warnings(), *WARNINGS), sections)
 
 
 def apply_rules(rules: Iterable[Rule], sections: Mapping[str, Any]) -> list[Finding]:
@@ -81,20 +94,10 @@ def batch_divides_over_processes(train: TrainConfig, processes: int) -> Iterator
         )
 
 
-def warm_start_ends(train: TrainConfig, method: MethodConfig) -> Iterator[Finding]:
-    steps = _warm_start_steps(method)
-    if steps >= train.steps:
-        yield Finding(
-            ("method", "warm_start_steps"),
-            f"is {steps}, but must be less than train.steps ({train.steps}), or the method never "
-            "takes over: shorten the warm start or lengthen the run",
-        )
-
-
 def warmup_ends(
-    train: TrainConfig, schedule: ScheduleConfig, method: MethodConfig
+    train: TrainConfig, schedule: ScheduleConfig, method: MethodSettings
 ) -> Iterator[Finding]:
-    before = _warm_start_steps(method)
+    before = method.warm_start.steps if method.warm_start else 0
     rest = train.steps - before
     if 0 < rest <= schedule.warmup_steps:
         phase = f"train.steps ({train.steps})"
@@ -111,7 +114,7 @@ def warmup_ends(
 def per_layer_update_has_optimizer(
     train: TrainConfig, optimizer: OptimizerConfig
 ) -> Iterator[Finding]:
-    if train.per_layer_update and not is_ours(optimizer):
+    if train.per_layer_update and not optimizer.is_ours:
         yield Finding(
             ("train", "per_layer_update"),
             f"is true, but only optimizer.name adamw updates one parameter at a time, and it is "
@@ -202,6 +205,30 @@ def heads_divide_over_tensor(
             return
 
 
+def rank_fits_projections(method: MethodSettings, architecture: ModelConfig) -> Iterator[Finding]:
+    shapes = projection_shapes(architecture)
+    name = min(shapes, key=lambda projection: min(shapes[projection]))
+    rows, columns = shapes[name]
+    if method.low_rank is not None and method.low_rank >= min(rows, columns):
+        yield Finding(
+            ("method", "rank"),
+            f"is {method.low_rank}, but must be less than both sides of every projection, and "
+            f"{name.rpartition('.')[2]} is {rows} x {columns}: write less than "
+            f"{min(rows, columns)}, a quarter of the hidden size is usual",
+        )
+
+
+def rank_divides_over_tensor(method: MethodSettings, parallel: ParallelConfig) -> Iterator[Finding]:
+    rank = method.low_rank
+    if parallel.low_rank_plan == "act" and rank is not None and rank % parallel.tensor:
+        yield Finding(
+            ("parallel", "low_rank_plan"),
+            f"is act, which cuts method.rank ({rank}) into parallel.tensor "
+            f"({parallel.tensor}) equal parts: use a multiple of {parallel.tensor} as the rank, or "
+            "write fold",
+        )
+
+
 def did_you_mean_number(value: int, possible: Sequence[int]) -> str:
     """`4 or 8`: the largest possible number below `value` and the smallest above it."""
     below = [n for n in possible if n < value][-1:]
@@ -246,39 +273,19 @@ def allowed_changes_are_keys(checkpoint: CheckpointConfig) -> Iterator[Finding]:
             )
 
 
-def warn_of_no_merge(train: TrainConfig, method: MethodConfig) -> Iterator[Finding]:
-    if not isinstance(method, ReLoRAConfig):
-        return
-    rest = train.steps - method.warm_start_steps
-    if method.merge_every >= rest > 0:
-        yield Finding(
-            ("method", "merge_every"),
-            f"is {method.merge_every}, and ReLoRA runs for {rest} steps: no merge will happen",
-        )
-
-
-def warn_of_unused_settings(train: TrainConfig, method: MethodConfig) -> Iterator[Finding]:
-    if isinstance(method, AdapterConfig):
-        if method.warm_start_lr is not None and not method.warm_start_steps:
-            yield Finding(
-                ("method", "warm_start_lr"), "has no effect: method.warm_start_steps is 0"
-            )
-    elif train.base_precision != "auto":
+def base_precision_has_a_use(train: TrainConfig, method: MethodSettings) -> Iterator[Finding]:
+    if train.base_precision != "auto" and not method.has_frozen_base:
         yield Finding(
             ("train", "base_precision"),
             f"has no effect: method {method.name} has no frozen base weights",
         )
 
 
-def _warm_start_steps(method: MethodConfig) -> int:
-    return method.warm_start_steps if isinstance(method, AdapterConfig) else 0
-
-
 RULES: tuple[Rule, ...] = (
-    *METHOD_RULES,
+    rank_fits_projections,
+    rank_divides_over_tensor,
     sequence_fits_model,
     micro_batch_divides_batch,
-    warm_start_ends,
     warmup_ends,
     per_layer_update_has_optimizer,
     masters_can_be_left_out,
@@ -289,4 +296,4 @@ RULES: tuple[Rule, ...] = (
     tensor_parallelism_is_supported,
     allowed_changes_are_keys,
 )
-WARNINGS: tuple[Rule, ...] = (warn_of_no_merge, warn_of_unused_settings)
+WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use,)

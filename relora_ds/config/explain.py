@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from relora_ds.config.base import Section
-from relora_ds.config.document import Finding, KeyPath, show
-from relora_ds.config.keys import method_models, run_keys, section_model
-from relora_ds.config.suggest import did_you_mean
+from relora_ds.config.keys import run_keys, section_model
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.catalogue import method_models
+from relora_ds.config.reading.document import Finding, KeyPath, show
+from relora_ds.config.reading.suggest import did_you_mean
 
 _RULES = {
     "int_type": "must be an integer",
@@ -42,10 +44,12 @@ def explain(error: ValidationError, data: object, model: type[Section] | None) -
     Args:
         error: what validating `data` raised.
         data: the section as it was read.
-        model: its model; None for the method section, whose model depends on `name`.
+        model: its model, None for a plain value; `MethodSettings` stands for the one of them that
+            `name` chooses.
     """
-    located = [_locate(detail, data, tagged=model is None) for detail in error.errors()]
-    if model is None:
+    tagged = model is MethodSettings
+    located = [_locate(detail, data, tagged=tagged) for detail in error.errors()]
+    if tagged:
         name = data.get("name") if isinstance(data, dict) else None
         model = method_models().get(name) if isinstance(name, str) else None
     findings = []

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from relora_ds.config.base import Section
-from relora_ds.config.method import MethodConfig
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.schema import RunConfig
 
 
-@cache
-def method_models() -> dict[str, type[Section]]:
-    """Method name -> the model of its settings."""
-    union, *_ = get_args(MethodConfig)
-    return {get_args(model.model_fields["name"].annotation)[0]: model for model in get_args(union)}
-
-
-@cache
 def run_keys() -> frozenset[str]:
     """Every dotted key of a run file, sections included, over all methods."""
-    keys = set(_keys(RunConfig, ""))
-    for model in method_models().values():
-        keys.update(_keys(model, "method."))
-    return frozenset(keys)
+    return frozenset(_keys(RunConfig, ""))
+
+
+def section_models(field: FieldInfo) -> tuple[type[Section], ...]:
+    """The models that a field may hold: none for a plain value, one per method for a method's."""
+    model = section_model(field)
+    if model is MethodSettings:
+        return tuple(method_models().values())
+    return () if model is None else (model,)
 
 
 def section_model(field: FieldInfo) -> type[Section] | None:
@@ -43,6 +40,5 @@ def as_section(annotation: Any) -> type[Section] | None:
 def _keys(model: type[Section], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        nested = section_model(field)
-        if nested is not None:
+        for nested in section_models(field):
             yield from _keys(nested, f"{prefix}{name}.")

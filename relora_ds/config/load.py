@@ -16,14 +16,14 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from relora_ds.config.architecture import read_model_config
-from relora_ds.config.checks import RULES, WARNINGS, apply_rules, batch_divides_over_processes
-from relora_ds.config.document import Document, Finding
+from relora_ds.config.checks import batch_divides_over_processes, find_doubts, find_problems
 from relora_ds.config.explain import explain, missing_key, unknown_key
 from relora_ds.config.keys import section_model
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.override import apply_overrides
+from relora_ds.config.reading.document import Document, Finding
+from relora_ds.config.reading.override import apply_overrides
+from relora_ds.config.reading.source import dump_yaml, read_text, read_yaml
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import dump_yaml, read_text, read_yaml
 from relora_ds.errors import ConfigError
 
 __all__ = [
@@ -69,10 +69,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRu
     sections, findings = _validate(document.data)
     findings += _find_files(sections)
     problems = document.problems + _read_model(sections)
-    findings += apply_rules(RULES, sections)
+    findings += find_problems(sections)
     if problems or findings:
         raise ConfigError(document.report(findings) + problems)
-    warnings = document.report(apply_rules(WARNINGS, sections))
+    warnings = document.report(find_doubts(sections))
     architecture = sections.pop("architecture")
     return LoadedRun(RunConfig(**sections), architecture, tuple(warnings), document)
 
@@ -91,10 +91,7 @@ def check_processes(run: LoadedRun, processes: int) -> None:
 
 def dump_run_config(config: RunConfig) -> str:
     """The run as YAML, defaults written out, that `load_run_config` reads to an equal config."""
-    data = config.model_dump(mode="json")
-    # inherited settings would otherwise come before the name that explains them
-    data["method"] = {"name": config.method.name, **data["method"]}
-    return dump_yaml(data)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _validate(data: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:

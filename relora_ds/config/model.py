@@ -51,3 +51,19 @@ class ModelConfig(Section):
     """Kept for the export."""
     pad_token_id: Annotated[int, Field(ge=0)] | None = None
     """Kept for the export; no row is zeroed because of it."""
+
+
+def projection_shapes(architecture: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the seven projections of a layer, by name within it."""
+    width, inner = architecture.hidden_size, architecture.intermediate_size
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_key_value_heads * architecture.head_dim
+    return {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }

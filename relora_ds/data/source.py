@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from relora_ds.config.schema import DataConfig
+from relora_ds.config.sections import DataConfig
 from relora_ds.data.batches import checked_num_samples
 from relora_ds.data.builtin import builtin_corpus, default_cache_dir
 from relora_ds.data.tokenizer import Tokenizer, tokenizer_hash

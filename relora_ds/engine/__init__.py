@@ -1,9 +1,1 @@
-"""DeepSpeed behind one door: nothing outside of this package imports it."""
-
-import os
-
-import torch
-
-# DeepSpeed picks its accelerator when it is imported, and guesses loudly on machines without a GPU
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+"""A model under ZeRO: what drives it, where its state lies, and what methods may do to it."""

@@ -18,6 +18,7 @@ from relora_ds.methods.interface import Method
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
+from relora_ds.parallel.zero import ZeroSettings
 
 DenseWeights = Mapping[str, torch.Tensor] | DenseSlices | None
 """Uncut weights by name, this rank's slices of them, or None for the seed's random draw."""
@@ -27,7 +28,7 @@ def build_engine(
     architecture: ModelConfig,
     method: Method[Any],
     config: RunConfig,
-    deepspeed_config: dict[str, Any],
+    zero: ZeroSettings,
     topology: Topology,
     weights: DenseWeights = None,
     probe_tokens: torch.Tensor | None = None,
@@ -39,7 +40,7 @@ def build_engine(
         architecture: the model.
         method: builds its projections and says what is trained.
         config: the run's settings; nothing of its data is read.
-        deepspeed_config: resolved DeepSpeed dictionary.
+        zero: its ZeRO settings on so many processes.
         topology: this process's place.
         weights: what the model starts from.
         probe_tokens: (B, S) int64; methods report drift with the model's output on them.
@@ -54,9 +55,7 @@ def build_engine(
     else:
         source = InitialWeights(architecture, config.train.seed)
     tp = topology.tp
-    partitioner = build_partitioner(
-        deepspeed_config, config.train.precision, slices, whole or (), tp
-    )
+    partitioner = build_partitioner(zero, slices, whole or (), tp)
     model = build_model(
         architecture, method, config.train, source, topology.device, partitioner, tp
     )
@@ -64,7 +63,7 @@ def build_engine(
         prepare(model)
     exact = None if partitioner is None else partitioner.finish()
     probe = _Probe(model, probe_tokens)
-    engine = TrainEngine(model, method, config, deepspeed_config, probe, exact, tp)
+    engine = TrainEngine(model, method, config, zero, probe, exact, tp)
     if partitioner is None and whole is not None:
         restore_masters(engine, whole)
     return engine

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-import warnings
 from datetime import timedelta
 from typing import TypeVar
 
-import deepspeed
 import torch
-from deepspeed.utils import logger as deepspeed_logger
-from torch.distributed import distributed_c10d
 
+from relora_ds.engine.deepspeed.process_group import join_process_group
 from relora_ds.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -41,21 +37,13 @@ def start(timeout_minutes: float) -> Topology:
     Returns:
         This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
     """
-    deepspeed_logger.setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch 2.13 renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # The shared-memory all-reduce serves inference only. It is compiled at start-up, fails without
-    # a compiler, and leaves 66 MiB per rank in /dev/shm: DeepSpeed has no public switch for it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    timeout = timedelta(minutes=timeout_minutes)
-    _bound_every_group(timeout)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    join_process_group(timedelta(minutes=timeout_minutes))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
@@ -101,16 +89,6 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes, in place."""
     torch.distributed.all_reduce(value)
     return value
-
-
-def _bound_every_group(timeout: timedelta) -> None:
-    """Make `timeout` the default of groups that are created later, by whomever.
-
-    DeepSpeed creates its groups without a timeout, which means torch's default of 10 minutes for
-    NCCL and 30 for gloo, not that of the first group. torch has no public way to change it.
-    """
-    assert callable(distributed_c10d._get_default_timeout)
-    distributed_c10d._get_default_timeout = lambda backend: timeout
 
 
 def _describe_single_process() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,23 +13,24 @@ from torch import nn
 from relora_ds.accounting.memory_meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.backend import start_engine
-from relora_ds.engine.deepspeed.config import reduces_once
-from relora_ds.engine.deepspeed.layouts import build_layout
-from relora_ds.engine.deepspeed.partition import release_stage3
+from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.optimizer import build_optimizer
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
 from relora_ds.engine.zero.fragments import clocked_fragments, rounding_streams
 from relora_ds.engine.zero.layout import Layout
+from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.engine.zero.state import Probe, ZeroState
 from relora_ds.engine.zero.tensor_gradients import TensorGradients, global_norm
-from relora_ds.methods.interface import Method
+from relora_ds.methods.interface import Method, ParameterGroup
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
+from relora_ds.optim.grouped import GroupedOptimizer
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
 
 
 class TrainEngine:
@@ -39,7 +40,7 @@ class TrainEngine:
         model: built by the method, in fp32, already holding its initial values.
         method: says what is trained, edited and clocked.
         config: the run.
-        deepspeed_config: resolved DeepSpeed dictionary.
+        zero: its ZeRO settings.
         probe: output of the working model on a fixed batch; methods report drift with it.
         exact: fp32 slices of parameters that a `ZeroPartitioner` rounded; emptied.
         tp: the group that shares this copy of the model; the model is already cut over it.
@@ -50,7 +51,7 @@ class TrainEngine:
         model: nn.Module,
         method: Method[Any],
         config: RunConfig,
-        deepspeed_config: dict[str, Any],
+        zero: ZeroSettings,
         probe: Probe,
         exact: dict[nn.Parameter, torch.Tensor] | None = None,
         tp: TensorParallel = SINGLE,
@@ -58,31 +59,33 @@ class TrainEngine:
         self._tp = tp
         groups = method.parameter_groups(model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
-        self.optimizer = build_optimizer(config.optimizer, groups)
+        rules = [method.optimizer(config.optimizer, group) for group in groups]
+        self.optimizer = build_optimizer(config.optimizer, groups, rules)
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
             exact = {w: w.detach().clone().view(-1) for w in edited}
-        self._engine: Any = start_engine(model, self.optimizer, config, deepspeed_config, tp)
-        # bf16 stage 0 took an update on zero gradients; it must not count as a step
-        self.optimizer.state.clear()
+        self._engine: Backend = start_backend(model, self.optimizer, config, zero, tp)
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
-        wrapper, replicas = self._engine.optimizer, self._engine.data_parallel_group
-        grouped = [parameters for _, parameters in self.groups]
-        self.layout: Layout = build_layout(wrapper, self.optimizer, grouped, replicas)
+        self.layout: Layout = self._engine.layout([parameters for _, parameters in self.groups])
         self.bases = self._store(edited, KINDS[base_precision(config)], exact)
         self._restore_slices(exact)
         axes = method.vector_axes(model).items()
         self.clocks = {p: VectorClock(method_shape(p)[axis], axis) for p, axis in axes}
+        self.matrices = ZeroMatrices(self.layout, _by_parameter(groups, rules), self.names(), tp)
         if isinstance(self.optimizer, VectorAdamW):
             self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
             self.optimizer.roundings = rounding_streams(self.layout, self.names(), method.seed)
+        if isinstance(self.optimizer, GroupedOptimizer):
+            self.optimizer.matrices = self.matrices.placed
+            self.optimizer.exchange = self.matrices
         self._digest = ReplicaDigest(
             dict(self.model.named_parameters()),
             self.layout,
             self.bases,
             self.clocks,
-            replicas,
+            self.matrices,
+            self._engine.data_parallel_group,
             tp,
         )
         self.state = ZeroState(
@@ -94,15 +97,11 @@ class TrainEngine:
             lambda weight: self._digest.seal([weight]),
             tp,
         )
-        self._shares = TensorGradients(model, self.layout, wrapper, tp)
+        self._shares = TensorGradients(model, self.layout, tp)
         kept = [base.tensors() for base in self.bases.values()]
-        self.memory = MemoryMeter(self.model, self.optimizer, wrapper, kept)
-        if config.train.per_layer_update:
-            self._engine.before_update = self.memory.after_backward
-        # DeepSpeed reports none at stage 0 in fp32
-        own_optimizer = wrapper is self.optimizer
-        self._reduces_once = reduces_once(config, deepspeed_config)
-        self._computes_norm = own_optimizer and not config.train.per_layer_update
+        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept)
+        self._engine.watch_updates(self.memory.after_backward)
+        self._reduces_once = zero.reduces_once
 
     def _store(
         self,
@@ -183,7 +182,7 @@ class TrainEngine:
         with recorder.phase("step"):
             if at_boundary:
                 self._shares.complete()
-                if self._computes_norm:
+                if not self._engine.reports_norm:
                     norm = self._gradient_norm()
             self._engine.step()
         return norm
@@ -209,21 +208,18 @@ class TrainEngine:
     def destroy(self) -> None:
         """Free the engine so that another phase can build its own."""
         self._engine.destroy()
-        if self.layout.weights_sharded:
-            release_stage3()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
-        del self._digest, self.memory, self._shares
+        del self._digest, self.memory, self._shares, self.matrices
         self.bases, self.clocks = {}, {}
         gc.collect()
 
     def save(self, directory: str, tag: str) -> None:
         """DeepSpeed's own shards of model and optimizer, frozen weights always included."""
-        self._engine.save_checkpoint(directory, tag=tag, save_latest=False)
+        self._engine.save_checkpoint(directory, tag)
 
     def load(self, directory: str, tag: str) -> None:
         """Restore what `save` wrote, into the same layout."""
-        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
-        assert path is not None, "the caller verified that the files are there"
+        self._engine.load_checkpoint(directory, tag)
         for parameter in self.model.parameters():
             self.layout.drop_copies(parameter)
 
@@ -237,3 +233,15 @@ class TrainEngine:
 
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tp)
+
+
+def _by_parameter(
+    groups: Sequence[ParameterGroup], rules: Sequence[MatrixOptimizer | None]
+) -> dict[nn.Parameter, MatrixOptimizer]:
+    """The matrix-wise optimizer of every parameter that has one, in the groups' order."""
+    return {
+        parameter: rule
+        for group, rule in zip(groups, rules, strict=True)
+        if rule is not None
+        for parameter in group.parameters
+    }

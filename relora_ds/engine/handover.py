@@ -43,7 +43,7 @@ def restore_masters(engine: TrainEngine, values: Mapping[str, torch.Tensor]) -> 
         if name in values and parameter in engine.layout.placements:
             shard, value = shard_of(parameter), values[name].to(engine.device)
             seen = value if shard is None or shard.inner else shard.part(value)
-            engine.state.write(parameter, seen)
+            engine.state.weights.write(parameter, seen)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The client optimizer that DeepSpeed drives."""
+"""The client optimizer that DeepSpeed drives: element-wise, or matrix-wise for some groups."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from typing import Any
 
 import torch
 
-from relora_ds.config.schema import OptimizerConfig
+from relora_ds.config.sections import OptimizerConfig
+from relora_ds.engine.deepspeed.optimizers import cpu_adam, fused_adam
 from relora_ds.methods.interface import ParameterGroup
 from relora_ds.optim.block_adamw import BlockAdamW
+from relora_ds.optim.grouped import GroupedOptimizer
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 
 
 def build_optimizer(
-    config: OptimizerConfig, groups: Sequence[ParameterGroup]
+    config: OptimizerConfig,
+    groups: Sequence[ParameterGroup],
+    rules: Sequence[MatrixOptimizer | None],
 ) -> torch.optim.Optimizer:
-    """The configured AdamW over the method's groups.
+    """The configured AdamW over the method's groups, but for those with a rule of their own.
 
     Every group carries its `role`, from which the learning rate is set before each update. It
     starts at zero: DeepSpeed's bf16 stage 0 takes a step on zero gradients when it is built.
+
+    Args:
+        config: names the element-wise optimizer.
+        groups: what is trained.
+        rules: the matrix-wise optimizer of each group, None for an element-wise one.
     """
     settings = {"betas": config.betas, "eps": config.eps}
     described: list[dict[str, Any]] = [
@@ -31,7 +41,14 @@ def build_optimizer(
         }
         for group in groups
     ]
-    return _KINDS[config.name](described, settings)
+    named = {f"rule {number}": rule for number, rule in enumerate(rules) if rule is not None}
+    if not named:
+        return _KINDS[config.name](described, settings)
+    assert config.name == "adamw", "requirements were checked"
+    for number, description in enumerate(described):
+        key = f"rule {number}"
+        description["rule"] = key if key in named else None
+    return GroupedOptimizer(described, named, **settings)
 
 
 def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -46,23 +63,10 @@ def _torch_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torc
     return torch.optim.AdamW(groups, **settings)
 
 
-def _fused_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
-    # imported here: the first use compiles a kernel
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam(groups, adam_w_mode=True, **settings)
-
-
-def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-
-
 _KINDS: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], torch.optim.Optimizer]] = {
     "adamw": _vector_adamw,
     "adamw8bit": _block_adamw,
     "torch_adamw": _torch_adamw,
-    "fused_adam": _fused_adam,
-    "cpu_adam": _cpu_adam,
+    "fused_adam": fused_adam,
+    "cpu_adam": cpu_adam,
 }

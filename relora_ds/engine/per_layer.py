@@ -3,8 +3,8 @@
 With one micro-batch per update no more than one layer's gradients are alive at a time. With
 accumulation the gradients of the earlier micro-batches have to be kept, and the updates happen in
 the last backward pass: one update per global batch, never one per micro-batch. Every process holds
-the whole optimizer state. This stands in for DeepSpeed's engine, which reduces, clips and steps
-after the backward pass; where ZeRO cuts gradients there is no whole gradient to use.
+the whole optimizer state. DeepSpeed's engine reduces, clips and steps after the backward pass, so
+it is not used here; where ZeRO cuts gradients there is no whole gradient to use.
 
 In bf16 the optimizer steps fp32 masters, or the parameters themselves and rounds them at random.
 Without masters nothing is as large as a gradient in fp32.
@@ -16,31 +16,30 @@ is clipped to a norm of `clip` on its own. A run that never reaches the limit is
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import STRETCH, VectorAdamW
+from relora_ds.parallel.zero import ZeroSettings
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 """The name under which DeepSpeed saves a model, so that exports find it."""
 
 
-class Masters:
-    """Marks that the optimizer steps fp32 copies of the parameters, in the parameters' order."""
-
-
 class PerLayerEngine:
-    """What `TrainEngine` needs of a DeepSpeed engine, for per-layer updates at stage 0.
+    """`engine.backend.Backend` for per-layer updates at stage 0.
 
     Args:
         model: filled, in fp32; cast and moved.
         optimizer: over the model's parameters; it is given masters where the model is cast.
-        resolved: DeepSpeed dictionary, for accumulation, clipping and precision.
+        zero: settings of stage 0, for accumulation, clipping and precision.
         device: where the process computes.
         masters: give the optimizer fp32 copies of parameters in bf16.
     """
@@ -49,34 +48,42 @@ class PerLayerEngine:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        resolved: Mapping[str, Any],
+        zero: ZeroSettings,
         device: torch.device,
         masters: bool = True,
     ) -> None:
         assert isinstance(optimizer, VectorAdamW), "the configuration was checked"
+        world = torch.distributed.group.WORLD
+        assert world is not None, "the process group is joined before"
         self.module = model.to(device)
         self.device = device
-        self.data_parallel_group = torch.distributed.group.WORLD
-        self.before_update: Callable[[], None] = lambda: None
-        """Called while the gradient that is used next is alive."""
+        self.data_parallel_group: ProcessGroup = world
+        self.reports_norm = True
+        self._before_update: Callable[[], None] = lambda: None
         self._optimizer = optimizer
-        self._accumulation = int(resolved["gradient_accumulation_steps"])
-        self._clip = float(resolved["gradient_clipping"])
+        self._accumulation, self._clip = zero.accumulation, zero.clip
         self._micro_step = 0
         self._norm_sq: torch.Tensor | None = None
         groups = [list(group["params"]) for group in optimizer.param_groups]
-        self.optimizer: Any = optimizer
-        if resolved["bf16"]["enabled"]:
-            model.bfloat16()
-        if resolved["bf16"]["enabled"] and masters:
+        model.to(zero.dtype)
+        self._has_masters = masters and zero.dtype != torch.float32
+        if self._has_masters:
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [nn.Parameter(p.detach().float()) for p in parameters]
-            self.optimizer = Masters()
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._updater(number, index))
             for number, parameters in enumerate(groups)
             for index, parameter in enumerate(parameters)
         ]
+
+    def layout(self, groups: Sequence[Sequence[nn.Parameter]]) -> Layout:
+        """The layout of what the optimizer steps: masters, or the parameters themselves."""
+        kind = MasterCopies if self._has_masters else WholeParameters
+        return kind(groups, self._optimizer, None)
+
+    def watch_updates(self, look: Callable[[], None]) -> None:
+        """Call `look` when an update begins, while the gradient that it uses is alive."""
+        self._before_update = look
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """The model's loss on a micro-batch."""
@@ -96,6 +103,10 @@ class PerLayerEngine:
             self._norm_sq = None
         (loss / self._accumulation).backward()
 
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
+        """Nothing: an update reduces each gradient once in any case."""
+        return nullcontext()
+
     def step(self) -> None:
         """Close a micro-batch; the updates are done already."""
         self._micro_step = (self._micro_step + 1) % self._accumulation
@@ -111,13 +122,13 @@ class PerLayerEngine:
         def update(parameter: torch.Tensor) -> None:
             if not self.is_gradient_accumulation_boundary():
                 return
-            self.before_update()
+            self._before_update()
             assert parameter.grad is not None
             settings = self._optimizer.param_groups[group]
             owner = settings["params"][index]
             if owner is not parameter:
                 owner.grad = parameter.grad.to(owner.dtype)
-                self.before_update()
+                self._before_update()
                 parameter.grad = None
             _average(owner.grad)
             self._optimizer.update(owner, settings, self._clip_factor(owner.grad))
@@ -137,7 +148,7 @@ class PerLayerEngine:
         # the factor that torch and DeepSpeed use
         return (self._clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
 
-    def save_checkpoint(self, directory: str, tag: str, **_: Any) -> None:
+    def save_checkpoint(self, directory: str, tag: str) -> None:
         """Model, masters and moments in one file: they are the same on every process."""
         if torch.distributed.get_rank() == 0:
             folder = Path(directory) / tag
@@ -150,7 +161,7 @@ class PerLayerEngine:
             torch.save(saved, folder / MODEL_FILE)
         torch.distributed.barrier()
 
-    def load_checkpoint(self, directory: str, tag: str, **_: Any) -> tuple[str, None]:
+    def load_checkpoint(self, directory: str, tag: str) -> None:
         """Restore what `save_checkpoint` wrote.
 
         Raises:
@@ -171,10 +182,9 @@ class PerLayerEngine:
             for master, value in zip(self._masters(), saved["masters"], strict=True):
                 master.copy_(value)
         self._optimizer.load_state_dict(saved["optimizer"])
-        return str(path), None
 
     def _masters(self) -> Sequence[torch.Tensor]:
-        if not isinstance(self.optimizer, Masters):
+        if not self._has_masters:
             return []
         return [p.detach() for group in self._optimizer.param_groups for p in group["params"]]
 
@@ -182,7 +192,7 @@ class PerLayerEngine:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
-        del self.module, self.optimizer, self._optimizer
+        del self.module, self._optimizer
 
 
 def _average(grad: torch.Tensor) -> None:

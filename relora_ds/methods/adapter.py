@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from relora_ds.config.method import AdapterConfig
+from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import TrainConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.model.embedding import VocabularyPart
@@ -109,6 +109,31 @@ def build_model(
     return model
 
 
+@torch.no_grad()
+def filled_model(
+    architecture: ModelConfig,
+    method: Method[Any],
+    train: TrainConfig,
+    values: Mapping[str, torch.Tensor],
+    device: torch.device,
+) -> Llama:
+    """The method's own model in fp32 on `device`, with given values of its parameters.
+
+    Args:
+        values: of every parameter by name, read one by one.
+    """
+    model = meta_model(architecture, method, train)
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Projection):
+            method.lay_out(module)
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, key, buffer.to(device))
+        for full_name, parameter, _ in _allocate(module, name, device, made):
+            parameter.copy_(values[full_name])
+    return model
+
+
 def _allocate(
     module: nn.Module, name: str, device: torch.device, made: dict[int, nn.Parameter]
 ) -> list[tuple[str, nn.Parameter, int]]:
@@ -180,7 +205,13 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         prefix = name.removesuffix("weight")
         own = {key: self._value(prefix + key) for key, _ in layer.named_parameters()}
         layer.load_state_dict(own, strict=False, assign=True)
-        return self._method.dense_weight(layer).detach()
+        dense = self._method.dense_weight(layer)
+        if dense is None:
+            raise CheckpointError(
+                f"{name}: method {self._method.config.name} has no dense weight that computes the "
+                "same: its checkpoints can be resumed and evaluated, but not exported"
+            )
+        return dense.detach()
 
     def _value(self, name: str) -> torch.Tensor:
         value = self._values[name].detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relora_ds.config.method import FullConfig
+from relora_ds.config.methods.full import FullConfig
 from relora_ds.methods.interface import Method
 
 

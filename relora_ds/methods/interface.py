@@ -1,13 +1,15 @@
 """The one seam between training methods and everything else.
 
-`Method` is what a method overrides; its defaults are full-rank training. `TrainState`, beside it in
-`train_state`, is all that a method may touch of a running engine. A method never sees an optimizer,
-a partition or a stage.
+A `Method` describes: which modules stand in for projections, what of them is trained, edited or
+clocked, how it is updated, what a run must offer. It holds no state and needs no memory, so that
+planning asks it on a model without storage. `Method.start` gives a `Session`, which acts on one
+live engine between updates; all that it may touch of the engine is the `TrainState` that it is
+given. The defaults of both are full-rank training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -15,10 +17,13 @@ import torch
 from torch import nn
 
 from relora_ds.config.base import Section
+from relora_ds.config.sections import OptimizerConfig
+from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
-from relora_ds.parallel.shape import TPShard, shard_of, tp_local_shape
+from relora_ds.parallel.shape import shard_of, tp_local_shape
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,88 @@ class Event:
     moments_reset_fraction: float
     """Share of the non-zero Adam moments of the adapters that were set to zero."""
     details: dict[str, float] = field(default_factory=dict)
-    """Further figures by metric name."""
+    """Further metrics by name."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a method says in a line of the log about what happens too often for an `Event` each."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Metrics by name, since the last line or so far."""
+    event: str | None = None
+    """Kind of event that happened since the last line: processes are then compared."""
+
+
+@dataclass(frozen=True)
+class MemoryShare:
+    """Elements that a method keeps beside the model in the end, in the working precision."""
+
+    device: int = 0
+    """In the memory of each process's device."""
+    host: int = 0
+    """In the memory of each node's host."""
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a session's saved state, and how tensor parallelism shards it."""
+
+    value: torch.Tensor
+    """May be live. Of a sharded one, this rank's part."""
+    like: str | None = None
+    """Full name of the parameter that it is sharded like; None if all ranks have the same."""
+    dim: int = 0
+    """Dimension of the tensor that is sharded as the parameter's sharded dimension is."""
+
+
+MethodT = TypeVar("MethodT", bound="Method[Any]")
 ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+class Session(Generic[MethodT]):
+    """A method at work on one live engine; the default does nothing.
+
+    The hooks are called on every rank, in the same order, within `torch.no_grad`.
+
+    Args:
+        method: describes what the model is made of.
+        state: the engine's partitioned state.
+        model: the live model.
+    """
+
+    def __init__(self, method: MethodT, state: TrainState, model: nn.Module) -> None:
+        self.method = method
+        self.state = state
+        self.model = model
+
+    def before_step(self, step: int) -> Event | None:
+        """Called after `step` completed updates, before the next forward pass."""
+        return None
+
+    def after_step(self, step: int) -> Event | None:
+        """Called right after update number `step` (counted from 1) was applied."""
+        return None
+
+    def report(self) -> Report:
+        """Metrics for a line of the log; may wait for the device."""
+        return Report()
+
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """State of its own, by name, that must be the same on every rank at every moment."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot derive from the step number, the same for any number of copies
+        of the model.
+
+        Tensors are values of the dictionary itself, as `SavedTensor`; everything else is plain
+        types. What rank 0 of every tensor-parallel part returns is saved.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, with plain tensors of this rank's parts."""
 
 
 class Method(Generic[ConfigT]):
@@ -60,6 +143,11 @@ class Method(Generic[ConfigT]):
         dtype: what the model computes in; it is initialised in fp32 and cast afterwards.
     """
 
+    requirements = Requirements()
+    """What a run must offer; checked once, before anything is built."""
+    has_dense_weight = True
+    """Whether `dense_weight` has an answer. Without one a run ends without an export."""
+
     def __init__(
         self, config: ConfigT, seed: int, steps: int, dtype: torch.dtype = torch.float32
     ) -> None:
@@ -67,6 +155,10 @@ class Method(Generic[ConfigT]):
         self.seed = seed
         self.steps = steps
         self.dtype = dtype
+
+    def start(self, state: TrainState, model: nn.Module) -> Session[Any]:
+        """The method at work on a live engine, before a state is restored or a step is taken."""
+        return Session(self, state, model)
 
     def linear(self, spec: LinearSpec) -> Projection:
         """The module that stands in for a projection; its parameters are allocated, not drawn."""
@@ -78,27 +170,30 @@ class Method(Generic[ConfigT]):
         The weight is a random draw, a loaded checkpoint's or the warm start's; a method with
         factors derives them from it or lets the frozen weight absorb them. A method that is warm
         started sets `weight` to the dense weight plus a term that does not depend on it: where
-        weights are cut, it is called with zeros and slices of the dense weight are added.
+        weights are sharded, it is called with zeros and slices of the dense weight are added.
         """
         assert isinstance(layer, DenseLinear)
         layer.weight.copy_(dense)
 
-    def dense_weight(self, layer: Projection) -> torch.Tensor:
-        """The dense weight (out, in) in fp32 that computes the same as the projection."""
+    def dense_weight(self, layer: Projection) -> torch.Tensor | None:
+        """The dense weight (out, in) in fp32 that computes the same as the projection.
+
+        Returns:
+            None if no matrix does, as where a function stands between the factors;
+            `has_dense_weight` is then false.
+        """
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
 
     def lay_out(self, layer: Projection) -> None:
-        """Fill what a projection needs to know how it is cut, where its parameters have no memory.
-
-        For most of them the shapes say it all.
-        """
+        """Fill what a projection needs to know how it is sharded, where its parameters have no
+        memory. For most of them the shapes say it all."""
 
     def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
         """Trainable parameters by role and decay. Projections count as adapters.
 
-        What tensor parallelism cuts is apart from what it does not: the flat tensors that ZeRO
-        makes of a group must be cut alike on all ranks that hold the same parameters.
+        Parameters that tensor parallelism shards are in groups of their own: the flat tensors that
+        ZeRO makes of a group must be sliced alike on all ranks that hold the same parameters.
         """
         projections = {
             id(p) for layer in projection_layers(model).values() for p in layer.parameters()
@@ -115,6 +210,13 @@ class Method(Generic[ConfigT]):
         """Whether weight decay applies to a trained parameter: to matrices, not to vectors."""
         return len(tp_local_shape(parameter)) >= 2
 
+    def optimizer(self, settings: OptimizerConfig, group: ParameterGroup) -> MatrixOptimizer | None:
+        """How a group is updated; None leaves it to the element-wise `optimizer.name`.
+
+        A matrix-wise optimizer needs a group of matrices.
+        """
+        return None
+
     def vector_axes(self, model: nn.Module) -> dict[nn.Parameter, int]:
         """Parameters whose vectors need an Adam step count of their own, with the vectors' axis."""
         return {}
@@ -123,64 +225,13 @@ class Method(Generic[ConfigT]):
         """Frozen weights that the method edits during training."""
         return []
 
-    def parked_elements(self, model: nn.Module) -> tuple[int, int]:
-        """Most working-precision elements that the method keeps beside the model in the end: in
-        the memory of each process's device, and of each node's host."""
-        return 0, 0
+    def memory_share(self, model: nn.Module) -> MemoryShare:
+        """What a session keeps beside the model, at most. The model may be without memory."""
+        return MemoryShare()
 
     def lr_multiplier(self, step: int, schedule: Schedule) -> float:
         """Factor on every learning rate for the update that follows `step` completed ones."""
         return schedule(step)
-
-    def before_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
-        """Called after `step` completed updates, before the next forward pass."""
-        return None
-
-    def after_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
-        """Called right after update number `step` (counted from 1) was applied."""
-        return None
-
-    def attach(self, state: TrainState, model: nn.Module) -> None:
-        """Called once when the engine stands, before a state is restored or a step is taken."""
-
-    def figures(self, state: TrainState, model: nn.Module) -> dict[str, Any]:
-        """Metrics for a line of the log, since the last one or so far; may wait for the device.
-
-        For what happens too often to be an `Event` of its own: `method/event` names it here if it
-        happened since the last line. Called on every rank.
-        """
-        return {}
-
-    def replicas(self) -> dict[str, torch.Tensor]:
-        """State of its own, by name, that must be the same on every rank at every moment."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot derive from the step number, the same for any number of copies
-        of the model.
-
-        Tensors are values of the dictionary itself, and may be live; everything else is plain
-        types. Called on every rank; what rank 0 returns is saved.
-        """
-        return {}
-
-    def join_states(
-        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TPShard]]
-    ) -> dict[str, Any]:
-        """The state for the whole model from what `state_dict` returned on tensor-parallel ranks.
-
-        Args:
-            states: with their tensors, one per rank.
-            shards: which part of every cut parameter each rank holds.
-        """
-        return states[0]
-
-    def part_of_state(self, state: dict[str, Any], shards: Mapping[str, TPShard]) -> dict[str, Any]:
-        """A rank's part of the state for the whole model: the inverse of `join_states`."""
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; called on every rank after `attach`."""
 
 
 def projection_layers(model: nn.Module) -> dict[str, Projection]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relora_ds.config.method import LoRAConfig
+from relora_ds.config.methods.lora import LoRAConfig
 from relora_ds.methods.adapter import AdapterMethod
 
 

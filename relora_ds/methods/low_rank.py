@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from relora_ds.config.method import LowRankConfig
+from relora_ds.config.methods.low_rank import LowRankConfig
 from relora_ds.methods.interface import Method
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection

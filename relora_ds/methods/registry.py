@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from relora_ds.config.method import AdapterConfig, FullConfig
+from relora_ds.config.load import LoadedRun
+from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
+from relora_ds.errors import ConfigError
+from relora_ds.methods.build import meta_model
 from relora_ds.methods.full import Full
 from relora_ds.methods.interface import Method
 from relora_ds.methods.lora import LoRA
 from relora_ds.methods.low_rank import LowRank
 from relora_ds.methods.relora.relora import ReLoRA
+from relora_ds.methods.requirements import unmet_by_rules
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
+from relora_ds.numerics.dtypes import DTYPES
+from relora_ds.optim.matrix import MatrixOptimizer
+from relora_ds.parallel.shape import global_shape
 
 METHODS: dict[str, type[Method[Any]]] = {
     "full": Full,
@@ -27,6 +37,27 @@ METHODS: dict[str, type[Method[Any]]] = {
     "switchlora": SwitchLoRA,
 }
 """Keys are the values of `method.name` and the names of the modules."""
+
+
+def register(name: str, method: type[Method[Any]]) -> None:
+    """Make a method known by the name of its settings.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if name in METHODS:
+        raise ValueError(f"method {name!r} is registered already, as {METHODS[name].__name__}")
+    METHODS[name] = method
+
+
+@contextmanager
+def registered(name: str, method: type[Method[Any]]) -> Iterator[None]:
+    """Register a method for the duration of a `with` block."""
+    register(name, method)
+    try:
+        yield
+    finally:
+        del METHODS[name]
 
 
 @dataclass(frozen=True)
@@ -54,19 +85,48 @@ class Phase:
 def plan_phases(config: RunConfig) -> list[Phase]:
     """The run's phases in order: a warm start if the method has one, then the method."""
     total, seed = config.train.steps, config.train.seed
-    warm = config.method.warm_start_steps if isinstance(config.method, AdapterConfig) else 0
     phases = []
-    if warm:
-        assert isinstance(config.method, AdapterConfig)
-        full = Full(FullConfig(name="full"), seed, warm)
-        rate = config.method.warm_start_lr or config.optimizer.lr
-        phases.append(Phase(full, "full", 0, warm, _schedule(config, total), rate))
-    name, steps = config.method.name, total - warm
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    method = METHODS[name](config.method, seed, steps, dtype)
+    first, warm = 0, config.method.warm_start
+    if warm is not None:
+        first = warm.steps
+        full = Full(FullConfig(name="full"), seed, first)
+        rate = warm.lr or config.optimizer.lr
+        phases.append(Phase(full, "full", 0, first, _schedule(config, total), rate))
+    name, steps = config.method.name, total - first
+    method = METHODS[name](config.method, seed, steps, DTYPES[config.train.precision])
     rate = config.optimizer.resolved_adapter_lr
-    phases.append(Phase(method, name, warm, steps, _schedule(config, steps), rate))
+    phases.append(Phase(method, name, first, steps, _schedule(config, steps), rate))
     return phases
+
+
+def check_requirements(run: LoadedRun, zero_stage: int) -> None:
+    """Make sure, before anything is built, that a run offers what its methods need.
+
+    Args:
+        run: the checked run description.
+        zero_stage: of its DeepSpeed file.
+
+    Raises:
+        ConfigError: it does not; names every key concerned.
+    """
+    findings: list[Finding] = []
+    for phase in plan_phases(run.config):
+        findings += phase.method.requirements.unmet(phase.name, run.config, zero_stage)
+        findings += unmet_by_rules(phase.name, run.config, _rules(phase.method, run))
+    problems = run.document.report(findings)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _rules(method: Method[Any], run: LoadedRun) -> list[tuple[MatrixOptimizer, list[torch.Size]]]:
+    """The matrix-wise optimizers of a method, with the global shapes that they update."""
+    model = meta_model(run.architecture, method, run.config.train)
+    found = []
+    for group in method.parameter_groups(model):
+        rule = method.optimizer(run.config.optimizer, group)
+        if rule is not None:
+            found.append((rule, [global_shape(parameter) for parameter in group.parameters]))
+    return found
 
 
 def _schedule(config: RunConfig, steps: int) -> Schedule:

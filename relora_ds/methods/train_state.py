@@ -1,6 +1,11 @@
-"""What a method may touch of a running engine: the port that hides where ZeRO keeps what.
+"""What a method may touch of a running engine: four ports that hide where ZeRO keeps what.
 
-Declared beside `Method`, implemented once in `engine`.
+`TrainState` has one port per concern: `weights`, `moments`, `vectors` and `host`. They are declared
+here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They are called
+on every rank, in the same order, within `torch.no_grad`, and only between optimizer steps.
+
+Where tensor parallelism shards a parameter, a method sees this rank's part of it (its *method
+shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor along r.
 """
 
 from __future__ import annotations
@@ -30,45 +35,35 @@ class MomentShard:
     exp_avg_sq: torch.Tensor
     """Second moment."""
     shard: TPShard | None = None
-    """The part of the parameter that `start` counts in; None where that is the whole."""
-    counted: bool = True
-    """Whether this is the one of several identical copies that sums over ranks count."""
+    """The part of the parameter that `start` counts in; None where that is all of it."""
 
     def uniform(self, stream: Stream) -> torch.Tensor:
-        """The stream's values for these elements, by their place in the full parameter; fp32."""
+        """The stream's values for these elements, by their place in the global parameter; fp32."""
         count, device = self.exp_avg.numel(), self.exp_avg.device
         if self.shard is None:
             return stream.uniform(self.start, count, device)
         return stream.uniform_at(self.shard.flat_index(self.start, count).to(device))
 
 
-class TrainState(ABC):
-    """The partitioned state of a run, through verbs that work at every ZeRO stage.
-
-    Verbs are called on every rank, in the same order, inside `torch.no_grad`, and only between
-    optimizer steps. Where tensor parallelism cuts a parameter, "whole" below means this rank's
-    part of it; what ZeRO makes of that part is hidden, and so is a cut of a factor along r.
-    """
-
-    bytes_moved: int
-    """Payload of the collectives that verbs have taken part in so far, the probe's excepted."""
+class Weights(ABC):
+    """Values of parameters: what is trained, and frozen weights that are edited."""
 
     @abstractmethod
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Full shape of a parameter, also where only a part of it is here."""
+        """Global shape of a parameter, also where only a part of it is here."""
 
     @abstractmethod
     def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-        """Working values of small trained parameters, whole and the same on every rank.
+        """Working values of small trained parameters, the same on every rank.
 
-        The one verb that gathers, where parameters are cut over ranks: never ask it for a weight
+        The one verb that gathers, where parameters are sliced over ranks: never ask it for a weight
         that is as large as a projection. The values are valid until the next verb that writes.
         """
 
     def gather_in_turn(
         self, requests: Sequence[Sequence[nn.Parameter]]
     ) -> Iterator[list[torch.Tensor]]:
-        """What `whole` returns, for one request after the other, with few exchanges.
+        """Working values as `gather` returns them, for one request after the other.
 
         Several requests share a collective, as long as their values stay within some megabytes. The
         values of a request survive what is written to the parameters of other ones.
@@ -92,15 +87,12 @@ class TrainState(ABC):
             yield [next(values) for _ in request]
 
     @abstractmethod
-    def moments(self, parameter: nn.Parameter) -> MomentShard | None:
-        """This rank's part of the moments; None if it owns none or no step was taken yet."""
-
-    @abstractmethod
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Set a trained parameter to `value` everywhere it lives: master and working copies.
 
         Args:
-            value: the full value, any float dtype, identical on every rank.
+            value: of the parameter's method shape, any float dtype, the same on every data-parallel
+                rank.
         """
 
     @abstractmethod
@@ -122,51 +114,65 @@ class TrainState(ABC):
                 waits for the device; without, the edit is a single pass.
 
         Returns:
-            The report of this rank's part, `total_edits` makes it the whole weight's; None if it
+            The report of this rank's part, which `totals` turns into the whole weight's; None if it
             was not asked for.
         """
 
     @abstractmethod
-    def weight_times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
+    def times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
         """weight (m, n) @ right (n, k) on the authoritative values of an edited weight.
 
         Returns:
-            (m, k), fp32, the same on every rank.
+            (m, k), fp32, the same on every data-parallel rank.
         """
 
     @abstractmethod
-    def total_edits(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
+    def totals(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
         """Reports of whole weights from those of this rank's parts, the same on every rank."""
 
     @abstractmethod
+    def sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a small tensor that was formed from this rank's rows of a weight, over the ranks
+        that hold its other rows."""
+
+
+class Moments(ABC):
+    """Adam's moments of trained parameters, on whatever slices of them this rank holds."""
+
+    @abstractmethod
+    def shard(self, parameter: nn.Parameter) -> MomentShard | None:
+        """This rank's part of the moments; None if it owns none or no step was taken yet."""
+
+    @abstractmethod
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Elements of both moments that are not zero, over all ranks, every element once."""
+
+    @abstractmethod
     def order_statistics(
-        self, values: Sequence[torch.Tensor], ranks: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Exact k-th smallest magnitude of distributed tensors, without gathering them.
+        self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Exact k-th smallest magnitude of both moments, without gathering them.
 
         Args:
-            values: this rank's stretch of each tensor, fp32, 1-D, possibly empty; signs are
-                ignored.
-            ranks: 1-based k for each tensor, over the whole of it.
+            parameters: trained ones.
+            ks: 1-based k for each parameter, over all of its elements.
 
         Returns:
-            One fp32 scalar per tensor, the same on every rank.
+            Two fp32 scalars per parameter, of the first and the second moment, the same on every
+            rank.
         """
 
     @abstractmethod
-    def total(self, counts: Sequence[int]) -> list[int]:
-        """Sums of integers over all ranks that hold moments which are counted."""
+    def restart(self, parameter: nn.Parameter) -> int:
+        """Begin the bias correction of every vector of a clocked parameter anew; returns how many
+        vectors that were."""
+
+
+class Vectors(ABC):
+    """Single vectors of clocked parameters: rows or columns with an Adam step of their own."""
 
     @abstractmethod
-    def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum of a small tensor over the ranks that hold other rows of the same weights."""
-
-    @abstractmethod
-    def reset_steps(self, parameter: nn.Parameter) -> int:
-        """Restart the bias correction of every vector of a clocked parameter; returns how many."""
-
-    @abstractmethod
-    def live_vectors(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
+    def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         """Which vectors of a clocked parameter the update after the next `ahead` ones trains.
 
         Returns:
@@ -174,18 +180,18 @@ class TrainState(ABC):
         """
 
     @abstractmethod
-    def gather_vectors(
+    def gather(
         self,
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[torch.Tensor]:
-        """Vectors, whole and the same on every rank, in one exchange for all of them.
+        """Vectors, the same on every rank, in one exchange for all of them.
 
         Args:
             factors: clocked parameters and the vectors that are asked for, int64, (k,), on the CPU;
                 their working values are returned.
             stored: vectors that the method itself keeps: their length, and this rank's
-                `own_span` of them, (k, span), in the factors' dtype.
+                `HostMemory.span` of them, (k, span), in the factors' dtype.
 
         Returns:
             One (k, length) per entry of `factors`, then of `stored`: vectors are rows, whatever
@@ -193,9 +199,7 @@ class TrainState(ABC):
         """
 
     @abstractmethod
-    def write_vectors(
-        self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def write(self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor) -> None:
         """Set vectors of a clocked parameter everywhere they live: master and working copies.
 
         Args:
@@ -204,7 +208,7 @@ class TrainState(ABC):
         """
 
     @abstractmethod
-    def reset_vectors(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+    def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
         """Forget what Adam knows of some vectors: moments and the count of their steps.
 
         Args:
@@ -215,24 +219,30 @@ class TrainState(ABC):
             Moment elements that this rank set to zero.
         """
 
-    @abstractmethod
-    def own_span(self, length: int) -> tuple[int, int]:
-        """Elements [start, stop) of a vector that this rank keeps of what methods store."""
+
+class HostMemory(ABC):
+    """Memory of a node's host for vectors that a method keeps beside the model."""
 
     @abstractmethod
-    def node_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Zeros in host memory for `own_span`s: one copy per node, if its ranks have the same span.
+    def span(self, length: int) -> tuple[int, int]:
+        """Elements [start, stop) of a vector of `length` that this rank keeps."""
+
+    @abstractmethod
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros in host memory: one copy per node, if its ranks have the same span.
 
         Every rank of the node asks in the same order.
         """
 
+    @property
     @abstractmethod
-    def writes_node(self) -> bool:
-        """Whether this rank is the one that writes what `node_tensor` returned."""
+    def is_writer(self) -> bool:
+        """Whether this rank is the one that writes what `tensor` returned."""
 
+    @property
     @abstractmethod
     def node_bytes(self) -> int:
-        """Size of what `node_tensor` returned, over all copies on this node."""
+        """Size of what `tensor` returned, over all copies on this node."""
 
     @abstractmethod
     def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
@@ -241,6 +251,30 @@ class TrainState(ABC):
         Returns:
             None except on the rank that writes checkpoints.
         """
+
+
+class TrainState(ABC):
+    """The partitioned state of a run, as four ports.
+
+    Args:
+        weights: values of parameters.
+        moments: Adam's moments of what is trained.
+        vectors: single vectors of clocked parameters.
+        host: memory of the node's host.
+    """
+
+    def __init__(
+        self, weights: Weights, moments: Moments, vectors: Vectors, host: HostMemory
+    ) -> None:
+        self.weights = weights
+        self.moments = moments
+        self.vectors = vectors
+        self.host = host
+
+    @property
+    @abstractmethod
+    def bytes_moved(self) -> int:
+        """Payload of the collectives that verbs have taken part in so far, the probe's excepted."""
 
     @abstractmethod
     def probe(self) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from relora_ds.config.load import read_model_config
+from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.model.hf_tokenizer import write_tokenizer

@@ -22,7 +22,7 @@ from functools import cached_property
 
 import torch
 
-from relora_ds.config.model import ModelConfig
+from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.randomness import Stream
 
 
@@ -77,7 +77,7 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
-        for name, shape in _projections(config).items():
+        for name, shape in projection_shapes(config).items():
             shapes[f"{layer}.{name}.weight"] = shape
             if config.mlp_bias if name.startswith("mlp") else config.attention_bias:
                 shapes[f"{layer}.{name}.bias"] = shape[:1]
@@ -87,19 +87,3 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (vocab, width)
     return shapes
-
-
-def _projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the seven projections of one layer."""
-    width, ffn = config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (query, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, query),
-        "mlp.gate_proj": (ffn, width),
-        "mlp.up_proj": (ffn, width),
-        "mlp.down_proj": (width, ffn),
-    }

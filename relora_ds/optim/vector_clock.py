@@ -14,6 +14,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from relora_ds.optim.rectangles import rectangles
+
 
 class VectorClock:
     """Birth and thaw times of the vectors of one factor, identical on every rank.
@@ -139,17 +141,9 @@ class Fragment(Stretch):
     def rectangles(self) -> tuple[tuple[int, int, int, int, int], ...]:
         """At most three of (offset in the flat, row, column, rows, width): tail of a row, whole
         rows, head of a row. Rows or columns that are vectors go by their number."""
-        found, at, end = [], self.start, self.start + self.length
         above, before = (self.first, 0) if self.clock.axis == 0 else (0, self.first)
-        while at < end:
-            row, col = divmod(at, self.cols)
-            whole = col == 0 and end - at >= self.cols
-            rows = (end - at) // self.cols if whole else 1
-            width = self.cols if whole else min(self.cols - col, end - at)
-            where = self.offset + at - self.start
-            found.append((where, above + row, before + col, rows, width))
-            at += rows * width
-        return tuple(found)
+        parts = rectangles(self.start, self.length, self.cols, above, before)
+        return tuple((self.offset + p.at, p.row, p.col, p.rows, p.cols) for p in parts)
 
     def blocks(self, flat: torch.Tensor) -> Iterator[Block]:
         """The rectangles as live views."""

@@ -77,8 +77,17 @@ def slice_of(elements: int, rank: int, size: int) -> tuple[int, int]:
 
 def tp_local_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of what this process's tensor-parallel rank holds, also where ZeRO has cut that."""
-    # ZeRO stage 3 leaves an empty placeholder and notes the true shape on the parameter
-    return getattr(parameter, "ds_shape", parameter.shape)
+    return getattr(parameter, "tp_local_shape", parameter.shape)
+
+
+def keep_tp_local_shape(parameter: nn.Parameter) -> None:
+    """Note a parameter's shape on it, before ZeRO leaves an empty placeholder in its place."""
+    cast(Any, parameter).tp_local_shape = parameter.shape
+
+
+def keeps_tp_local_shape(parameter: nn.Parameter) -> bool:
+    """Whether a parameter's shape was noted on it."""
+    return hasattr(parameter, "tp_local_shape")
 
 
 def shard_of(parameter: nn.Parameter) -> TPShard | None:

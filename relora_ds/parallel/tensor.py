@@ -62,13 +62,13 @@ class TensorParallel:
         """What tells this rank's files from those of the others; empty for a group of one."""
         return "" if self.size == 1 else f"_tp_{self.rank}"
 
-    def shards_inner(self, rank: int) -> bool:
-        """Whether factors of this rank r are cut along r.
+    def shards_inner(self, r: int) -> bool:
+        """Whether factors of this low rank are sharded along it.
 
         `act` moves 2 (N - 1) / N r elements per token, `fold` next to nothing; but `fold` keeps the
         states of whole factors on every rank, and computes products with them N times.
         """
-        return self.size > 1 and self.plan != "fold" and rank % self.size == 0
+        return self.size > 1 and self.plan != "fold" and r % self.size == 0
 
     def span(self, length: int) -> tuple[int, int]:
         """Elements [start, stop) of a dimension that belong to this rank.

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from relora_ds.config.schema import ParallelConfig, RunConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import ConfigError
 from relora_ds.parallel.tensor import SINGLE, TensorParallel, join_tensor_group
 

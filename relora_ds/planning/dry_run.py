@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +11,7 @@ from relora_ds.config.load import LoadedRun
 from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import part_of_model
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import closed_form, storage_plan
 
 _ADAM_STATES = 2
@@ -20,26 +19,22 @@ _GB = 1e9
 _HELD = ("weights", "indices", "gradients", "states")
 
 
-def dry_run(run: LoadedRun, deepspeed_config: dict[str, Any], console: Console) -> None:
+def dry_run(run: LoadedRun, zero: ZeroSettings, console: Console) -> None:
     """Build every phase on the meta device and print what it trains. Nothing is allocated."""
     for phase in plan_phases(run.config):
         console.print(_parameter_table(run, phase))
-        console.print(_memory(run, phase, deepspeed_config), soft_wrap=True)
+        console.print(_memory(run, phase, zero), soft_wrap=True)
     console.print(
-        f"ZeRO stage {deepspeed_config['zero_optimization']['stage']}, "
-        f"{deepspeed_config['train_batch_size']} sequences of {run.config.train.seq_length} tokens "
-        f"per step, {deepspeed_config['gradient_accumulation_steps']} micro-batches per process, "
+        f"ZeRO stage {zero.stage}, "
+        f"{zero.global_batch_size} sequences of {run.config.train.seq_length} tokens "
+        f"per step, {zero.accumulation} micro-batches per process, "
         f"{run.config.train.steps} steps: the configuration is valid"
     )
 
 
-def _memory(run: LoadedRun, phase: Phase, deepspeed_config: dict[str, Any]) -> str:
+def _memory(run: LoadedRun, phase: Phase, zero: ZeroSettings) -> str:
     """The closed form on a GPU; what DeepSpeed's buffers add depends on the cluster."""
-    stage = deepspeed_config["zero_optimization"]["stage"]
-    together = deepspeed_config["train_micro_batch_size_per_gpu"]
-    together *= deepspeed_config["gradient_accumulation_steps"]
-    copies = deepspeed_config["train_batch_size"] // together
-    plan = storage_plan(run.config, stage, copies, torch.device("cuda"))
+    plan = storage_plan(run.config, zero.stage, zero.dp_size, torch.device("cuda"))
     form = closed_form(run.config, run.architecture, phase.method, plan).as_dict()
     held = " + ".join(f"{name} {form[name] / _GB:.2f}" for name in _HELD if form[name])
     rest = ", ".join(f"{name} {n / _GB:.2f}" for name, n in form.items() if n and name not in _HELD)

@@ -11,8 +11,6 @@ Composing weights (SLTrain) and events are not among those operations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,11 +25,13 @@ from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_vo
 from relora_ds.accounting.zero3_gathers import Replay, gathered
 from relora_ds.accounting.zero_traffic import HPZ_GROUP, Payloads, bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun
-from relora_ds.engine.deepspeed.config import reduces_once, zero_stage
+from relora_ds.methods.interface import MemoryShare
 from relora_ds.methods.registry import Phase
+from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import part_of_model
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part, memory_of_part, storage_plan
 from relora_ds.planning.results import Cluster, Estimate, GpuMemory, Seconds, StepTraffic
 
@@ -65,32 +65,32 @@ class PhaseEstimator:
         """Parameters of the phase's whole model."""
         return parameter_counts(self._model)
 
-    def estimate(self, resolved: Mapping[str, Any]) -> Estimate:
+    def estimate(self, zero: ZeroSettings) -> Estimate:
         """Memory, bytes and time with one DeepSpeed configuration."""
-        shares = shares_by_rank(self._model, self._groups, zero_stage(resolved), self._copies)
-        replay = self._gathers(resolved)
-        memory = self._memory(resolved, replay.live, max(shares))
+        shares = shares_by_rank(self._model, self._groups, zero.stage, self._copies)
+        replay = self._gathers(zero)
+        memory = self._memory(zero, replay.live, max(shares))
         total = memory.total
-        per_sequence, room = self._per_sequence(resolved), self._room()
+        per_sequence, room = self._per_sequence(zero), self._room()
         largest = self._config.train.micro_batch_size + math.floor((room - total) / per_sequence)
-        volumes = self._tensor_volumes(resolved, max(shares))
-        moved = self._traffic(self._payloads(resolved, replay), volumes)
+        volumes = self._tensor_volumes(zero, max(shares))
+        moved = self._traffic(self._payloads(zero, replay), volumes)
         alike = self._alike / self._trained if self._tp.size > 1 else 0.0
         return Estimate(
             memory=memory,
             bytes_per_gpu=total,
             states_held_alike=round(memory.states * alike),
-            host_bytes_per_node=self._parked(1) * self._parts_per_node(),
+            host_bytes_per_node=self._parked().host * self._parts_per_node(),
             fits=total <= room,
             largest_micro_batch=max(0, largest),
             traffic=moved,
-            seconds=self._seconds(resolved, moved, replay.calls, volumes),
+            seconds=self._seconds(zero, moved, replay.calls, volumes),
         )
 
     def _micro_batch(self) -> UpdateSize:
         train = self._config.train
-        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        return UpdateSize(train.micro_batch_size * train.seq_length, dtype=dtype)
+        tokens, dtype = train.micro_batch_size * train.seq_length, DTYPES[train.precision]
+        return UpdateSize(tokens, dtype=dtype)
 
     def _working(self) -> int:
         return self._micro_batch().dtype.itemsize
@@ -98,44 +98,42 @@ class PhaseEstimator:
     def _room(self) -> float:
         return self._cluster.gpu_memory * (1 - self._cluster.reserve)
 
-    def _parked(self, place: int) -> int:
-        return self._method.parked_elements(self._model)[place] * self._working()
+    def _parked(self) -> MemoryShare:
+        """Bytes that the method keeps beside the model."""
+        share, size = self._method.memory_share(self._model), self._working()
+        return MemoryShare(share.device * size, share.host * size)
 
     def _parts_per_node(self) -> int:
         """Different parts of the model on one node: each has host memory of its own."""
         return min(self._tp.size, self._cluster.gpus_per_node)
 
-    def _gathers(self, resolved: Mapping[str, Any]) -> Replay:
+    def _gathers(self, zero: ZeroSettings) -> Replay:
         """What stage 3 gathers of the weights; nothing at other stages."""
-        if zero_stage(resolved) < 3 or self._copies == 1:
+        if zero.stage < 3 or self._copies == 1:
             return Replay({}, 0, 0)
-        zero, steps = resolved["zero_optimization"], resolved["gradient_accumulation_steps"]
-        return gathered(self._model, zero, self._copies, int(steps), self._tp.size)
+        return gathered(self._model, zero.gathering, self._copies, zero.accumulation, self._tp.size)
 
-    def _storage(self, resolved: Mapping[str, Any]) -> StoragePlan:
+    def _storage(self, zero: ZeroSettings) -> StoragePlan:
         device = torch.device("cuda")
-        return storage_plan(self._config, zero_stage(resolved), self._copies, device)
+        return storage_plan(self._config, zero.stage, self._copies, device)
 
-    def _form(self, resolved: Mapping[str, Any], micro: int) -> MemoryUse:
+    def _form(self, zero: ZeroSettings, micro: int) -> MemoryUse:
         train = self._config.train.model_copy(update={"micro_batch_size": micro})
-        return memory_of_part(self._model, self._method, train, self._storage(resolved))
+        return memory_of_part(self._model, self._method, train, self._storage(zero))
 
-    def _memory(self, resolved: Mapping[str, Any], live: int, share: int) -> GpuMemory:
+    def _memory(self, zero: ZeroSettings, live: int, share: int) -> GpuMemory:
         """Bytes per GPU.
 
         Args:
             live: most elements that stage 3 makes whole at once.
             share: elements of gradient shares that are joined for one collective.
         """
-        zero, stage = resolved["zero_optimization"], zero_stage(resolved)
-        form = self._form(resolved, self._config.train.micro_batch_size)
-        residual = self._storage(resolved).beside_edited * self._edited
-        residual //= self._copies if stage == 3 else 1
-        bucket = min(int(zero.get("reduce_bucket_size", _STAGE_0_BUCKET)), self._trained)
-        if stage == 0:
-            bucket = min(_STAGE_0_BUCKET, self._trained)
-        buffers = bucket * self._working() * (2 if zero.get("overlap_comm") else 1)
-        near = int(zero.get("zero_hpz_partition_size", 1))
+        form = self._form(zero, self._config.train.micro_batch_size)
+        residual = self._storage(zero).beside_edited * self._edited
+        residual //= self._copies if zero.stage == 3 else 1
+        bucket = min(zero.reduce_bucket if zero.stage else _STAGE_0_BUCKET, self._trained)
+        buffers = bucket * self._working() * (2 if zero.overlaps else 1)
+        near = zero.gathering.hpz
         held = sum(p.numel() for p in self._model.parameters()) // near if near > 1 else 0
         # shares of gradients are joined for one collective, if any outlive the backward pass
         within = self._config.train.per_layer_update
@@ -144,24 +142,24 @@ class PhaseEstimator:
             **form.as_dict() | {"weights": form.weights - residual},
             residual=residual,
             gathered=(live + held) * self._working(),
-            parked=self._parked(0),
+            parked=self._parked().device,
             buffers=(buffers if self._copies > 1 and not within else 0) + shares,
         )
 
-    def _per_sequence(self, resolved: Mapping[str, Any]) -> int:
-        one, two = (self._form(resolved, micro).activations for micro in (1, 2))
+    def _per_sequence(self, zero: ZeroSettings) -> int:
+        one, two = (self._form(zero, micro).activations for micro in (1, 2))
         return two - one
 
-    def _payloads(self, resolved: Mapping[str, Any], replay: Replay) -> Payloads:
-        once = reduces_once(self._config, resolved)
+    def _payloads(self, zero: ZeroSettings, replay: Replay) -> Payloads:
+        once = zero.reduces_once
         groups, copies = self._groups, self._copies
-        return expected_payloads(self._model, groups, resolved, copies, once=once, replay=replay)
+        return expected_payloads(self._model, groups, zero, copies, once=once, replay=replay)
 
-    def _tensor_volumes(self, resolved: Mapping[str, Any], share: int) -> Volumes:
+    def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:
             return {}
         work = GroupWork(self._tp.size, self._micro_batch().tokens, share, len(self._groups))
-        return tensor_volumes(self._model, resolved, work)
+        return tensor_volumes(self._model, zero, work)
 
     def _traffic(self, payloads: Payloads, volumes: Volumes) -> StepTraffic:
         """Bytes per step and GPU.
@@ -205,11 +203,10 @@ class PhaseEstimator:
         return Wire(near, far)
 
     def _seconds(
-        self, resolved: Mapping[str, Any], moved: StepTraffic, gathers: int, volumes: Volumes
+        self, zero: ZeroSettings, moved: StepTraffic, gathers: int, volumes: Volumes
     ) -> Seconds:
         cluster, compute = self._cluster, self._compute_seconds()
-        bucket = int(resolved["zero_optimization"].get("reduce_bucket_size", _STAGE_0_BUCKET))
-        bucket *= self._working()
+        bucket = zero.reduce_bucket * self._working()
         calls = gathers + math.ceil(moved.gradient_payload / bucket) + len(self._groups)
 
         def over(near: float, far: float, calls: int, size: int) -> float:

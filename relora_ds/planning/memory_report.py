@@ -9,12 +9,14 @@ import torch
 from relora_ds.accounting.memory_model import StoragePlan, expected_memory
 from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig, TrainConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.interface import Method
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.block_codes import BLOCK
+from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.topology import part_of_model
 
@@ -26,7 +28,7 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
     """How the run stores its numbers under DeepSpeed."""
     train, bf16 = config.train, config.train.precision == "bf16"
     return StoragePlan(
-        working=2 if bf16 else _FP32,
+        working=DTYPES[train.precision].itemsize,
         # from stage 1 on DeepSpeed updates flat copies, also of fp32 weights
         master=_FP32 if (bf16 and train.master_weights) or stage >= 1 else 0,
         moment=1 + _FP32 / BLOCK if config.optimizer.name == "adamw8bit" else _FP32,

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
-from relora_ds.config.checks import heads_divide_over_tensor, tensor_parallelism_is_supported
+from relora_ds.config.checks import (
+    heads_divide_over_tensor,
+    rank_divides_over_tensor,
+    tensor_parallelism_is_supported,
+)
 from relora_ds.config.load import LoadedRun, check_processes
-from relora_ds.config.method_checks import rank_divides_over_tensor
-from relora_ds.config.schema import ParallelConfig, RunConfig
-from relora_ds.config.source import read_json
-from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
+from relora_ds.config.reading.source import read_json
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import ParallelConfig
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.tensor import LowRankPlan, TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.estimate import PhaseEstimator
 from relora_ds.planning.results import Candidate, Cluster, Cut, PhasePlan, Plan
 
@@ -91,7 +95,7 @@ def _tensor_sizes(loaded: LoadedRun, cluster: Cluster) -> Iterator[int]:
 
 def _low_rank_plans(config: RunConfig, size: int, compare: bool) -> list[LowRankPlan]:
     """The run's own plan, and whole factors where `auto` would cut them."""
-    chosen, rank = config.parallel.low_rank_plan, getattr(config.method, "rank", 0)
+    chosen, rank = config.parallel.low_rank_plan, config.method.low_rank
     cuts = chosen == "auto" and rank and TensorParallel(size=size).shards_inner(rank)
     return [chosen, "fold"] if compare and cuts else [chosen]
 
@@ -115,7 +119,7 @@ def _phases(loaded: LoadedRun, cluster: Cluster) -> dict[str, PhasePlan]:
 
 def _options(
     config: RunConfig, cluster: Cluster, copies: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, ZeroSettings]]:
     """DeepSpeed configurations by name: the run's own file at its stage, defaults at the others."""
     own = read_json(config.deepspeed).data
     zero = own.get("zero_optimization", {})
@@ -127,17 +131,17 @@ def _options(
         if per_copy > 1:
             section["zero_hpz_partition_size"] = per_copy
         try:
-            resolved = resolve_deepspeed_config(
+            settings = resolve_deepspeed_config(
                 {**own, "zero_optimization": section}, config, copies
             )
         except ConfigError:
             continue  # per-layer updates are for stage 0, candidates on the host for some, ...
-        yield _name(resolved), resolved
+        yield _name(settings), settings
 
 
-def _name(resolved: Mapping[str, Any]) -> str:
-    hpz = resolved["zero_optimization"].get("zero_hpz_partition_size", 1)
-    return f"{zero_stage(resolved)}" + (f" hpZ {hpz}" if hpz > 1 else "")
+def _name(zero: ZeroSettings) -> str:
+    hpz = zero.gathering.hpz
+    return f"{zero.stage}" + (f" hpZ {hpz}" if hpz > 1 else "")
 
 
 def _candidates(parallel: ParallelConfig, phases: Mapping[str, PhasePlan]) -> Iterator[Candidate]:

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 
 from relora_ds.checkpoint.export import DenseModel
-from relora_ds.config.method import FullConfig
-from relora_ds.config.schema import DataConfig, TrainConfig
+from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import ConfigError
-from relora_ds.methods.build import build_model
-from relora_ds.methods.full import Full
-from relora_ds.model.llama import Llama
 from relora_ds.train.evaluate import perplexity, validation_loss
 
 _DEFAULT_SEQ_LENGTH = 2048
@@ -52,17 +48,10 @@ def evaluate_checkpoint(
         )
     file = _open(data, dense.architecture.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = dense.weights()
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
-    model: Llama = build_model(
-        dense.architecture,
-        Full(FullConfig(name="full"), seed=0, steps=1),
-        train,
-        lambda name, shape: weights[name],
-        device,
-    )
+    model = dense.model(train, device)
     batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}

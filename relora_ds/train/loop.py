@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from relora_ds.accounting.recorder import recorder
+from relora_ds.checkpoint.method_state import unwrap
 from relora_ds.checkpoint.store import CheckpointStore, TrainerState
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
@@ -19,7 +20,7 @@ from relora_ds.data.source import Corpus
 from relora_ds.engine.distributed import mean_over_ranks
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DivergenceError, PreemptedError
-from relora_ds.methods.interface import Event
+from relora_ds.methods.interface import Event, Session
 from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
@@ -53,9 +54,21 @@ class Trainer:
         return self.config.train.global_batch_size * self.config.train.seq_length
 
     def run_phase(
-        self, phase: Phase, engine: TrainEngine, meter: ThroughputMeter, completed: int
+        self,
+        phase: Phase,
+        engine: TrainEngine,
+        session: Session[Any],
+        meter: ThroughputMeter,
+        completed: int,
     ) -> None:
         """Train from `completed` updates to the end of the phase.
+
+        Args:
+            phase: which method is in charge, and for how long.
+            engine: of the phase.
+            session: the phase's method at work on the engine.
+            meter: counts the time of steps.
+            completed: updates of the run so far.
 
         Raises:
             DivergenceError: loss or gradient norm is not finite.
@@ -67,27 +80,22 @@ class Trainer:
             recorder.begin_step()
             rates = self._learning_rates(phase, step)
             engine.set_learning_rates(rates)
-            with recorder.phase("event"):
-                before = phase.method.before_step(
-                    engine.state, engine.model, step - phase.first_step
-                )
-            loss, norm = engine.train_step(self.train_data.micro_batches(step))
+            loss, norm, metrics = self._update(phase, engine, session, step)
             losses.append(loss)
             done = step + 1
-            with recorder.phase("event"):
-                after = phase.method.after_step(engine.state, engine.model, done - phase.first_step)
             meter.step()
-            metrics = self._event_metrics(done, before, after)
+            event = metrics.get("method/event")
             stopping = self.stop.agreed()
             last = done == self.config.train.steps
             saves = stopping or last or _is_due(done, self.config.checkpoint.every)
             logs = metrics or saves or last or _is_due(done, self.config.log.every)
             if logs:
-                with recorder.phase("eval"):
-                    metrics |= phase.method.figures(engine.state, engine.model)
-            event = metrics.get("method/event")
+                with recorder.phase("eval"), torch.no_grad():
+                    report = session.report()
+                event = report.event or event
+                metrics |= report.metrics | ({"method/event": event} if event else {})
             if event or _is_due(done, self.config.train.digest_every):
-                engine.check_replicas(phase.method.replicas(), event)
+                engine.check_replicas(session.replicas(), event)
             if logs:
                 metrics |= self._step_metrics(losses, norm, rates, meter)
                 metrics["memory/max_allocated_bytes"] = max_allocated_bytes(engine.device)
@@ -98,9 +106,25 @@ class Trainer:
                 if metrics:
                     self._report(done, metrics)
                 if saves:
-                    self.save(phase, engine, done)
+                    self.save(phase, engine, session, done)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
+
+    def _update(
+        self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The update after `step` completed ones, between the method's two hooks.
+
+        Returns:
+            Loss and gradient norm, as `TrainEngine.train_step` has them, and the metrics of events.
+        """
+        own_step = step - phase.first_step
+        with recorder.phase("event"), torch.no_grad():
+            before = session.before_step(own_step)
+        loss, norm = engine.train_step(self.train_data.micro_batches(step))
+        with recorder.phase("event"), torch.no_grad():
+            after = session.after_step(own_step + 1)
+        return loss, norm, self._event_metrics(step + 1, before, after)
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
         factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
@@ -165,15 +189,18 @@ class Trainer:
         self.final |= {"step": done, **line}
         self.telemetry.log(done, line)
 
-    def save(self, phase: Phase, engine: TrainEngine, done: int) -> Path:
+    def save(self, phase: Phase, engine: TrainEngine, session: Session[Any], done: int) -> Path:
         """Write a checkpoint of everything after `done` updates."""
+        with torch.no_grad():
+            method, like = unwrap(session.state_dict())
         state = TrainerState(
             step=done,
             tokens=done * self.tokens_per_step,
             phase=phase.name,
             dp_size=self.topology.dp_size,
             zero_stage=self.zero_stage,
-            method=phase.method.state_dict(),
+            method=method,
+            method_shards=like,
             telemetry=dict(self.telemetry.state_dict()),
             data=list(self.corpus.fingerprints()),
             tensor_size=self.topology.tp.size,

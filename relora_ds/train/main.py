@@ -82,17 +82,19 @@ def _leave(code: int) -> NoReturn:
 
 def _dry_run(loaded: LoadedRun) -> None:
     from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+    from relora_ds.methods.registry import check_requirements
     from relora_ds.planning.dry_run import dry_run
 
     # a single process speaks for one copy of the model, however many will share it
     copies = max(1, int(os.environ.get("WORLD_SIZE", "1")) // loaded.config.parallel.tensor)
     check_processes(loaded, copies)
-    resolved = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
+    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
+    check_requirements(loaded, zero.stage)
     if _rank() == 0:
         console = Console()
         for warning in loaded.warnings:
             console.print(f"warning: {warning}", highlight=False)
-        dry_run(loaded, resolved, console)
+        dry_run(loaded, zero, console)
 
 
 def _parser() -> argparse.ArgumentParser:

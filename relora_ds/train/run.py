@@ -6,13 +6,12 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.resume import check_resume, choose_checkpoint, set_aside_earlier_run
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
@@ -23,29 +22,25 @@ from relora_ds.checkpoint.store import (
 )
 from relora_ds.checkpoint.tp_state import PartOfState
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
+from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import DenseWeights, build_engine
-from relora_ds.engine.deepspeed.config import (
-    reduction_advice,
-    resolve_deepspeed_config,
-    zero_stage,
-)
+from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
+from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
-from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.methods.registry import Phase, check_requirements, plan_phases
 from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
+from relora_ds.train.results import warn_of_missing_export, write_results
 from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
-from relora_ds.train.telemetry.plot import plot_run
-from relora_ds.train.telemetry.sink import Status
-from relora_ds.train.telemetry.summary import write_summary
 from relora_ds.train.telemetry.telemetry import Telemetry
 from relora_ds.train.transition import take_dense_weights
 
@@ -69,25 +64,23 @@ def run(loaded: LoadedRun) -> None:
     output_dir = Path(loaded.config.output_dir)
     configure_logging(output_dir, topology.rank)
     check_processes(loaded, topology.dp_size)
-    deepspeed_config = resolve_deepspeed_config(
-        loaded.config.deepspeed, loaded.config, topology.dp_size
-    )
+    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
+    check_requirements(loaded, zero.stage)
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
     checkpoint, state = _find_start(loaded, topology, corpus)
     stop = StopSignal(launcher)
-    trainer = _build_trainer(loaded, topology, zero_stage(deepspeed_config), corpus, state, stop)
+    trainer = _build_trainer(loaded, topology, zero.stage, corpus, state, stop)
     if topology.is_main:
-        for warning in loaded.warnings:
-            _logger.warning(warning)
-        advice = reduction_advice(loaded.config, deepspeed_config)
-        if advice is not None:
-            _logger.warning(advice)
+        warn_of_missing_export(loaded.config)
+        for warning in (*loaded.warnings, reduction_advice(zero), version_advice()):
+            if warning is not None:
+                _logger.warning(warning)
         (output_dir / "run.yaml").write_text(dump_run_config(loaded.config))
     status, reason = "failed", None
     try:
         with recorder:
-            _train(trainer, deepspeed_config, checkpoint, state)
+            _train(trainer, zero, checkpoint, state)
         status = "completed"
     except PreemptedError as error:
         status, reason = "preempted", str(error)
@@ -98,7 +91,7 @@ def run(loaded: LoadedRun) -> None:
     finally:
         trainer.telemetry.close(status)
         if topology.is_main:
-            _write_results(trainer, status, reason, started_at)
+            write_results(trainer, status, reason, started_at)
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()
@@ -184,7 +177,7 @@ def _build_trainer(
 
 def _train(
     trainer: Trainer,
-    deepspeed_config: dict[str, Any],
+    zero: ZeroSettings,
     checkpoint: Path | None,
     state: TrainerState | None,
 ) -> None:
@@ -197,16 +190,17 @@ def _train(
     weights: DenseWeights = _initial_weights(trainer) if state is None else None
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
-            engine = _build_engine(trainer, phase, deepspeed_config, weights)
-            phase.method.attach(engine.state, engine.model)
+            engine = _build_engine(trainer, phase, zero, weights)
+            with torch.no_grad():
+                session = phase.method.start(engine.state, engine.model)
             if number == 0 and checkpoint is not None and state is not None:
                 saved = SavedRun(checkpoint, trainer.config, trainer.architecture)
                 other = _state_of_other_topology(trainer, saved)
                 trainer.checkpoints.load(engine, checkpoint, other)
-                phase.method.load_state_dict(saved.own_method_state(trainer.topology.tp))
+                session.load_state_dict(saved.own_method_state(trainer.topology.tp))
                 distributed.barrier()  # one process of a node may restore what all of them read
         meter = _build_meter(trainer, engine)
-        trainer.run_phase(phase, engine, meter, completed)
+        trainer.run_phase(phase, engine, session, meter, completed)
         plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)
         expected = closed_form(trainer.config, trainer.architecture, phase.method, plan)
         trainer.final |= memory_metrics(engine.memory.measured, expected)
@@ -257,7 +251,7 @@ def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:
 
 
 def _build_engine(
-    trainer: Trainer, phase: Phase, deepspeed_config: dict[str, Any], weights: DenseWeights
+    trainer: Trainer, phase: Phase, zero: ZeroSettings, weights: DenseWeights
 ) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
     file = trainer.corpus.valid or trainer.corpus.train[0]
@@ -266,7 +260,7 @@ def _build_engine(
         trainer.architecture,
         phase.method,
         trainer.config,
-        deepspeed_config,
+        zero,
         trainer.topology,
         weights,
         torch.from_numpy(file.window(0, count)).unsqueeze(0),
@@ -291,37 +285,3 @@ def _build_meter(trainer: Trainer, engine: TrainEngine) -> ThroughputMeter:
         peak_flops(name, train.precision),
         num_devices=trainer.topology.world_size,
     )
-
-
-def _write_results(
-    trainer: Trainer, status: Status, reason: str | None, started_at: datetime
-) -> None:
-    """Plot, export and summary; rank 0 only."""
-    config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    figures = dict(trainer.final)
-    if trainer.valid_data is not None and trainer.corpus.valid is not None:
-        figures["data/unigram_perplexity"] = unigram_perplexity(
-            trainer.corpus.valid, config.train.seq_length, trainer.valid_data.num_sequences
-        )
-    write_summary(
-        output_dir / "summary.json",
-        status=status,
-        figures=figures,
-        config=config,
-        world_size=trainer.topology.world_size,
-        started_at=started_at,
-        data_fingerprints={file.prefix: file.fingerprint for file in trainer.corpus.files},
-        tokenizer_sha256=trainer.corpus.train[0].tokenizer_sha256,
-        reason=reason,
-    )
-    metrics = output_dir / "metrics.jsonl"
-    if metrics.is_file() and metrics.stat().st_size:
-        plot_run(metrics, output_dir / "plots" / "loss.png")
-    if status == "completed":
-        export_hf(output_dir / "checkpoints", output_dir / "hf", torch.float32)
-        _logger.info(
-            "done: validation perplexity %.2f (unigram %.1f), model in %s",
-            figures.get("eval/perplexity", float("nan")),
-            figures.get("data/unigram_perplexity", float("nan")),
-            output_dir / "hf",
-        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import TrainConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.deepspeed.partition import DenseSlices
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.handover import exact_parameters, exact_slices

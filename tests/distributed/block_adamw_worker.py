@@ -58,7 +58,7 @@ def train(
     zero = {"zero_optimization": {"stage": stage}}
     resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    partitioner = build_partitioner(resolved, "fp32")
+    partitioner = build_partitioner(resolved)
     model = build_model(
         ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
     )

@@ -98,7 +98,7 @@ def record(
     resolved = resolve_deepspeed_config(
         {"zero_optimization": zero, **extra}, config, topology.dp_size
     )
-    partitioner = build_partitioner(resolved, config.train.precision)
+    partitioner = build_partitioner(resolved)
     model = build_model(architecture, method, config.train, draw, topology.device, partitioner)
     with recorder.phase("setup"):
         exact = None if partitioner is None else partitioner.finish()
@@ -108,7 +108,7 @@ def record(
     once = config.train.gradient_reduction == "step"
     expected = expected_payloads(meta, groups, resolved, topology.dp_size, once=once)
     tokens = torch.randint(0, VOCAB, (MICRO, SEQUENCE + 1))
-    micro_batches = [tokens] * resolved["gradient_accumulation_steps"]
+    micro_batches = [tokens] * resolved.accumulation
     engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
     if (
         partitioner is not None
@@ -140,7 +140,7 @@ def trained(stage: int, precision: str, reduction: str, topology: Topology) -> l
     config = run_config("relora", precision, 3, 0.5, gradient_reduction=reduction)
     method = plan_phases(config)[-1].method
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 2)
-    partitioner = build_partitioner(resolved, precision)
+    partitioner = build_partitioner(resolved)
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     model = build_model(ARCHITECTURE, method, config.train, draw, topology.device, partitioner)
     exact = None if partitioner is None else partitioner.finish()

@@ -41,7 +41,7 @@ def train(method: str, precision: str, node: int, topology: Topology) -> dict[st
     phase = plan_phases(config)[-1]
     zero = {**ZERO, "zero_hpz_partition_size": node}
     resolved = resolve_deepspeed_config({"zero_optimization": zero}, config, topology.dp_size)
-    partitioner = build_partitioner(resolved, precision)
+    partitioner = build_partitioner(resolved)
     assert partitioner is not None
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     model = build_model(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from relora_ds.config.load import read_model_config
+from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
@@ -89,7 +89,7 @@ def measure(
     def source(_: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape).uniform_(-0.02, 0.02, generator=generator)
 
-    partitioner = build_partitioner(resolved, config.train.precision)
+    partitioner = build_partitioner(resolved)
     device = topology.device
     model = build_model(architecture, phase.method, config.train, source, device, partitioner)
     exact = None if partitioner is None else partitioner.finish()

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from relora_ds.config.method import ReLoRAConfig
-from relora_ds.config.schema import OptimizerConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.engine import distributed
 from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.config.method import ReLoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.randomness import Stream

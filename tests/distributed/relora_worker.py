@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.config.method import ReLoRAConfig, ResetConfig
+from relora_ds.config.methods.relora import ReLoRAConfig, ResetConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
@@ -130,7 +130,7 @@ def build(
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000, **zero}}
     resolved = resolve_deepspeed_config(source, config, topology.dp_size)
-    partitioner = build_partitioner(resolved, config.train.precision)
+    partitioner = build_partitioner(resolved)
     model = build_model(
         ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
     )

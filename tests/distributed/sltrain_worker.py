@@ -126,7 +126,7 @@ def build(stage: int, config: RunConfig, topology: Topology) -> tuple[Phase, Tra
     zero = {"zero_optimization": {"stage": stage}}
     resolved = resolve_deepspeed_config(zero, config, topology.dp_size)
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
-    partitioner = build_partitioner(resolved, config.train.precision)
+    partitioner = build_partitioner(resolved)
     model = build_model(
         ARCHITECTURE, phase.method, config.train, draw, topology.device, partitioner
     )

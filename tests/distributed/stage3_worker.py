@@ -162,7 +162,7 @@ def transition(topology: Topology) -> dict[str, Any]:
     first, second = plan_phases(config)
     draw = InitialWeights(base.ARCHITECTURE, config.train.seed)
     build = (base.ARCHITECTURE, first.method, config.train, draw, topology.device)
-    partitioner = build_partitioner(resolved, "bf16")
+    partitioner = build_partitioner(resolved)
     assert partitioner is not None
     engine = TrainEngine(
         build_model(*build, partitioner),
@@ -187,7 +187,7 @@ def transition(topology: Topology) -> dict[str, Any]:
         moved = sum(volume.payload for volume in recorder.volumes().values())
     del engine
     gc.collect()
-    partitioner = build_partitioner(resolved, "bf16", slices)
+    partitioner = build_partitioner(resolved, slices)
     assert partitioner is not None
     with recorder:
         model = build_model(
@@ -232,7 +232,7 @@ def memory(topology: Topology) -> dict[str, int]:
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": 3}}, config, 2)
     phase = plan_phases(config)[-1]
     draw = InitialWeights(base.ARCHITECTURE, config.train.seed)
-    partitioner = build_partitioner(resolved, "bf16")
+    partitioner = build_partitioner(resolved)
     assert partitioner is not None
     gc.collect()
     start, peak = alive(), 0

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.model.llama import Llama
 from relora_ds.randomness import Stream
 from tests.distributed.reference import PlainAdapter

@@ -15,7 +15,7 @@ import torch
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.checkpoint.restore import load_side_tensors, side_slices, side_tensors
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.engine import TrainEngine

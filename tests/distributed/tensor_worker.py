@@ -20,7 +20,7 @@ from relora_ds.accounting.zero_traffic import expected_payloads
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DesyncError
@@ -30,6 +30,7 @@ from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import partial_gradients
 from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.parallel.topology import Topology, share_models
+from relora_ds.parallel.zero import ZeroSettings
 
 STAGES = (0, 1, 2, 3)
 STEPS, EVENTS = 40, 10
@@ -148,12 +149,12 @@ def batch(step: int) -> torch.Tensor:
 
 def build(
     stage: int, config: RunConfig, topology: Topology
-) -> tuple[Phase, TrainEngine, dict[str, Any]]:
+) -> tuple[Phase, TrainEngine, ZeroSettings]:
     phase, tp = plan_phases(config)[-1], topology.tp
     draw = InitialWeights(ARCHITECTURE, config.train.seed)
     source = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}}
     resolved = resolve_deepspeed_config(source, config, topology.dp_size)
-    partitioner = build_partitioner(resolved, config.train.precision, tp=tp)
+    partitioner = build_partitioner(resolved, tp=tp)
     device, method = topology.device, phase.method
     model = build_model(ARCHITECTURE, method, config.train, draw, device, partitioner, tp)
 
@@ -167,13 +168,13 @@ def build(
 
 
 def traffic(
-    engine: TrainEngine, config: RunConfig, resolved: dict[str, Any], topology: Topology
+    engine: TrainEngine, config: RunConfig, resolved: ZeroSettings, topology: Topology
 ) -> dict[str, list[list[Any]]]:
     """Payloads within a copy of the model and between copies, counted and by the closed form."""
     method, copies = plan_phases(config)[-1].method, topology.dp_size
     model = sharded_meta_model(ARCHITECTURE, method, config.train, topology.tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
-    held = shares_by_rank(model, groups, zero_stage(resolved), copies)[topology.dp_rank]
+    held = shares_by_rank(model, groups, resolved.stage, copies)[topology.dp_rank]
     placements = engine.layout.placements
     shares = partial_gradients(engine.model)
     assert held == sum(placements[p].stretch.length for p in shares)
@@ -213,7 +214,7 @@ def train(
     phase: Phase,
     engine: TrainEngine,
     config: RunConfig,
-    resolved: dict[str, Any],
+    resolved: ZeroSettings,
     topology: Topology,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": [], "events": [], "traffic": None}

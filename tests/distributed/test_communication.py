@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from relora_ds.accounting.zero_traffic import bytes_of, control_payloads, step_payloads
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.zero import ZeroSettings
 from tests.distributed.communication_worker import TIMEOUT_MINUTES
 from tests.distributed.launcher import metrics, run, write_run
 from tests.distributed.ranks import run_worker
@@ -119,19 +121,15 @@ def test_metrics_hold_the_bytes_of_their_step(tiny_run: dict[str, Any], tmp_path
     assert code == 0, output
     loaded = load_run_config(path)
     train, accumulation = loaded.config.train, 2
-    resolved = {
-        "zero_optimization": {"stage": 2},
-        "gradient_clipping": loaded.config.optimizer.clip,
-        "gradient_accumulation_steps": accumulation,
-        "bf16": {"enabled": False},
-    }
+    clip = loaded.config.optimizer.clip
+    zero = ZeroSettings(2, torch.float32, accumulation=accumulation, clip=clip)
     lines = metrics(tmp_path / "run")
     for phase in plan_phases(loaded.config):
         model = meta_model(loaded.architecture, phase.method, train)
         groups = phase.method.parameter_groups(model)
         elements = [sum(p.numel() for p in group.parameters) for group in groups]
         expected = bytes_of(
-            step_payloads(elements, resolved, WORLD_SIZE),
+            step_payloads(elements, zero, WORLD_SIZE),
             control_payloads(WORLD_SIZE, logged=True),
         )
         for step in range(phase.first_step + 1, phase.last_step + 1):

@@ -1,7 +1,7 @@
-"""The user's ZeRO JSON and our run description -> the dictionary that DeepSpeed gets. Pure.
+"""The user's ZeRO JSON and our run description -> what DeepSpeed gets, and its settings. Pure.
 
 DeepSpeed takes unknown top-level keys in silence and dies on "auto" with a TypeError, so every key
-is checked here against what 0.19.8 knows and against what this trainer can stand behind. "auto" and
+is checked here against what it knows and against what this trainer can stand behind. "auto" and
 absent values are filled in from the run file; a value that contradicts it is an error.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relora_ds.config.checks import batch_divides_over_processes
-from relora_ds.config.document import Document, Finding, KeyPath, key_name, show
+from relora_ds.config.reading.document import Document, Finding, KeyPath, key_name, show
+from relora_ds.config.reading.source import read_json
+from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.source import read_json
-from relora_ds.config.suggest import did_you_mean
 from relora_ds.engine.deepspeed.keys import (
     BF16_FIXED,
     BF16_KEYS,
@@ -28,7 +28,9 @@ from relora_ds.engine.deepspeed.keys import (
     ZERO_KEYS,
     ZERO_REFUSED,
 )
+from relora_ds.engine.deepspeed.settings import is_off, read_settings
 from relora_ds.errors import ConfigError
+from relora_ds.parallel.zero import ZeroSettings
 
 # Elements, not bytes. DeepSpeed's default of 5e8 allocates a gigabyte for gradients of adapters.
 BUCKET_ELEMENTS = 50_000_000
@@ -56,8 +58,8 @@ def resolve_deepspeed_config(
     dp_size: int,
     *,
     trained_elements: int | None = None,
-) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run.
+) -> ZeroSettings:
+    """ZeRO's settings of a run, with the complete dictionary that DeepSpeed gets.
 
     Args:
         source: a ZeRO JSON file, or its content.
@@ -95,27 +97,17 @@ def resolve_deepspeed_config(
     if problems:
         raise ConfigError(problems)
     # what is left of the refused blocks is switched off
-    return {key: value for key, value in data.items() if key not in REFUSED_KEYS}
+    resolved = {key: value for key, value in data.items() if key not in REFUSED_KEYS}
+    return read_settings(resolved, config.train.gradient_reduction)
 
 
-def zero_stage(resolved: Mapping[str, Any]) -> int:
-    """ZeRO stage of a resolved configuration."""
-    return int(resolved["zero_optimization"]["stage"])
-
-
-def reduces_once(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
-    """Whether gradients have to be held back so that an update reduces them once."""
-    accumulates = int(resolved["gradient_accumulation_steps"]) > 1
-    return config.train.gradient_reduction == "step" and accumulates and zero_stage(resolved) >= 2
-
-
-def reduction_advice(config: RunConfig, resolved: Mapping[str, Any]) -> str | None:
+def reduction_advice(zero: ZeroSettings) -> str | None:
     """What to say about gradients that are reduced more often than an update needs."""
-    steps = int(resolved["gradient_accumulation_steps"])
-    if zero_stage(resolved) < 2 or steps == 1 or config.train.gradient_reduction == "step":
+    steps = zero.accumulation
+    if zero.stage < 2 or steps == 1 or zero.reduces_once:
         return None
     return (
-        f"ZeRO stage {zero_stage(resolved)} reduces gradients after each of {steps} micro-batches, "
+        f"ZeRO stage {zero.stage} reduces gradients after each of {steps} micro-batches, "
         f"{steps} times the bytes of stage 1: train.gradient_reduction: step reduces them once, "
         "and keeps whole gradients of what is trained in between"
     )
@@ -146,7 +138,7 @@ def _run_values(config: RunConfig, dp_size: int) -> dict[KeyPath, _Wanted]:
 
 def _offloads_optimizer(data: Mapping[str, Any]) -> bool:
     zero = data.get("zero_optimization")
-    return isinstance(zero, dict) and not _is_off(zero.get("offload_optimizer"))
+    return isinstance(zero, dict) and not is_off(zero.get("offload_optimizer"))
 
 
 def _is_stage_3(data: Mapping[str, Any]) -> bool:
@@ -191,7 +183,7 @@ def _check_keys(data: Mapping[str, Any]) -> Iterator[Finding]:
                 yield Finding((key,), f"is {show(value)}, but must be {' or '.join(choices)}")
         elif key not in REFUSED_KEYS:
             yield Finding((key,), f"unknown key; {did_you_mean(key, TOP_KEYS)}")
-        elif not _is_off(value):
+        elif not is_off(value):
             yield Finding((key,), f"is refused: {REFUSED_KEYS[key]}")
 
 
@@ -214,29 +206,29 @@ def _check_zero(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
 
 
 def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
-    if config.train.gradient_reduction == "step" and not _is_off(zero.get("offload_optimizer")):
+    if config.train.gradient_reduction == "step" and not is_off(zero.get("offload_optimizer")):
         yield Finding(
             ("zero_optimization", "offload_optimizer"),
             "does not go with train.gradient_reduction: step, which keeps gradients on the device: "
             "use micro_batch, or remove the offload",
         )
     for key, reason in ZERO_REFUSED.items():
-        if key in zero and not _is_off(zero[key]):
+        if key in zero and not is_off(zero[key]):
             yield Finding(("zero_optimization", key), f"is refused: {reason}")
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key)
-        if isinstance(offload, dict) and not _is_off(offload) and offload.get("device") != "cpu":
+        if isinstance(offload, dict) and not is_off(offload) and offload.get("device") != "cpu":
             yield Finding(
                 ("zero_optimization", key, "device"),
                 f'is {show(offload.get("device"))}, but only "cpu" and "none" are supported',
             )
-    if not _is_off(zero.get("offload_param")) and not _same(zero.get("stage"), 3):
+    if not is_off(zero.get("offload_param")) and not _same(zero.get("stage"), 3):
         yield Finding(
             ("zero_optimization", "offload_param"),
             "needs zero_optimization.stage 3: change the stage, or remove it",
         )
     known = ("adamw", "cpu_adam")
-    if not _is_off(zero.get("offload_optimizer")) and config.optimizer.name not in known:
+    if not is_off(zero.get("offload_optimizer")) and config.optimizer.name not in known:
         yield Finding(
             ("zero_optimization", "offload_optimizer"),
             f"needs optimizer.name adamw or cpu_adam, and it is {config.optimizer.name}: "
@@ -272,7 +264,7 @@ def _check_bf16(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
         return
     yield from _check_section("data_types", types, DATA_TYPE_KEYS, {})
     given, zero = types.get("grad_accum_dtype"), data.get("zero_optimization")
-    if given in (None, "bf16" if config.train.precision == "bf16" else "fp32"):
+    if given in (None, config.train.precision):
         return  # what DeepSpeed does by itself
     path = ("data_types", "grad_accum_dtype")
     stage_1 = isinstance(zero, dict) and _same(zero.get("stage"), 1)
@@ -315,12 +307,6 @@ def _is_kind(value: object, kind: str) -> bool:
     if kind == "number" and isinstance(value, bool):
         return False
     return isinstance(value, _KINDS[kind][1])
-
-
-def _is_off(block: object) -> bool:
-    if isinstance(block, dict):
-        return block.get("enabled") in (False, "auto") or block.get("device") == "none"
-    return block is None or block is False
 
 
 def _leftover_auto(value: object, path: KeyPath) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 reads from its JSON, and what this trainer accepts of it. Data only.
+"""What DeepSpeed reads from its JSON, and what this trainer accepts of it. Data only.
 
 The kinds are `boolean`, `number`, `text` and `section`. A test compares the ZeRO keys with the
 installed DeepSpeed, so that a new release cannot add a key unseen.
@@ -6,7 +6,9 @@ installed DeepSpeed, so that a new release cannot add a key unseen.
 
 from __future__ import annotations
 
-# Top-level keys of DeepSpeed 0.19.8 that this trainer can stand behind, and what they hold
+from relora_ds.engine.deepspeed.version import SUPPORTED
+
+# Top-level keys of DeepSpeed that this trainer can stand behind, and what they hold
 TOP_KEYS = {
     "train_batch_size": "number",
     "train_micro_batch_size_per_gpu": "number",
@@ -79,7 +81,7 @@ REFUSED_KEYS = {
     },
 }
 
-# Every key of DeepSpeedZeroConfig in 0.19.8, by the spelling that JSON files use
+# Every key of DeepSpeedZeroConfig, by the spelling that JSON files use
 ZERO_BOOLEANS = frozenset(
     [
         "contiguous_gradients",
@@ -145,8 +147,8 @@ _ROUNDS = "quantised communication rounds the weights that merges and resumes mu
 ZERO_FIXED: dict[str, tuple[bool | int, str]] = {
     "round_robin_gradients": (
         False,
-        "DeepSpeed 0.19.8 then maps parameters to the wrong part of the optimizer state, and a "
-        "merge or reset would change other parameters",
+        f"DeepSpeed {SUPPORTED} then maps parameters to the wrong part of the optimizer state, and "
+        "a merge or reset would change other parameters",
     ),
     "load_from_fp32_weights": (True, "a resume from rounded weights is not the same run"),
     "compute_grad_norm": (True, "the gradient norm is clipped and logged"),

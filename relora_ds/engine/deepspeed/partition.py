@@ -20,9 +20,9 @@ from torch import nn
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.accounting.zero_traffic import HPZ_GROUP
-from relora_ds.engine.deepspeed.config import zero_stage
-from relora_ds.parallel.shape import slice_of
+from relora_ds.parallel.shape import keep_tp_local_shape, slice_of
 from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class ZeroPartitioner:
     """Cuts parameters into one slice per data-parallel rank.
 
     Args:
-        deepspeed_config: resolved, of stage 3.
-        dtype: working precision of the slices.
+        zero: settings of stage 3; slices are in working precision.
         slices: dense values that are added to the parameters of the same name. A method's frozen
             or dense weight is the dense weight plus a term of its own, so the slice is enough.
         restored: names of trained parameters whose fp32 values are kept for their masters, besides
@@ -54,20 +53,19 @@ class ZeroPartitioner:
 
     def __init__(
         self,
-        deepspeed_config: dict[str, Any],
-        dtype: torch.dtype,
+        zero: ZeroSettings,
         slices: DenseSlices | None = None,
         restored: Collection[str] = (),
         tp: TensorParallel = SINGLE,
     ) -> None:
         self._group = tp.data_group
         self._init = _LocalInit(
-            config_dict_or_path=deepspeed_config,
-            dtype=dtype,
+            config_dict_or_path=zero.deepspeed,
+            dtype=zero.dtype,
             data_parallel_group=self._group,
             mpu=None if tp.size == 1 else ModelParallelUnit(),
         )
-        self._dtype = dtype
+        self._dtype = zero.dtype
         self._slices = slices
         self._restored = set(restored) | set(() if slices is None else slices.values)
         self._exact: dict[nn.Parameter, torch.Tensor] = {}
@@ -85,6 +83,7 @@ class ZeroPartitioner:
         if kept and self._dtype != torch.float32:
             self._exact[parameter] = mine.clone()
         parameter.data = parameter.data.to(self._dtype)
+        keep_tp_local_shape(parameter)
         self._init._convert_to_zero_parameters([parameter])
         # padding is never read, but DeepSpeed leaves it uninitialised and writes it to checkpoints
         cast(Any, parameter).ds_tensor.data[length:].zero_()
@@ -111,7 +110,7 @@ def name_hpz_group() -> None:
 
 
 def release_stage3() -> None:
-    """Drop the global references by which DeepSpeed 0.19.8 keeps a destroyed stage-3 engine alive.
+    """Drop the global references by which DeepSpeed keeps a destroyed stage-3 engine alive.
 
     One parameter that is alive keeps all of them alive, masters and moments too.
     """
@@ -126,14 +125,10 @@ def release_stage3() -> None:
 
 
 def build_partitioner(
-    deepspeed_config: dict[str, Any],
-    precision: str,
+    zero: ZeroSettings,
     slices: DenseSlices | None = None,
     restored: Collection[str] = (),
     tp: TensorParallel = SINGLE,
 ) -> ZeroPartitioner | None:
     """What cuts the model while it is built; None where every rank keeps it whole."""
-    if zero_stage(deepspeed_config) < 3:
-        return None
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return ZeroPartitioner(deepspeed_config, dtype, slices, restored, tp)
+    return None if zero.stage < 3 else ZeroPartitioner(zero, slices, restored, tp)

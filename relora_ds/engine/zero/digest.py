@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from relora_ds.engine.zero.layout import Layout
+from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.errors import DesyncError
 from relora_ds.numerics.base_weight import BaseWeight
 from relora_ds.optim.vector_adamw import MOMENTS
@@ -35,6 +36,7 @@ class ReplicaDigest:
         layout: where they and their masters are.
         bases: what lies beside the edited ones.
         clocks: step counts of vectors.
+        matrices: state of what is updated matrix-wise.
         group: data-parallel ranks.
         tp: the tensor-parallel group, whose ranks hold some parameters alike.
     """
@@ -45,6 +47,7 @@ class ReplicaDigest:
         layout: Layout,
         bases: Mapping[nn.Parameter, BaseWeight],
         clocks: Mapping[nn.Parameter, VectorClock],
+        matrices: ZeroMatrices,
         group: ProcessGroup,
         tp: TensorParallel = SINGLE,
     ) -> None:
@@ -52,6 +55,7 @@ class ReplicaDigest:
         self._layout = layout
         self._bases = bases
         self._clocks = clocks
+        self._matrices = matrices
         self._group = group
         self._tp = tp
         self._seals: dict[nn.Parameter, torch.Tensor] = {}
@@ -129,6 +133,8 @@ class ReplicaDigest:
             if parameter in self._clocks:
                 for key, tensor in self._clocks[parameter].tensors().items():
                     yield f"{name} ({key})", fingerprint(tensor)
+        for name, tensor in self._matrices.shared():
+            yield name, fingerprint(tensor)
 
     def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Fingerprints of what every rank must hold alike."""
@@ -146,6 +152,8 @@ class ReplicaDigest:
             if parameter in self._clocks:
                 for key, tensor in self._clocks[parameter].tensors().items():
                     yield f"{name} ({key})", fingerprint(tensor)
+        for name, tensor in self._matrices.replicated():
+            yield name, fingerprint(tensor)
 
     def _local(self) -> Iterator[tuple[str, torch.Tensor]]:
         """1 where this rank disagrees with itself, 0 elsewhere."""

@@ -1,10 +1,8 @@
 """Where every trained parameter's master and moments live on this rank.
 
-A master is in fp32, but for parameters in bf16 that are their own. `engine.deepspeed.layouts` has
-one class per layout that the library can produce. Positions come from storage offsets, not from
-DeepSpeed's own fragment bookkeeping (which is wrong under some options and stale after a load), and
-every position is verified by value when the layout is built: drift in the library is a start-up
-error, never a silent corruption.
+A master is in fp32, but for parameters in bf16 that are their own. The layouts without slices are
+here, those that DeepSpeed cuts in `engine.deepspeed.layouts`. Every position is verified by value
+when a layout is built: drift in a library is a start-up error, never a silent corruption.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from relora_ds.engine.deepspeed.version import SUPPORTED
 from relora_ds.errors import ReloraError
 from relora_ds.optim.vector_clock import Stretch
 from relora_ds.parallel.shape import tp_local_shape
@@ -41,7 +40,9 @@ class Layout(ABC):
 
     Args:
         groups: parameters per optimizer group, as they were before DeepSpeed took them over.
-        optimizer: the client optimizer that DeepSpeed drives.
+        optimizer: the optimizer that steps the owners.
+        partition_group: ranks that hold parts of the same moments; None where every rank holds all
+            of them.
     """
 
     def __init__(
@@ -52,7 +53,6 @@ class Layout(ABC):
     ) -> None:
         self.optimizer = optimizer
         self.partition_group = partition_group
-        """Ranks that hold parts of the same moments; None where every rank holds all of them."""
         self.placements: dict[nn.Parameter, Placement] = {}
         for number, group in enumerate(groups):
             for index, parameter in enumerate(group):
@@ -77,6 +77,25 @@ class Layout(ABC):
             view.
         """
         return 0, parameter.data.view(-1)
+
+    def gradient(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+        """This rank's slice of a trained parameter's gradient, as live 1-D views in order.
+
+        It is there, summed over the data-parallel ranks, between the last backward pass of an
+        update and the update.
+        """
+        assert parameter.grad is not None
+        yield parameter.grad.view(-1)
+
+    def gradient_storages(self) -> Iterator[torch.Tensor]:
+        """Every tensor that holds gradients on this rank at this moment."""
+        for tensor in (*self.placements, *self.owners()):
+            if tensor.grad is not None:
+                yield tensor.grad
+
+    def weight_storages(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+        """Every tensor in which this rank stores a working weight, copies of it too."""
+        yield parameter.data
 
     def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """Working values of whole parameters on every rank. A collective where they are cut."""
@@ -105,12 +124,13 @@ class Layout(ABC):
         return full
 
     def optimizer_state(self, parameter: nn.Parameter, key: str) -> torch.Tensor | None:
-        """This rank's stretch of a state tensor; None before the first step or if it has none."""
+        """This rank's stretch of an element-wise state tensor; None before the first step, if it
+        has none, or if the parameter is updated matrix-wise."""
         placement = self.placements[parameter]
-        state = self.optimizer.state.get(placement.owner)
-        if not state or not placement.stretch.length:
+        tensor = self.optimizer.state.get(placement.owner, {}).get(key)
+        if tensor is None or not placement.stretch.length:
             return None
-        return placement.stretch.of(state[key].view(-1))
+        return placement.stretch.of(tensor.view(-1))
 
     def mismatch(self, parameter: nn.Parameter) -> torch.Tensor:
         """Whether a trained parameter's working values are not its rounded masters: bool scalar."""
@@ -124,6 +144,21 @@ class Layout(ABC):
         if bool(self.mismatch(parameter)):
             raise ReloraError(
                 f"the fp32 master of a parameter of shape {tuple(tp_local_shape(parameter))} was "
-                "not found where DeepSpeed 0.19.8 keeps it: another version is installed, or an "
-                "option moved it; install the pinned version and use the shipped ZeRO files"
+                f"not found where DeepSpeed {SUPPORTED} keeps it: another version is installed, or "
+                f"an option moved it; install deepspeed=={SUPPORTED} and use the shipped ZeRO files"
             )
+
+
+class WholeParameters(Layout):
+    """The optimizer steps the parameters themselves."""
+
+    def locate(self, parameter: nn.Parameter, group: int, index: int) -> Placement:
+        return Placement(parameter, Stretch(0, 0, parameter.numel()))
+
+
+class MasterCopies(Layout):
+    """The optimizer steps one fp32 copy per parameter, in the same order."""
+
+    def locate(self, parameter: nn.Parameter, group: int, index: int) -> Placement:
+        master = self.optimizer.param_groups[group]["params"][index]
+        return Placement(master, Stretch(0, 0, parameter.numel()))

@@ -12,15 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from relora_ds.config.method import ResetConfig
+from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.errors import DivergenceError
-from relora_ds.methods.train_state import MomentShard, TrainState
+from relora_ds.methods.train_state import Moments, MomentShard, Weights
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.randomness import Stream
 
 
 def reset_moments(
-    state: TrainState,
+    moments: Moments,
+    weights: Weights,
     parameters: Mapping[str, nn.Parameter],
     config: ResetConfig,
     seed: int,
@@ -29,6 +30,8 @@ def reset_moments(
     """Prune the moments of `parameters` by the configured rule.
 
     Args:
+        moments: of the live run.
+        weights: knows the global shapes of the parameters.
         parameters: by full name; the name is part of the random draws.
         event: number of the restart.
 
@@ -38,15 +41,16 @@ def reset_moments(
     Raises:
         DivergenceError: every moment is zero already, so nothing can be reset.
     """
-    shards = {name: state.moments(parameter) for name, parameter in parameters.items()}
-    before = _count_non_zero(state, shards)
+    everything = list(parameters.values())
+    before = moments.count_non_zero(everything)
     if not before:
         raise DivergenceError(
             "every Adam moment of the adapters is zero at a restart: they got no gradient since "
             "the last one; look for a learning rate, mask or loss that cuts them off"
         )
+    shards = {name: moments.shard(parameter) for name, parameter in parameters.items()}
     if config.mode == "magnitude":
-        masks = _magnitude_masks(state, parameters, shards, config.fraction)
+        masks = _magnitude_masks(moments, weights, parameters, shards, config.fraction)
     else:
         masks = {
             name: _random_masks(shard, name, config, seed, event)
@@ -61,17 +65,7 @@ def reset_moments(
             first = second = first & second
         shard.exp_avg.masked_fill_(~first, 0.0)
         shard.exp_avg_sq.masked_fill_(~second, 0.0)
-    return 1.0 - _count_non_zero(state, shards) / before
-
-
-def _count_non_zero(state: TrainState, shards: Mapping[str, MomentShard | None]) -> int:
-    """Moment elements over all ranks that are not zero."""
-    here = sum(
-        int(shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero())
-        for shard in shards.values()
-        if shard is not None and shard.counted
-    )
-    return state.total([here])[0]
+    return 1.0 - moments.count_non_zero(everything) / before
 
 
 def _random_masks(
@@ -90,7 +84,8 @@ def _random_masks(
 
 
 def _magnitude_masks(
-    state: TrainState,
+    moments: Moments,
+    weights: Weights,
     parameters: Mapping[str, nn.Parameter],
     shards: Mapping[str, MomentShard | None],
     fraction: float,
@@ -100,17 +95,11 @@ def _magnitude_masks(
     The threshold is the order statistic at which `torch.quantile` starts to interpolate, so the
     surviving set is the published one; ties with it are dropped.
     """
-    values, ranks = [], []
-    for name, parameter in parameters.items():
-        shard, count = shards[name], state.shape(parameter).numel()
-        for moment in MOMENTS:
-            absent = shard is None or not shard.counted
-            values.append(torch.empty(0) if absent else getattr(shard, moment))
-            ranks.append(math.floor(fraction * (count - 1)) + 1)
-    thresholds = iter(state.order_statistics(values, ranks))
+    counts = [weights.shape(parameter).numel() for parameter in parameters.values()]
+    ks = [math.floor(fraction * (count - 1)) + 1 for count in counts]
+    thresholds = moments.order_statistics(list(parameters.values()), ks)
     masks = {}
-    for name, shard in shards.items():
-        first, second = next(thresholds), next(thresholds)
+    for (name, shard), (first, second) in zip(shards.items(), thresholds, strict=True):
         if shard is not None:
             masks[name] = (shard.exp_avg.abs() > first, shard.exp_avg_sq.abs() > second)
     return masks

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from relora_ds.config.method import ReLoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import (
     AdapterLinear,
@@ -16,7 +16,7 @@ from relora_ds.methods.adapter import (
     adapter_layers,
     draw_factors,
 )
-from relora_ds.methods.interface import Event
+from relora_ds.methods.interface import Event, Session
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
@@ -58,22 +58,32 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
         """Whether a merge follows update number `step`; never after the last one."""
         return 0 < step < self.steps and step % self.config.merge_every == 0
 
-    def after_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
-        if not self.is_merge_step(step):
+    def start(self, state: TrainState, model: nn.Module) -> ReLoRASession:
+        return ReLoRASession(self, state, model)
+
+
+class ReLoRASession(Session[ReLoRA]):
+    """Merges and restarts on a live engine."""
+
+    def after_step(self, step: int) -> Event | None:
+        if not self.method.is_merge_step(step):
             return None
-        number = step // self.config.merge_every
-        layers = adapter_layers(model)
+        state, config = self.state, self.method.config
+        number = step // config.merge_every
+        layers = adapter_layers(self.model)
         before = state.probe()
         started, moved = time.perf_counter(), state.bytes_moved
-        factors = state.gather_in_turn([_own_parameters(layer) for layer in layers.values()])
+        factors = state.weights.gather_in_turn(
+            [_own_parameters(layer) for layer in layers.values()]
+        )
         parts = [
-            self._restart(state, layer, number, values)
+            self._restart(layer, number, values)
             for layer, values in zip(layers.values(), factors, strict=True)
         ]
-        edits = dict(zip(layers, state.total_edits(parts), strict=True))
+        edits = dict(zip(layers, state.weights.totals(parts), strict=True))
         _refuse_lost_merge(edits)
         merged = time.perf_counter(), state.bytes_moved
-        fraction = self._reset_optimizer(state, layers, number)
+        fraction = self._reset_optimizer(layers, number)
         details = {
             "method/merges": float(number),
             "method/lost_update": max(_ratio(e.lost_sq, e.intended_sq) for e in edits.values()),
@@ -89,45 +99,46 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
         drift = max(_ratio(edit.error_sq, edit.output_sq) for edit in edits.values())
         return Event("merge", drift, fraction, details)
 
-    def _restart(
-        self, state: TrainState, layer: AdapterLinear, number: int, values: list[torch.Tensor]
-    ) -> WeightEdit:
+    def _restart(self, layer: AdapterLinear, number: int, values: list[torch.Tensor]) -> WeightEdit:
         """W += scale * B A, then fresh factors; what they add at once, W absorbs.
 
         Args:
-            values: of `_own_parameters`, whole.
+            values: of `_own_parameters`, gathered.
         """
-        dtype = layer.lora_A.dtype
+        weights, method, dtype = self.state.weights, self.method, layer.lora_A.dtype
         # rounded first, so that W absorbs exactly what the forward pass will compute with
-        lora_a, lora_b = (f.to(dtype) for f in draw_factors(layer, self.config, self.seed, number))
+        lora_a, lora_b = (
+            f.to(dtype) for f in draw_factors(layer, method.config, method.seed, number)
+        )
         left, right, *scaling = values
         scale = fresh_scale = layer.merge_scale(*scaling)
         if layer.scaling is not None:
             fresh = torch.ones_like(scaling[0])
             fresh_scale = float(torch.tanh(fresh))
-            state.write(layer.scaling, fresh)
-        if self.config.init == "balanced":
+            weights.write(layer.scaling, fresh)
+        if method.config.init == "balanced":
             left = torch.cat([left.float() * scale, lora_b.float() * -fresh_scale], dim=1)
             right = torch.cat([right.float(), lora_a.float()])
             scale = 1.0
-        edit = state.add_product(layer.weight, left, right, scale)
+        edit = weights.add_product(layer.weight, left, right, scale)
         assert edit is not None
-        state.write(layer.lora_A, lora_a)
-        state.write(layer.lora_B, lora_b)
+        weights.write(layer.lora_A, lora_a)
+        weights.write(layer.lora_B, lora_b)
         return edit
 
-    def _reset_optimizer(
-        self, state: TrainState, layers: dict[str, AdapterLinear], number: int
-    ) -> float:
+    def _reset_optimizer(self, layers: dict[str, AdapterLinear], number: int) -> float:
+        state, reset = self.state, self.method.config.reset
         factors: dict[str, nn.Parameter] = {}
         for name, layer in layers.items():
             factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
             if layer.scaling is not None:
                 factors[f"{name}.scaling"] = layer.scaling
-        fraction = reset_moments(state, factors, self.config.reset, self.seed, number)
-        if self.config.reset.steps:
+        fraction = reset_moments(
+            state.moments, state.weights, factors, reset, self.method.seed, number
+        )
+        if reset.steps:
             for parameter in factors.values():
-                state.reset_steps(parameter)
+                state.moments.restart(parameter)
         return fraction
 
 

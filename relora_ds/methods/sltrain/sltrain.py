@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from relora_ds.config.method import SLTrainConfig
-from relora_ds.methods.interface import Event, Method, projection_layers
+from relora_ds.config.methods.sltrain import SLTrainConfig
+from relora_ds.methods.interface import Event, Method, Session, projection_layers
 from relora_ds.methods.sltrain.sparse_linear import (
     GradientForm,
     SparseForm,
@@ -177,14 +177,21 @@ class SLTrain(Method[SLTrainConfig]):
         """The values are elements of a matrix, though they are kept in a vector."""
         return name.endswith(".values") or super().decays(name, parameter)
 
-    def after_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
-        for layer in projection_layers(model).values():
-            assert isinstance(layer, SparseLowRankLinear)
-            layer.drop_composed()
-        return None
+    def start(self, state: TrainState, model: nn.Module) -> SLTrainSession:
+        return SLTrainSession(self, state, model)
 
     def _support(self, layer: SparseLowRankLinear) -> tuple[torch.Tensor, torch.Tensor]:
         spec = layer.spec
         return draw_support(
             self.seed, spec.name, spec.out_features, spec.in_features, layer.columns.numel()
         )
+
+
+class SLTrainSession(Session[SLTrain]):
+    """Lets layers forget their composed weights after every update."""
+
+    def after_step(self, step: int) -> Event | None:
+        for layer in projection_layers(self.model).values():
+            assert isinstance(layer, SparseLowRankLinear)
+            layer.drop_composed()
+        return None

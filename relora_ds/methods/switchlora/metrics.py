@@ -11,7 +11,7 @@ import torch
 
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
-from relora_ds.methods.train_state import TrainState
+from relora_ds.methods.train_state import Weights
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.randomness import Stream
@@ -52,20 +52,19 @@ class SwitchMetrics:
 
     def read(self) -> dict[str, Any]:
         """Metrics by name; starts counting anew."""
-        figures: dict[str, Any] = {"method/switched_vectors": self.switched}
+        metrics: dict[str, Any] = {"method/switched_vectors": self.switched}
         if self.events:
-            figures |= {
-                "method/event": "switch",
+            metrics |= {
                 # of one event, on average
                 "method/moments_reset_fraction": self._reset / self.events,
                 "method/switch_seconds": self.seconds,
                 "method/switch_bytes": self.bytes,
             }
         if self._drift is not None:
-            figures["method/function_drift"] = self._drift
+            metrics["method/function_drift"] = self._drift
         self.seconds, self.bytes = 0.0, 0
         self.events, self._reset, self._drift = 0, 0.0, None
-        return figures
+        return metrics
 
 
 class UpdateRank:
@@ -79,6 +78,8 @@ class UpdateRank:
 
     def __init__(self, layer: AdapterLinear, seed: int) -> None:
         assert layer.spec.style == "column", "ranks hold whole rows"
+        self.layer = layer.spec.name
+        """Full name of the projection."""
         self.key = f"{layer.spec.name}.{self.ENTRY}"
         """Of `reference` in a saved state."""
         self._layer = layer
@@ -90,28 +91,26 @@ class UpdateRank:
         self.reference = torch.zeros(rows, width)
         """The projection times the sketch at the start, fp32."""
 
-    def start(self, state: TrainState) -> None:
+    def start(self, weights: Weights) -> None:
         """Count from here."""
-        self.reference.copy_(self._product(state))
+        self.reference.copy_(self._product(weights))
 
-    def measure(self, state: TrainState) -> float:
+    def measure(self, weights: Weights) -> float:
         """1 for an update of rank one, 0 for none."""
-        update = (self._product(state) - self.reference.to(self._signs.device)).double()
+        update = (self._product(weights) - self.reference.to(self._signs.device)).double()
         # through the Gram matrix, which the ranks that hold other rows can add to
-        gram = state.sum_over_parts(update.t() @ update)
+        gram = weights.sum_over_rows(update.t() @ update)
         values = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
         if not values.sum():
             return 0.0
         share = values / values.sum()
         return float(torch.exp(-torch.xlogy(share, share).sum()))
 
-    def _product(self, state: TrainState) -> torch.Tensor:
+    def _product(self, weights: Weights) -> torch.Tensor:
         layer = self._layer
-        lora_a, lora_b = state.gather([layer.lora_A, layer.lora_B])
+        lora_a, lora_b = weights.gather([layer.lora_A, layer.lora_B])
         low_rank = lora_b.float() @ (lora_a.float() @ self._signs)
-        return state.weight_times(layer.weight, self._signs).add_(
-            low_rank, alpha=layer.merge_scale()
-        )
+        return weights.times(layer.weight, self._signs).add_(low_rank, alpha=layer.merge_scale())
 
 
 def refuse_lost_switch(edits: Mapping[str, WeightEdit]) -> None:

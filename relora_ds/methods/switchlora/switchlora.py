@@ -13,21 +13,21 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.methods.adapter import (
     AdapterLinear,
     AdapterMethod,
     adapter_layers,
     factor_bounds,
 )
-from relora_ds.methods.interface import Event
+from relora_ds.methods.interface import Event, MemoryShare, Report, SavedTensor, Session
 from relora_ds.methods.switchlora.candidate_pool import Allocate, CandidatePool, Draw
 from relora_ds.methods.switchlora.metrics import SwitchMetrics, UpdateRank, refuse_lost_switch
 from relora_ds.methods.switchlora.plan import (
@@ -40,7 +40,7 @@ from relora_ds.methods.switchlora.plan import (
 )
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.parallel.shape import TPShard, global_shape, shard_of, tp_local_shape
+from relora_ds.parallel.shape import global_shape, shard_of, tp_local_shape
 from relora_ds.randomness import Stream
 
 _SIDES = ("A", "B")
@@ -78,56 +78,70 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
             axes[layer.lora_A], axes[layer.lora_B] = 0, 1
         return axes
 
-    def attach(self, state: TrainState, model: nn.Module) -> None:
-        allocate, writes = self._storage(state, model)
+    def memory_share(self, model: nn.Module) -> MemoryShare:
+        count = 0
+        for layer in adapter_layers(model).values():
+            slots = min(layer.spec.out_features, layer.spec.in_features)
+            count += slots * (tp_local_shape(layer.lora_A)[1] + tp_local_shape(layer.lora_B)[0])
+        on_host = self.config.candidates == "host"
+        return MemoryShare(host=count) if on_host else MemoryShare(device=count)
+
+    def start(self, state: TrainState, model: nn.Module) -> SwitchLoRASession:
+        return SwitchLoRASession(self, state, model)
+
+
+class SwitchLoRASession(Session[SwitchLoRA]):
+    """Switches vectors of a live engine, and keeps the candidates that are not in use."""
+
+    def __init__(self, method: SwitchLoRA, state: TrainState, model: nn.Module) -> None:
+        super().__init__(method, state, model)
+        self.config = method.config
+        allocate, writes = self._storage()
         self._layers = {
-            name: self._prepare_layer(state, layer, allocate, writes)
+            name: self._prepare_layer(layer, allocate, writes)
             for name, layer in adapter_layers(model).items()
         }
-        self._collect = state.collect
         self._ahead: tuple[int, list[_Work]] | None = None
         first = next(iter(self._layers.values()))
         self._pairs = PairCensus(first.selection.num_slots)
         self._pairs.note(first.state.slots)
-        self._rank = UpdateRank(first.layer, self.seed)
-        self._rank.start(state)
-        self._figures = SwitchMetrics()
+        self._rank = UpdateRank(first.layer, method.seed)
+        self._rank.start(state.weights)
+        self._metrics = SwitchMetrics()
         length = tp_local_shape(first.layer.weight)[1]
-        cut = state.own_span(length) != (0, length)
-        self._own_pools = self.config.candidates == "device" and not cut
+        sliced = state.host.span(length) != (0, length)
+        self._own_pools = self.config.candidates == "device" and not sliced
         device = first.layer.lora_A.device
         # candidates come from the host while the model computes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _storage(self, state: TrainState, model: nn.Module) -> tuple[Allocate, bool]:
+    def _storage(self) -> tuple[Allocate, bool]:
         if self.config.candidates == "host":
-            return state.node_tensor, state.writes_node()
-        device = next(model.parameters()).device
+            return self.state.host.tensor, self.state.host.is_writer
+        device = next(self.model.parameters()).device
         return (lambda shape, dtype: torch.zeros(*shape, dtype=dtype, device=device)), True
 
-    def _prepare_layer(
-        self, state: TrainState, layer: AdapterLinear, allocate: Allocate, writes: bool
-    ) -> _Switched:
+    def _prepare_layer(self, layer: AdapterLinear, allocate: Allocate, writes: bool) -> _Switched:
         spec, rank = layer.spec, self.config.rank
         num_slots = min(spec.out_features, spec.in_features)
-        selection = SELECTIONS[self.config.selection](spec.name, rank, num_slots, self.seed)
+        selection = SELECTIONS[self.config.selection](spec.name, rank, num_slots, self.method.seed)
         bounds = factor_bounds(self.config, spec.out_features, spec.in_features)
         pools = []
         for side, factor, bound in zip(_SIDES, (layer.lora_A, layer.lora_B), bounds, strict=True):
-            draw, span = self._candidates(state, spec.name, side, factor, bound)
+            draw, span = self._candidates(spec.name, side, factor, bound)
             pools.append(CandidatePool(num_slots, span, factor, draw, allocate, writes))
         return _Switched(layer, selection, selection.initial(), (pools[0], pools[1]))
 
     def _candidates(
-        self, state: TrainState, layer: str, side: str, factor: nn.Parameter, bound: float
+        self, layer: str, side: str, factor: nn.Parameter, bound: float
     ) -> tuple[Draw, tuple[int, int]]:
         """How candidates of a factor are drawn, and the span of them that is kept here: of this
         tensor-parallel rank's part of a vector, what ZeRO leaves to this process."""
         axis = _SIDES.index(side)
         shard, width = shard_of(factor), global_shape(factor)[1 - axis]
         first = 0 if shard is None or shard.inner else int(shard.index[0])
-        span = state.own_span(tp_local_shape(factor)[1 - axis])
-        stream = Stream(self.seed, f"candidate_{side}", layer)
+        span = self.state.host.span(tp_local_shape(factor)[1 - axis])
+        stream = Stream(self.method.seed, f"candidate_{side}", layer)
         start, stop = first + span[0], first + span[1]
 
         def draw(slots: torch.Tensor) -> torch.Tensor:
@@ -135,47 +149,41 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
 
         return draw, span
 
-    def parked_elements(self, model: nn.Module) -> tuple[int, int]:
-        count = 0
-        for layer in adapter_layers(model).values():
-            slots = min(layer.spec.out_features, layer.spec.in_features)
-            count += slots * (tp_local_shape(layer.lora_A)[1] + tp_local_shape(layer.lora_B)[0])
-        return (0, count) if self.config.candidates == "host" else (count, 0)
-
-    def before_step(self, state: TrainState, model: nn.Module, step: int) -> Event | None:
+    def before_step(self, step: int) -> Event | None:
         if step < 1:
             return None
-        started, moved = time.perf_counter(), state.bytes_moved
+        started, moved = time.perf_counter(), self.state.bytes_moved
         if self._ahead is not None and self._ahead[0] == step:
             work = self._ahead[1]
         else:
-            work = self._plan(state, step, ahead=0)
+            work = self._plan(step, ahead=0)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         if work:
             # reports wait for the device: one event per line of the log, the first
-            self._switch(state, work, measured=self._figures.events == 0)
+            self._switch(work, measured=self._metrics.events == 0)
         self._ahead = None
-        if step + 1 < self.steps:
+        if step + 1 < self.method.steps:
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                self._ahead = step + 1, self._plan(state, step + 1, ahead=1)
-        self._figures.seconds += time.perf_counter() - started
-        self._figures.bytes += state.bytes_moved - moved
+                self._ahead = step + 1, self._plan(step + 1, ahead=1)
+        self._metrics.seconds += time.perf_counter() - started
+        self._metrics.bytes += self.state.bytes_moved - moved
         return None
 
-    def _plan(self, state: TrainState, step: int, ahead: int) -> list[_Work]:
+    def _plan(self, step: int, ahead: int) -> list[_Work]:
         """The event before update number `step` + 1, when `step` - `ahead` are completed."""
-        expected = self.config.expected_switches(step, self.steps)
-        counts = switch_counts(expected, len(self._layers), self.seed, step)
+        expected = self.config.expected_switches(step, self.method.steps)
+        counts = switch_counts(expected, len(self._layers), self.method.seed, step)
         work = []
         for switched, count in zip(self._layers.values(), counts, strict=True):
             if not count:
                 continue
             layer = switched.layer
             live = tuple(
-                state.live_vectors(factor, ahead).numpy() for factor in (layer.lora_A, layer.lora_B)
+                self.state.vectors.live(factor, ahead).numpy()
+                for factor in (layer.lora_A, layer.lora_B)
             )
             plan = switched.selection.plan(switched.state, step, count, (live[0], live[1]))
             if plan.count:
@@ -184,7 +192,7 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
                 work.append(_Work(switched, plan, candidates))
         return work
 
-    def _switch(self, state: TrainState, work: Sequence[_Work], measured: bool) -> None:
+    def _switch(self, work: Sequence[_Work], measured: bool) -> None:
         factors, stored = [], []
         for item in work:
             layer = item.switched.layer
@@ -192,23 +200,22 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
             both = torch.from_numpy(np.concatenate(item.plan.vectors))
             factors += [(layer.lora_A, both), (layer.lora_B, both)]
             stored += [(cols, item.candidates[0]), (rows, item.candidates[1])]
-        vectors = state.gather_vectors(factors, stored)
+        vectors = self.state.vectors.gather(factors, stored)
         current, fresh = vectors[: len(factors)], vectors[len(factors) :]
         edits: dict[str, WeightEdit] = {}
         for number, item in enumerate(work):
             at = slice(2 * number, 2 * number + 2)
-            edit = self._switch_layer(state, item, current[at], fresh[at], measured)
+            edit = self._switch_layer(item, current[at], fresh[at], measured)
             if edit is not None:
                 edits[item.switched.layer.spec.name] = edit
         if edits:
-            totals = dict(zip(edits, state.total_edits(list(edits.values())), strict=True))
+            totals = dict(zip(edits, self.state.weights.totals(list(edits.values())), strict=True))
             refuse_lost_switch(totals)
-            self._figures.note_edits(totals.values())
+            self._metrics.note_edits(totals.values())
         self._note(work)
 
     def _switch_layer(
         self,
-        state: TrainState,
         item: _Work,
         current: Sequence[torch.Tensor],
         fresh: Sequence[torch.Tensor],
@@ -221,21 +228,23 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
                 the row of A is replaced, then those of which the column of B is; (2k, n), (2k, m).
             fresh: the candidates, (k, n) and (k, m).
         """
-        layer, pools, plan = item.switched.layer, item.switched.pools, item.plan
+        state, plan = self.state, item.plan
+        layer, pools = item.switched.layer, item.switched.pools
         old_a, kept_a = current[0].chunk(2)
         kept_b, old_b = current[1].chunk(2)
         # differences in fp32, of what the forward pass computes with: then W absorbs them exactly
         left = torch.cat([kept_b.float(), old_b.float() - fresh[1].float()]).t()
         right = torch.cat([old_a.float() - fresh[0].float(), kept_a.float()])
-        edit = state.add_product(layer.weight, left, right, layer.merge_scale(), measured)
+        scale = layer.merge_scale()
+        edit = state.weights.add_product(layer.weight, left, right, scale, measured)
         parked = item.switched.state.apply(plan)
         for pool, slots, old in zip(pools, parked, (old_a, old_b), strict=True):
-            pool.park(slots, old[:, slice(*state.own_span(old.shape[1]))])
+            pool.park(slots, old[:, slice(*state.host.span(old.shape[1]))])
         rows, cols = (torch.from_numpy(vectors) for vectors in plan.vectors)
-        state.write_vectors(layer.lora_A, rows, fresh[0])
-        state.write_vectors(layer.lora_B, cols, fresh[1])
-        state.reset_vectors(layer.lora_B, rows, self.config.freeze_steps)
-        state.reset_vectors(layer.lora_A, cols, self.config.freeze_steps)
+        state.vectors.write(layer.lora_A, rows, fresh[0])
+        state.vectors.write(layer.lora_B, cols, fresh[1])
+        state.vectors.reset(layer.lora_B, rows, self.config.freeze_steps)
+        state.vectors.reset(layer.lora_A, cols, self.config.freeze_steps)
         return edit
 
     def _note(self, work: Sequence[_Work]) -> None:
@@ -245,21 +254,23 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
         # the counterpart of a row of A, n long, is a column of B, m long
         reset = sum(len(item.plan.vectors[0]) * _lengths(item.switched) for item in work)
         elements = sum(self.config.rank * _lengths(each) for each in self._layers.values())
-        self._figures.note_switches(sum(item.plan.count for item in work), reset / elements)
+        self._metrics.note_switches(sum(item.plan.count for item in work), reset / elements)
 
-    def figures(self, state: TrainState, model: nn.Module) -> dict[str, Any]:
+    def report(self) -> Report:
         visited = sum(
             pool.stored + int((pool.places()[held] < 0).sum())
             for switched in self._layers.values()
             for pool, held in zip(switched.pools, switched.state.slots, strict=True)
         )
-        return {
-            **self._figures.read(),
+        happened = self._metrics.events > 0
+        metrics = {
+            **self._metrics.read(),
             "method/candidates_visited": visited,
             "method/candidate_pairs": self._pairs.pairs,
-            "method/effective_rank": self._rank.measure(state),
-            "method/host_bytes_per_node": state.node_bytes(),
+            "method/effective_rank": self._rank.measure(self.state.weights),
+            "method/host_bytes_per_node": self.state.host.node_bytes,
         }
+        return Report(metrics, "switch" if happened else None)
 
     def replicas(self) -> dict[str, torch.Tensor]:
         """Which candidates are where, and the candidates themselves if every process has its own.
@@ -279,50 +290,28 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     def state_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {
             "cursors": {name: list(s.state.cursors) for name, s in self._layers.items()},
-            "switched_vectors": self._figures.switched,
-            "pairs": self._pairs.tensor(),
-            self._rank.key: self._rank.reference,
+            "switched_vectors": self._metrics.switched,
+            "pairs": SavedTensor(self._pairs.tensor()),
+            # of the rows of its weight
+            self._rank.key: SavedTensor(self._rank.reference, f"{self._rank.layer}.weight"),
         }
         for name, switched in self._layers.items():
             shape = tp_local_shape(switched.layer.weight)
             for side, slots, pool, length in zip(
                 _SIDES, switched.state.slots, switched.pools, shape[::-1], strict=True
             ):
-                saved[f"{name}.{side}.slots"] = torch.from_numpy(slots)
-                saved[f"{name}.{side}.places"] = pool.places()
+                saved[f"{name}.{side}.slots"] = SavedTensor(torch.from_numpy(slots))
+                saved[f"{name}.{side}.places"] = SavedTensor(pool.places())
                 for number, chunk in enumerate(pool.chunks()):
-                    whole = self._collect(chunk, length)
-                    if whole is not None:
-                        saved[f"{name}.{side}.vectors.{number}"] = whole
+                    whole = self.state.host.collect(chunk, length)
+                    if whole is not None:  # parked vectors are rows, whatever their factor's axis
+                        entry = SavedTensor(whole, f"{name}.lora_{side}", dim=1)
+                        saved[f"{name}.{side}.vectors.{number}"] = entry
         return saved
-
-    def join_states(
-        self, states: Sequence[dict[str, Any]], shards: Sequence[Mapping[str, TPShard]]
-    ) -> dict[str, Any]:
-        joined = dict(states[0])
-        for key, first in states[0].items():
-            cut = _cut_of(key, shards[0])
-            if cut is None:
-                continue
-            name, dim = cut
-            shape = list(first.shape)
-            shape[dim] = shards[0][name].global_shape[shards[0][name].dim]
-            joined[key] = first.new_empty(shape)
-            for state, held in zip(states, shards, strict=True):
-                replace(held[name], dim=dim).place(state[key], joined[key])
-        return joined
-
-    def part_of_state(self, state: dict[str, Any], shards: Mapping[str, TPShard]) -> dict[str, Any]:
-        own = dict(state)
-        for key, whole in state.items():
-            cut = _cut_of(key, shards)
-            if cut is not None:
-                own[key] = replace(shards[cut[0]], dim=cut[1]).part(whole)
-        return own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ahead = None
-        self._figures.switched = state["switched_vectors"]
+        self._metrics.switched = state["switched_vectors"]
         self._pairs.load(state["pairs"])
         self._rank.reference.copy_(state[self._rank.key])
         for name, switched in self._layers.items():
@@ -339,20 +328,3 @@ class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
 def _lengths(switched: _Switched) -> int:
     """Of a row of A and a column of B together."""
     return switched.layer.spec.in_features + switched.layer.spec.out_features
-
-
-def _cut_of(key: str, shards: Mapping[str, TPShard]) -> tuple[str, int] | None:
-    """The parameter that an entry of the saved state is cut like, and along which dimension.
-
-    Parked vectors are rows, cut like the vectors of their factor; the reference of the update's
-    rank has the rows of its weight.
-    """
-    layer, _, what = key.partition("_proj.")
-    if what == UpdateRank.ENTRY:
-        name, dim = f"{layer}_proj.weight", 0
-    elif ".vectors." in what:
-        name, dim = f"{layer}_proj.lora_{what[0]}", 1
-    else:
-        return None
-    shard = shards.get(name)
-    return None if shard is None or shard.inner else (name, dim)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from relora_ds.config.schema import WandbConfig
+from relora_ds.config.sections import WandbConfig
 from relora_ds.train.telemetry.redaction import redact
 from relora_ds.train.telemetry.sink import Metrics, Status
 

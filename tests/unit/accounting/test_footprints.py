@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from relora_ds.accounting.footprints import footprint_of, footprints, measured_footprint
-from relora_ds.config.method import MethodConfig
+from relora_ds.config.methods.catalogue import MethodConfig
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import METHODS
 from relora_ds.parallel.footprint import Exchange, Footprint, UpdateSize

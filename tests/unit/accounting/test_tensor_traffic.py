@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+from relora_ds.accounting.recorder import Traffic
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_volumes
-from relora_ds.accounting.zero_traffic import Traffic
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part
 
 ROOT = Path(__file__).parents[3]
@@ -67,13 +68,8 @@ def test_only_stage_3_does_not_exchange_the_overflow_flag(
     part: tuple[Llama, list[list[nn.Parameter]]], stage: int, flags: int
 ) -> None:
     model, groups = part
-    resolved: dict[str, Any] = {
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": 1.0,
-        "gradient_accumulation_steps": 5,
-        "bf16": {"enabled": True},
-    }
-    found = tensor_volumes(model, resolved, GroupWork(2, 16, 100, len(groups)))
+    zero = ZeroSettings(stage, torch.bfloat16, accumulation=5, clip=1.0)
+    found = tensor_volumes(model, zero, GroupWork(2, 16, 100, len(groups)))
     flag = found.get(Traffic("all_reduce", "tp", 2, "uint8", "step"))
     assert (0 if flag is None else flag.payload) == flags
     forward = found[Traffic("all_reduce", "tp", 2, "bfloat16", "forward")]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relora_ds.config.method import FullConfig, SLTrainConfig
+from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import TrainConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.methods.build import build_model, dense_weights
 from relora_ds.methods.full import Full
 from relora_ds.methods.sltrain.sltrain import SLTrain

@@ -10,9 +10,11 @@ import torch
 from relora_ds.checkpoint.inventory import take_inventory
 from relora_ds.checkpoint.saved_state import SavedState
 from relora_ds.checkpoint.tp_state import JoinedState, PartOfState
-from relora_ds.config.method import ReLoRAConfig, SLTrainConfig, SwitchLoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import ParallelConfig, TrainConfig
+from relora_ds.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
 from relora_ds.methods.build import sharded_meta_model, shards_of
 from relora_ds.methods.interface import Method
 from relora_ds.methods.relora.relora import ReLoRA
@@ -50,7 +52,8 @@ class InMemory(SavedState):
 
     def __init__(self, method: Method[Any]) -> None:
         model = sharded_meta_model(ARCHITECTURE, method, TRAIN, SINGLE)
-        super().__init__(take_inventory(model, method, "working", torch.float32), 3, {}, {})
+        inventory = take_inventory(model, method, "working", torch.float32, OptimizerConfig())
+        super().__init__(inventory, 3, {}, {})
         known = self.inventory
         self._values = {("frozen", n): torch.randn(s) for n, s in known.frozen.items()}
         for kind in KINDS:

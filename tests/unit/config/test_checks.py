@@ -9,8 +9,7 @@ import pytest
 
 from relora_ds.config.checks import multiples_near
 from relora_ds.config.load import check_processes, load_run_config
-from relora_ds.config.method_checks import projection_shapes
-from relora_ds.config.model import ModelConfig
+from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.errors import ConfigError
 
 ProblemsOf = Callable[..., list[str]]
@@ -194,7 +193,7 @@ def test_projections_of_grouped_query_attention() -> None:
             num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         )
     )  # fmt: skip
-    assert shapes["q_proj"] == (32, 64)
-    assert shapes["k_proj"] == shapes["v_proj"] == (16, 64)
-    assert shapes["o_proj"] == (64, 32)
-    assert shapes["down_proj"] == (64, 96)
+    assert shapes["self_attn.q_proj"] == (32, 64)
+    assert shapes["self_attn.k_proj"] == shapes["self_attn.v_proj"] == (16, 64)
+    assert shapes["self_attn.o_proj"] == (64, 32)
+    assert shapes["mlp.down_proj"] == (64, 96)

@@ -10,8 +10,9 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from relora_ds.config.architecture import read_model_config
 from relora_ds.config.keys import run_keys
-from relora_ds.config.load import dump_run_config, load_run_config, read_model_config
+from relora_ds.config.load import dump_run_config, load_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import ConfigError
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from relora_ds.config.document import Document, Place, key_name
-from relora_ds.config.source import dump_yaml, parse_value, read_json, read_yaml
+from relora_ds.config.reading.document import Document, Place, key_name
+from relora_ds.config.reading.source import dump_yaml, parse_value, read_json, read_yaml
 from relora_ds.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from relora_ds.config.load import read_model_config
+from relora_ds.config.architecture import read_model_config
 from relora_ds.errors import ConfigError
 
 Write = Callable[..., Path]

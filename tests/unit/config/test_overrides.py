@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from relora_ds.config.load import load_run_config
-from relora_ds.config.method import LoRAConfig, ReLoRAConfig
+from relora_ds.config.methods.lora import LoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 
 ProblemsOf = Callable[..., list[str]]
 

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from relora_ds.accounting.flops import parameter_counts
-from relora_ds.config.load import dump_run_config, load_run_config, read_model_config
-from relora_ds.config.method_checks import projection_shapes
-from relora_ds.config.model import ModelConfig
-from relora_ds.engine.deepspeed.config import resolve_deepspeed_config, zero_stage
+from relora_ds.config.architecture import read_model_config
+from relora_ds.config.load import dump_run_config, load_run_config
+from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.planning.dry_run import dry_run
@@ -69,7 +69,7 @@ def test_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     stage, sizes = (0, (1,)) if run.config.train.per_layer_update else (2, (1, 2))
     for dp_size in sizes:
         resolved = resolve_deepspeed_config(run.config.deepspeed, run.config, dp_size)
-        assert zero_stage(resolved) == stage
+        assert resolved.stage == stage
     dumped = tmp_path / "run.yaml"
     dumped.write_text(dump_run_config(run.config))
     assert load_run_config(dumped).config == run.config
@@ -84,7 +84,7 @@ def test_large_runs_at_every_tensor_size_and_stage(
     for stage in (1, 2, 3):
         overrides = [f"parallel.tensor={tensor}", f"deepspeed=configs/zero/zero{stage}.json"]
         run = load_run_config(path.relative_to(ROOT), overrides)
-        assert zero_stage(resolve_deepspeed_config(run.config.deepspeed, run.config, 2)) == stage
+        assert resolve_deepspeed_config(run.config.deepspeed, run.config, 2).stage == stage
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -133,8 +133,8 @@ def test_zero(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = load_run_config("configs/run/quickstart.yaml").config
     resolved = resolve_deepspeed_config(path, config, 1)
-    assert zero_stage(resolved) == int(path.stem.removeprefix("zero"))
-    assert "auto" not in str(resolved)
+    assert resolved.stage == int(path.stem.removeprefix("zero"))
+    assert "auto" not in str(resolved.deepspeed)
 
 
 def test_nothing_is_missing() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from relora_ds.config.schema import DataConfig
+from relora_ds.config.sections import DataConfig
 from relora_ds.data import source
 from relora_ds.data.builtin import BuiltinCorpus
 from relora_ds.data.prepare import prepare

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import ReLoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.parallel.linear import LinearSpec
 

@@ -7,13 +7,20 @@ weight may have an authoritative store of the engine's beside its working values
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from relora_ds.methods.interface import projection_layers
-from relora_ds.methods.train_state import MomentShard, TrainState
+from relora_ds.methods.train_state import (
+    HostMemory,
+    Moments,
+    MomentShard,
+    TrainState,
+    Vectors,
+    Weights,
+)
 from relora_ds.numerics.base_weight import (
     KINDS,
     BaseWeight,
@@ -27,40 +34,24 @@ from relora_ds.optim.vector_clock import VectorClock
 
 
 @dataclass
-class Moments:
+class StoredMoments:
     """Both Adam moments of a whole parameter."""
 
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
 
 
-@dataclass
-class MemoryState(TrainState):
-    """A run of one process."""
+class MemoryWeights(Weights):
+    """Parameters as they are; an edited one goes through its store."""
 
-    stored: dict[nn.Parameter, Moments] = field(default_factory=dict)
-    bases: dict[nn.Parameter, BaseWeight] = field(default_factory=dict)
-    probe_output: Callable[[], torch.Tensor | None] = lambda: None
-    reset: list[nn.Parameter] = field(default_factory=list)
-    """Parameters whose steps were reset, in order."""
-    bytes_moved: int = 0
-    clocks: dict[nn.Parameter, VectorClock] = field(default_factory=dict)
-    completed: int = 0
-    """Updates that the optimizer has made."""
-    handed_out: int = 0
-    """Bytes of `node_tensor`s."""
+    def __init__(self, bases: dict[nn.Parameter, BaseWeight]) -> None:
+        self.bases = bases
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
 
     def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         return [parameter.detach() for parameter in parameters]
-
-    def moments(self, parameter: nn.Parameter) -> MomentShard | None:
-        if parameter not in self.stored:
-            return None
-        stored = self.stored[parameter]
-        return MomentShard(0, stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1))
 
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         assert value.shape == parameter.shape
@@ -77,33 +68,78 @@ class MemoryState(TrainState):
         add = add_product if measured else apply_product
         return add(self.bases[weight], weight.data.view(-1), 0, left, right, scale)
 
-    def weight_times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
+    def times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
         working = weight.data.view(-1)
         return weight_times(self.bases[weight], working, 0, weight.shape[0], right)
 
-    def total_edits(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
+    def totals(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
         return list(edits)
 
-    def order_statistics(
-        self, values: Sequence[torch.Tensor], ranks: Sequence[int]
-    ) -> list[torch.Tensor]:
-        pairs = zip(values, ranks, strict=True)
-        return [value.abs().kthvalue(rank).values for value, rank in pairs]
-
-    def total(self, counts: Sequence[int]) -> list[int]:
-        return list(counts)
-
-    def sum_over_parts(self, value: torch.Tensor) -> torch.Tensor:
+    def sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
-    def reset_steps(self, parameter: nn.Parameter) -> int:
-        self.reset.append(parameter)
+
+class MemoryMoments(Moments):
+    """Moments from a dictionary; order statistics from `torch.kthvalue`."""
+
+    def __init__(
+        self, stored: dict[nn.Parameter, StoredMoments], restarted: list[nn.Parameter]
+    ) -> None:
+        self.stored = stored
+        self._restarted = restarted
+
+    def shard(self, parameter: nn.Parameter) -> MomentShard | None:
+        if parameter not in self.stored:
+            return None
+        stored = self.stored[parameter]
+        return MomentShard(0, stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1))
+
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
+        held = [self.shard(parameter) for parameter in parameters]
+        return sum(
+            int(shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero())
+            for shard in held
+            if shard is not None
+        )
+
+    def order_statistics(
+        self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = []
+        for parameter, k in zip(parameters, ks, strict=True):
+            shard = self.shard(parameter)
+            assert shard is not None
+            both = (shard.exp_avg, shard.exp_avg_sq)
+            first, second = (moment.abs().kthvalue(k).values for moment in both)
+            found.append((first, second))
+        return found
+
+    def restart(self, parameter: nn.Parameter) -> int:
+        self._restarted.append(parameter)
         return 1
 
-    def live_vectors(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
-        return self.clocks[parameter].live(self.completed + ahead)
 
-    def gather_vectors(
+class MemoryVectors(Vectors):
+    """Rows and columns of parameters that have a clock.
+
+    Args:
+        clocks: of the parameters.
+        stored: their moments.
+        completed: updates that the optimizer has made.
+    """
+
+    def __init__(
+        self,
+        clocks: dict[nn.Parameter, VectorClock],
+        stored: dict[nn.Parameter, StoredMoments],
+        completed: Callable[[], int],
+    ) -> None:
+        self.clocks, self._stored, self._completed = clocks, stored, completed
+
+    def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
+        return self.clocks[parameter].live(self._completed() + ahead)
+
+    def gather(
         self,
         factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
@@ -111,39 +147,79 @@ class MemoryState(TrainState):
         found = [self._rows(p.detach(), p)[index].clone() for p, index in factors]
         return [*found, *(part for _, part in stored)]
 
-    def write_vectors(
-        self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def write(self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor) -> None:
         self._rows(parameter.data, parameter)[index] = values
 
-    def reset_vectors(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
-        moments, clock = self.stored[parameter], self.clocks[parameter]
+    def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+        moments, clock = self._stored[parameter], self.clocks[parameter]
         for moment in (moments.exp_avg, moments.exp_avg_sq):
             self._rows(moment, parameter)[index] = 0.0
-        clock.restart(self.completed, index)
-        clock.freeze(self.completed + frozen, index)
+        clock.restart(self._completed(), index)
+        clock.freeze(self._completed() + frozen, index)
         return 2 * len(index) * parameter.shape[1 - clock.axis]
 
     def _rows(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """A view in which the parameter's vectors are rows."""
         return tensor if self.clocks[parameter].axis == 0 else tensor.t()
 
-    def own_span(self, length: int) -> tuple[int, int]:
+
+class MemoryHost(HostMemory):
+    """Plain tensors, which count."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def span(self, length: int) -> tuple[int, int]:
         return 0, length
 
-    def node_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.zeros(*shape, dtype=dtype)
-        self.handed_out += tensor.numel() * tensor.element_size()
+        self._bytes += tensor.numel() * tensor.element_size()
         return tensor
 
-    def writes_node(self) -> bool:
+    @property
+    def is_writer(self) -> bool:
         return True
 
+    @property
     def node_bytes(self) -> int:
-        return self.handed_out
+        return self._bytes
 
     def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
         return part
+
+
+class MemoryState(TrainState):
+    """A run of one process.
+
+    Args:
+        stored: moments of what is trained.
+        moments: another port for them.
+    """
+
+    def __init__(
+        self,
+        stored: dict[nn.Parameter, StoredMoments] | None = None,
+        moments: Moments | None = None,
+    ) -> None:
+        self.stored = {} if stored is None else stored
+        self.bases: dict[nn.Parameter, BaseWeight] = {}
+        self.clocks: dict[nn.Parameter, VectorClock] = {}
+        self.restarted: list[nn.Parameter] = []
+        """Parameters whose steps were reset, in order."""
+        self.probe_output: Callable[[], torch.Tensor | None] = lambda: None
+        self.completed = 0
+        """Updates that the optimizer has made."""
+        super().__init__(
+            MemoryWeights(self.bases),
+            moments or MemoryMoments(self.stored, self.restarted),
+            MemoryVectors(self.clocks, self.stored, lambda: self.completed),
+            MemoryHost(),
+        )
+
+    @property
+    def bytes_moved(self) -> int:
+        return 0
 
     def probe(self) -> torch.Tensor | None:
         return self.probe_output()
@@ -173,7 +249,7 @@ def memory_state(model: nn.Module, precision: Precision) -> MemoryState:
                 parameter.data = parameter.data.bfloat16()
             if parameter.requires_grad:
                 first, second = torch.empty_like(exact), torch.empty_like(exact)
-                state.stored[parameter] = Moments(first, second)
+                state.stored[parameter] = StoredMoments(first, second)
             else:
                 store = KINDS[precision]
                 state.bases[parameter] = store(parameter.data.view(-1), exact.view(-1))

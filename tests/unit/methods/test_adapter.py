@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.config.method import LoRAConfig
+from relora_ds.config.methods.lora import LoRAConfig
 from relora_ds.methods.adapter import AdapterLinear, draw_factors
 from relora_ds.methods.lora import LoRA
 from relora_ds.parallel.linear import LinearSpec

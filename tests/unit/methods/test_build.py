@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from relora_ds.config.method import MethodConfig
+from relora_ds.config.methods.catalogue import MethodConfig
 from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import TrainConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.build import build_model, dense_weights, meta_model
 from relora_ds.methods.interface import Method, projection_layers

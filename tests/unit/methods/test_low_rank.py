@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.config.method import LowRankConfig
+from relora_ds.config.methods.low_rank import LowRankConfig
 from relora_ds.methods.low_rank import FactorLinear, LowRank
 from relora_ds.parallel.linear import LinearSpec
 

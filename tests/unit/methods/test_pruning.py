@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import ResetConfig
-from relora_ds.engine.zero.order_statistic import order_statistics
+from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.train_state import MomentShard
+from relora_ds.numerics.order_statistic import order_statistics
 from tests.unit.fake_ranks import Sum, on_ranks
-from tests.unit.methods.memory_state import MemoryState, Moments
+from tests.unit.methods.memory_state import MemoryMoments, MemoryState, StoredMoments
 
 SHAPES = {"x.lora_A": (8, 50), "x.lora_B": (37, 8), "y.lora_A": (8, 11)}
 MODES: list[dict[str, Any]] = [
@@ -37,7 +36,7 @@ def random_state(shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[MemorySta
     for parameter in parameters.values():
         first = torch.randn(parameter.shape, generator=generator)
         second = torch.randn(parameter.shape, generator=generator) ** 2
-        state.stored[parameter] = Moments(first, second)
+        state.stored[parameter] = StoredMoments(first, second)
     return state, parameters
 
 
@@ -49,7 +48,8 @@ def pruned(
         name: (state.stored[p].exp_avg.clone(), state.stored[p].exp_avg_sq.clone())
         for name, p in parameters.items()
     }
-    share = reset_moments(state, parameters, ResetConfig(**settings), 42, event)
+    config = ResetConfig(**settings)
+    share = reset_moments(state.moments, state.weights, parameters, config, 42, event)
     first, second, alive, left = {}, {}, 0, 0
     for name, parameter in parameters.items():
         stored = state.stored[parameter]
@@ -124,7 +124,7 @@ def test_ties_with_the_threshold_are_dropped() -> None:
     parameter = nn.Parameter(torch.empty(10))
     first = torch.tensor([1.0, -2.0, 2.0, -2.0, 2.0, 2.0, 3.0, -4.0, 5.0, 0.0])
     second = torch.arange(10.0)
-    state = MemoryState({parameter: Moments(first, second)})
+    state = MemoryState({parameter: StoredMoments(first, second)})
     masks = pruned(state, {"a": parameter}, mode="magnitude", fraction=0.5, joint=False)
     assert first.tolist() == [0, 0, 0, 0, 0, 0, 3, -4, 5, 0]
     # the quantile 0.5 of 0 ... 9 is 4.5
@@ -163,21 +163,27 @@ def test_fraction_zero_drops_only_the_smallest() -> None:
     assert kept(first["a"]) == kept(second["a"]) == 99
 
 
-@dataclass
-class ShardState(MemoryState):
+class ShardMoments(MemoryMoments):
     """One rank of several: elements [begin, end) of all moments laid end to end."""
 
-    begin: int = 0
-    end: int = 0
-    sum_over_ranks: Sum | None = None
+    def __init__(
+        self,
+        stored: dict[nn.Parameter, StoredMoments],
+        begin: int,
+        end: int,
+        sum_over_ranks: Sum,
+    ) -> None:
+        super().__init__(stored, [])
+        self._begin, self._end = begin, end
+        self._sum_over_ranks = sum_over_ranks
 
-    def moments(self, parameter: nn.Parameter) -> MomentShard | None:
+    def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         offset = 0
         for other, stored in self.stored.items():
             size = other.numel()
             if other is parameter:
-                start = min(max(self.begin - offset, 0), size)
-                stop = min(max(self.end - offset, 0), size)
+                start = min(max(self._begin - offset, 0), size)
+                stop = min(max(self._end - offset, 0), size)
                 first, second = stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1)
                 if start == stop:
                     return None
@@ -186,16 +192,21 @@ class ShardState(MemoryState):
         raise KeyError(parameter)
 
     def order_statistics(
-        self, values: Sequence[torch.Tensor], ranks: Sequence[int]
-    ) -> list[torch.Tensor]:
-        assert self.sum_over_ranks is not None
-        return order_statistics(values, ranks, self.sum_over_ranks, torch.device("cpu"))
+        self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        values = []
+        for parameter in parameters:
+            shard = self.shard(parameter)
+            empty = torch.empty(0)
+            values += [empty, empty] if shard is None else [shard.exp_avg, shard.exp_avg_sq]
+        both = [k for k in ks for _ in range(2)]
+        found = order_statistics(values, both, self._sum_over_ranks, torch.device("cpu"))
+        return list(zip(found[::2], found[1::2], strict=True))
 
-    def total(self, counts: Sequence[int]) -> list[int]:
-        assert self.sum_over_ranks is not None
-        tensor = torch.tensor(counts)
-        self.sum_over_ranks(tensor)
-        return tensor.tolist()
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
+        total = torch.tensor([super().count_non_zero(parameters)])
+        self._sum_over_ranks(total)
+        return int(total)
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
@@ -204,15 +215,15 @@ class ShardState(MemoryState):
 )
 def test_any_cut_gives_the_same_result(settings: dict[str, Any], cuts: tuple[int, ...]) -> None:
     whole, parameters = random_state()
-    share = reset_moments(whole, parameters, ResetConfig(**settings), 42, 1)
+    share = reset_moments(whole.moments, whole.weights, parameters, ResetConfig(**settings), 42, 1)
     cut, shards = random_state()
     total = sum(parameter.numel() for parameter in shards.values())
     bounds = list(pairwise((0, *cuts, total)))
 
     def rank_part(rank: int, sum_over_ranks: Sum) -> float:
         begin, end = bounds[rank]
-        state = ShardState(cut.stored, begin=begin, end=end, sum_over_ranks=sum_over_ranks)
-        return reset_moments(state, shards, ResetConfig(**settings), 42, 1)
+        moments = ShardMoments(cut.stored, begin, end, sum_over_ranks)
+        return reset_moments(moments, cut.weights, shards, ResetConfig(**settings), 42, 1)
 
     assert on_ranks(len(bounds), rank_part) == [share] * len(bounds)
     for name, parameter in parameters.items():

@@ -16,7 +16,7 @@ from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Event
 from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.numerics.base_weight import Precision, Working
-from tests.unit.methods.memory_state import MemoryState, memory_state
+from tests.unit.methods.memory_state import MemoryState, MemoryWeights, memory_state
 
 Build = Callable[..., tuple[ReLoRA, nn.ModuleDict]]
 
@@ -36,7 +36,7 @@ def train(model: nn.ModuleDict, state: MemoryState, seed: int = 0) -> None:
 
 @torch.no_grad()
 def merge(method: ReLoRA, state: MemoryState, model: nn.ModuleDict, step: int = 10) -> Event:
-    event = method.after_step(state, model, step)
+    event = method.start(state, model).after_step(step)
     assert event is not None
     return event
 
@@ -172,11 +172,12 @@ def test_nothing_happens_at_other_steps(relora: Build, step: int) -> None:
     state = memory_state(model, "working")
     train(model, state)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert method.before_step(state, model, step) is None
-    assert method.after_step(state, model, step) is None
+    session = method.start(state, model)
+    assert session.before_step(step) is None
+    assert session.after_step(step) is None
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(moments.exp_avg.any() for moments in state.stored.values())
-    assert not state.reset
+    assert not state.restarted
 
 
 @pytest.mark.parametrize("trainable_scaling", [False, True])
@@ -186,8 +187,10 @@ def test_steps_of_every_adapter_are_reset_once(relora: Build, trainable_scaling:
     train(model, state)
     merge(method, state, model)
     adapters = {id(p) for p in model.parameters() if p.requires_grad}
-    assert [id(p) for p in state.reset] == list(dict.fromkeys(id(p) for p in state.reset))
-    assert {id(p) for p in state.reset} == adapters == {id(p) for p in method.vector_axes(model)}
+    assert [id(p) for p in state.restarted] == list(dict.fromkeys(id(p) for p in state.restarted))
+    assert (
+        {id(p) for p in state.restarted} == adapters == {id(p) for p in method.vector_axes(model)}
+    )
     for parameter, axis in method.vector_axes(model).items():
         assert parameter.shape[axis] == (1 if parameter.ndim == 1 else 4)
 
@@ -198,7 +201,7 @@ def test_steps_are_kept_on_request(relora: Build) -> None:
     train(model, state)
     assert method.vector_axes(model) == {}
     merge(method, state, model)
-    assert not state.reset
+    assert not state.restarted
 
 
 def test_a_lost_merge_is_refused(relora: Build) -> None:
@@ -257,14 +260,14 @@ def test_values_are_gathered_in_few_exchanges_of_bounded_size(
 ) -> None:
     asked: list[int] = []
 
-    class Counting(MemoryState):
+    class Counting(MemoryWeights):
         def gather(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
             asked.append(sum(p.numel() for p in parameters))
             return super().gather(parameters)
 
     monkeypatch.setattr(train_state, "_GATHERED_BYTES", budget)
     requests = [[nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4))] for _ in range(3)]
-    found = list(Counting().gather_in_turn(requests))
+    found = list(Counting({}).gather_in_turn(requests))
     assert len(asked) == exchanges
     assert sum(asked) == 30
     for values, parameters in zip(found, requests, strict=True):

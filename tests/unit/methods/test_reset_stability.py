@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import ReLoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.train_state import MomentShard
 from relora_ds.numerics.base_weight import Working
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.linear import LinearSpec
-from tests.unit.methods.memory_state import MemoryState
+from tests.unit.methods.memory_state import MemoryMoments, MemoryState
 
 WIDTH, LAYERS, MERGE_STEP, WATCHED, LR = 24, 2, 60, 10, 1e-2
 
 
-@dataclass
-class OptimizerState(MemoryState):
+class OptimizerMoments(MemoryMoments):
     """Moments are the optimizer's, steps are the clocks'."""
 
-    optimizer: VectorAdamW | None = None
-    clocks: dict[nn.Parameter, VectorClock] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__({}, [])
+        self.optimizer: VectorAdamW | None = None
+        self.clocks: dict[nn.Parameter, VectorClock] = {}
 
-    def moments(self, parameter: nn.Parameter) -> MomentShard | None:
+    def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         assert self.optimizer is not None
         state = self.optimizer.state[parameter]
         return MomentShard(0, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
 
-    def reset_steps(self, parameter: nn.Parameter) -> int:
-        self.clocks[parameter].restart(MERGE_STEP)
-        return self.clocks[parameter].count
+    def restart(self, parameter: nn.Parameter) -> int:
+        clock = self.clocks[parameter]
+        clock.restart(MERGE_STEP)
+        return clock.count
 
 
-def build(reset: dict[str, Any]) -> tuple[ReLoRA, nn.Sequential, OptimizerState]:
+def build(reset: dict[str, Any]) -> tuple[ReLoRA, nn.Sequential, MemoryState, OptimizerMoments]:
     config = ReLoRAConfig.model_validate(
         {"name": "relora", "rank": 4, "alpha": 8, "merge_every": MERGE_STEP, "reset": reset}
     )
     method = ReLoRA(config, seed=1, steps=10 * MERGE_STEP)
     model, generator = nn.Sequential(), torch.Generator().manual_seed(0)
-    state = OptimizerState()
+    moments = OptimizerMoments()
+    state = MemoryState(moments=moments)
     for number in range(LAYERS):
         layer = method.linear(LinearSpec(f"layer.{number}", WIDTH, WIDTH, False, "column"))
         with torch.no_grad():
@@ -53,22 +55,23 @@ def build(reset: dict[str, Any]) -> tuple[ReLoRA, nn.Sequential, OptimizerState]
         working = layer.weight.data.view(-1)
         state.bases[layer.weight] = Working(working, working.clone())
     trained = [p for p in model.parameters() if p.requires_grad]
-    state.optimizer = VectorAdamW(trained, lr=LR)
+    optimizer = moments.optimizer = VectorAdamW(trained, lr=LR)
     fragments = {storage_key(p): [] for p in trained}
     for parameter, axis in method.vector_axes(model).items():
-        clock = state.clocks[parameter] = VectorClock(parameter.shape[axis], axis)
+        clock = moments.clocks[parameter] = VectorClock(parameter.shape[axis], axis)
         size, cols = parameter.numel(), parameter.shape[-1]
         fragments[storage_key(parameter)] = [Fragment(0, 0, size, clock, cols)]
-    state.optimizer.fragments = fragments
-    return method, model, state
+    optimizer.fragments = fragments
+    return method, model, state, moments
 
 
 def largest_updates(**reset: Any) -> tuple[float, float]:
     """Largest |update| / lr of any adapter element: before the merge, and in the updates after."""
-    method, model, state = build(reset)
-    optimizer = state.optimizer
+    method, model, state, moments = build(reset)
+    optimizer = moments.optimizer
     assert optimizer is not None
     generator = torch.Generator().manual_seed(1)
+    session = method.start(state, model)
     teacher = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
     trained = [p for p in model.parameters() if p.requires_grad]
     largest = [0.0, 0.0]
@@ -86,7 +89,7 @@ def largest_updates(**reset: Any) -> tuple[float, float]:
             size = float((parameter.detach().double() - old).abs().max()) / rate
             largest[step > MERGE_STEP] = max(largest[step > MERGE_STEP], size)
         with torch.no_grad():
-            assert (method.after_step(state, model, step) is None) is (step != MERGE_STEP)
+            assert (session.after_step(step) is None) is (step != MERGE_STEP)
     return largest[0], largest[1]
 
 

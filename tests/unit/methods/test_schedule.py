@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from relora_ds.config.method import FullConfig, LoRAConfig, ReLoRAConfig
+from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.methods.lora import LoRAConfig
+from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.methods.full import Full
 from relora_ds.methods.lora import LoRA
 from relora_ds.methods.relora.relora import ReLoRA

@@ -14,12 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from relora_ds.config.method import SLTrainConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
 from relora_ds.methods.sltrain import sltrain, sparse_linear
 from relora_ds.methods.sltrain.sltrain import SLTrain, SparseLowRankLinear
 from relora_ds.methods.sltrain.sparse_linear import prefers_low_rank
 from relora_ds.methods.sltrain.support import flat_positions
 from relora_ds.parallel.linear import LinearSpec
+from tests.unit.methods.memory_state import MemoryState
 
 Spec = Callable[..., LinearSpec]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}
@@ -246,11 +247,12 @@ def test_composed_once_per_product_or_once_per_step(spec: Spec, compositions: li
         layer(torch.randn(3, 12, requires_grad=True)).sum().backward()
     assert len(compositions) == 1
     method = SLTrain(SLTrainConfig(name="sltrain"), 42, 1)
-    method.after_step(None, nn.ModuleList([layer]), 1)  # type: ignore[arg-type]
+    session = method.start(MemoryState(), nn.ModuleList([layer]))
+    session.after_step(1)
     before = layer(torch.ones(1, 12))
     with torch.no_grad():
         layer.values.add_(1.0)
-    method.after_step(None, nn.ModuleList([layer]), 2)  # type: ignore[arg-type]
+    session.after_step(2)
     assert len(compositions) == 2
     assert not torch.equal(layer(torch.ones(1, 12)), before)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.methods.switchlora.plan import (
     SELECTIONS,
     PairCensus,

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import SwitchLoRAConfig
+from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
+from relora_ds.methods.interface import Report, SavedTensor
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.numerics.base_weight import Precision, Working
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.linear import LinearSpec
 from relora_ds.randomness import Stream
-from tests.unit.methods.memory_state import MemoryState, Moments, memory_state
+from tests.unit.methods.memory_state import MemoryState, StoredMoments, memory_state
 
 SHAPES = {"first": (20, 12), "second": (12, 20), "third": (16, 16)}
 STEPS, RANK, FREEZE = 400, 6, 5
@@ -43,7 +44,7 @@ class Run:
         self.state: MemoryState = memory_state(self.model, precision)
         for parameter, axis in self.method.vector_axes(self.model).items():
             self.state.clocks[parameter] = VectorClock(parameter.shape[axis], axis)
-        self.method.attach(self.state, self.model)
+        self.session = self.method.start(self.state, self.model)
 
     @property
     def layers(self) -> list[AdapterLinear]:
@@ -52,7 +53,7 @@ class Run:
     @torch.no_grad()
     def switch(self, step: int) -> None:
         self.state.completed = step
-        assert self.method.before_step(self.state, self.model, step) is None
+        assert self.session.before_step(step) is None
 
     @torch.no_grad()
     def move(self, seed: int) -> None:
@@ -74,8 +75,8 @@ class Run:
     def values(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
-    def figures(self) -> dict[str, Any]:
-        return self.method.figures(self.state, self.model)
+    def report(self) -> Report:
+        return self.session.report()
 
 
 def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -102,10 +103,10 @@ def test_every_switch_keeps_the_function(precision: Precision, selection: str) -
         for new, old in zip(run.effectives(), before, strict=True):
             assert relative(new, old) <= 1e-6
         if step % 50 == 1:
-            drifts.append(run.figures().get("method/function_drift"))
+            drifts.append(run.report().metrics.get("method/function_drift"))
         run.move(step)
         before = run.effectives()
-    assert run.method.state_dict()["switched_vectors"] > 200
+    assert run.session.state_dict()["switched_vectors"] > 200
     assert all(0.0 < drift <= 1e-6 for drift in drifts if drift is not None)
     assert any(drift is not None for drift in drifts)
 
@@ -118,7 +119,7 @@ def test_two_thousand_switches_add_up_to_nothing(precision: Precision) -> None:
     start = run.effectives()
     for step in range(1, 2000):
         run.switch(step)
-    assert run.method.state_dict()["switched_vectors"] > 2000
+    assert run.session.state_dict()["switched_vectors"] > 2000
     for end, begin in zip(run.effectives(), start, strict=True):
         assert relative(end, begin) <= 1e-5
 
@@ -137,7 +138,7 @@ def test_bf16_alone_drifts() -> None:
 def vectors_of(run: Run) -> Counter[bytes]:
     """Every vector of the pools and of the factors."""
     found: Counter[bytes] = Counter()
-    for switched in run.method._layers.values():
+    for switched in run.session._layers.values():
         layer, slots = switched.layer, range(switched.selection.num_slots)
         for pool, held, rows in zip(
             switched.pools,
@@ -159,18 +160,18 @@ def test_no_vector_is_lost_or_doubled(selection: str) -> None:
     for step in range(1, 100):
         run.switch(step)
         assert vectors_of(run) == before
-    assert run.figures()["method/switched_vectors"] > 150
+    assert run.report().metrics["method/switched_vectors"] > 150
 
 
 def test_counterparts_alone_are_reset() -> None:
     run = Run()
     for step in range(1, 60):
         run.move(step)
-        slots = {n: [s.copy() for s in x.state.slots] for n, x in run.method._layers.items()}
-        before = {p: Moments(m.exp_avg.clone(), m.exp_avg_sq.clone()) for p, m in _items(run)}
+        slots = {n: [s.copy() for s in x.state.slots] for n, x in run.session._layers.items()}
+        before = {p: StoredMoments(m.exp_avg.clone(), m.exp_avg_sq.clone()) for p, m in _items(run)}
         born = {p: c.ages(step).clone() for p, c in run.state.clocks.items()}
         run.switch(step)
-        for name, switched in run.method._layers.items():
+        for name, switched in run.session._layers.items():
             layer = switched.layer
             rows, cols = (
                 torch.from_numpy((old != new).nonzero()[0])
@@ -192,7 +193,7 @@ def test_counterparts_alone_are_reset() -> None:
                 assert clock.live(step + FREEZE)[reset].all()
 
 
-def _items(run: Run) -> list[tuple[nn.Parameter, Moments]]:
+def _items(run: Run) -> list[tuple[nn.Parameter, StoredMoments]]:
     return list(run.state.stored.items())
 
 
@@ -215,7 +216,7 @@ def test_frozen_vectors_rest_for_exactly_five_updates() -> None:
             if parameter not in run.state.clocks:
                 continue
             state, clock = optimizer.state[parameter], run.state.clocks[parameter]
-            run.state.stored[parameter] = Moments(state["exp_avg"], state["exp_avg_sq"])
+            run.state.stored[parameter] = StoredMoments(state["exp_avg"], state["exp_avg_sq"])
             value, axis = parameter.detach(), clock.axis
             same = (value == before[name]).all(dim=1 - axis)
             assert torch.equal(same, ~clock.live(step))
@@ -238,8 +239,7 @@ def test_initial_distributions() -> None:
     assert isinstance(layer, AdapterLinear)
     model = nn.ModuleDict({"q": layer})
     state = memory_state(model, "working")
-    method.attach(state, model)
-    pools = method._layers["q"].pools
+    pools = method.start(state, model)._layers["q"].pools
     gain = 1 / math.sqrt(3)
     std_a = (math.sqrt(rows) * rank / cols**1.5) ** 0.25 * math.sqrt(gain)
     std_b = (rank / math.sqrt(rows * cols)) ** 0.25 * math.sqrt(gain)
@@ -263,12 +263,12 @@ def test_the_update_outgrows_the_rank_of_the_adapters() -> None:
     run = Run()
     layer = run.layers[2]
     start = run.effective(layer)
-    ranks = [run.figures()["method/effective_rank"]]
+    ranks = [run.report().metrics["method/effective_rank"]]
     for step in range(1, 80):
         run.switch(step)
         run.move(step)
         if step in (1, 79):
-            ranks.append(run.figures()["method/effective_rank"])
+            ranks.append(run.report().metrics["method/effective_rank"])
     values = torch.linalg.svdvals(run.effective(layer) - start)
     assert float(values[15] / values[0]) > 1e-4
     assert ranks[0] == 0.0
@@ -284,8 +284,8 @@ def test_where_candidates_wait_makes_no_difference() -> None:
             run.move(step)
     host, device = (run.values() for run in runs)
     assert all(torch.equal(value, device[name]) for name, value in host.items())
-    assert runs[0].figures()["method/host_bytes_per_node"] > 0
-    assert runs[1].figures()["method/host_bytes_per_node"] == 0
+    assert runs[0].report().metrics["method/host_bytes_per_node"] > 0
+    assert runs[1].report().metrics["method/host_bytes_per_node"] == 0
 
 
 def test_nothing_happens_before_the_first_update() -> None:
@@ -293,7 +293,7 @@ def test_nothing_happens_before_the_first_update() -> None:
     before = run.values()
     run.switch(0)
     assert all(torch.equal(value, before[name]) for name, value in run.values().items())
-    assert "method/event" not in run.figures()
+    assert run.report().event is None
 
 
 @pytest.mark.parametrize("at", [1, 37, 38, 90])
@@ -303,7 +303,7 @@ def test_a_restored_run_goes_on_bit_for_bit(at: int, selection: str) -> None:
     for step in range(1, at):
         run.switch(step)
         run.move(step)
-    saved = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in _saved(run).items()}
+    saved = _saved(run)
     with torch.no_grad():
         for own, other in zip(again.model.parameters(), run.model.parameters(), strict=True):
             own.copy_(other)
@@ -311,35 +311,40 @@ def test_a_restored_run_goes_on_bit_for_bit(at: int, selection: str) -> None:
                 for key, tensor in run.state.clocks[other].tensors().items():
                     again.state.clocks[own].tensors()[key].copy_(tensor)
                 again.state.clocks[own].refresh()
-    again.method.load_state_dict(saved)
+    again.session.load_state_dict(saved)
     for step in range(at, at + 40):
         for each in (run, again):
             each.switch(step)
             each.move(step)
     first, second = run.values(), again.values()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    last, found = run.figures(), again.figures()
+    last, found = run.report().metrics, again.report().metrics
     for key in ("switched_vectors", "candidates_visited", "candidate_pairs", "effective_rank"):
         assert found[f"method/{key}"] == last[f"method/{key}"]
 
 
 def _saved(run: Run) -> dict[str, Any]:
-    return run.method.state_dict()
+    """What a checkpoint would hold: plain values, and copies of tensors."""
+    return {
+        key: value.value.clone() if isinstance(value, SavedTensor) else value
+        for key, value in run.session.state_dict().items()
+    }
 
 
 def test_figures_of_a_line() -> None:
     run = Run()
     for step in range(1, 12):
         run.switch(step)
-    first = run.figures()
-    assert first["method/event"] == "switch"
+    report = run.report()
+    assert report.event == "switch"
+    first = report.metrics
     assert 0.0 < first["method/moments_reset_fraction"] < 1.0
     assert 0.0 < first["method/function_drift"] <= 1e-6
     assert first["method/switch_bytes"] == 0
     switched = first["method/switched_vectors"]
     assert first["method/candidates_visited"] == switched + 6 * RANK
     assert RANK < first["method/candidate_pairs"] <= RANK + switched
-    assert "method/event" not in run.figures()
+    assert run.report().event is None
 
 
 def test_a_lost_switch_is_refused() -> None:
@@ -347,7 +352,7 @@ def test_a_lost_switch_is_refused() -> None:
     for layer in run.layers:
         layer.weight.data.fill_(1.0)
         layer.lora_B.data.mul_(1e-12)
-    for switched in run.method._layers.values():
+    for switched in run.session._layers.values():
         for pool in switched.pools:
             width = pool._width
             pool._draw = lambda slots, width=width: torch.full((len(slots), width), 1e-12)
@@ -359,7 +364,7 @@ def test_candidates_are_drawn_by_layer_and_side() -> None:
     run = Run()
     drawn = [
         pool.take(torch.tensor([0]).numpy())[0, :12]
-        for switched in run.method._layers.values()
+        for switched in run.session._layers.values()
         for pool in switched.pools
     ]
     assert len({tuple(v.div(v.abs().max()).tolist()) for v in drawn}) == len(drawn)

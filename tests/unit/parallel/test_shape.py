@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.config.method import SLTrainConfig
+from relora_ds.config.methods.sltrain import SLTrainConfig
 from relora_ds.methods.sltrain.sltrain import SLTrain, SparseLowRankLinear
 from relora_ds.parallel.linear import DenseLinear, LinearSpec
 from relora_ds.parallel.shape import TPShard, apply_shard, global_shape, shard_of, tp_local_shape

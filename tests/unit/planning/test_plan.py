@@ -24,8 +24,8 @@ from relora_ds.methods.build import meta_model, sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.planning.memory_report import closed_form, storage_plan
-from relora_ds.planning.plan import Cluster, plan
-from relora_ds.planning.results import Cut
+from relora_ds.planning.plan import plan
+from relora_ds.planning.results import Cluster, Cut
 
 ROOT = Path(__file__).parents[3]
 PAPER = ("train.global_batch_size=1024", "checkpoint.every=0")

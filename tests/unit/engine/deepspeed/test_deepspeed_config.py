@@ -11,11 +11,7 @@ import pytest
 
 from relora_ds.config.load import load_run_config
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed.config import (
-    reduction_advice,
-    resolve_deepspeed_config,
-    zero_stage,
-)
+from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
 from relora_ds.errors import ConfigError
 
@@ -49,8 +45,8 @@ def test_golden(run: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_run_config(f"configs/run/{run}.yaml").config
     resolved = resolve_deepspeed_config(f"configs/zero/zero{stage}.json", config, 2)
     golden = ROOT / f"tests/golden/deepspeed_{run}_zero{stage}.json"
-    assert resolved == json.loads(golden.read_text())
-    assert zero_stage(resolved) == stage
+    assert resolved.deepspeed == json.loads(golden.read_text())
+    assert resolved.stage == stage
 
 
 def test_the_source_is_not_changed(config: RunConfig) -> None:
@@ -63,22 +59,22 @@ def test_the_source_is_not_changed(config: RunConfig) -> None:
 
 def test_an_empty_file_is_stage_zero(config: RunConfig) -> None:
     resolved = resolve_deepspeed_config({}, config, 2)
-    assert zero_stage(resolved) == 0
-    assert resolved["gradient_accumulation_steps"] == 1
-    assert resolved["zero_allow_untested_optimizer"] is True
+    assert resolved.stage == 0
+    assert resolved.deepspeed["gradient_accumulation_steps"] == 1
+    assert resolved.deepspeed["zero_allow_untested_optimizer"] is True
 
 
 def test_buckets_are_no_larger_than_what_is_trained(config: RunConfig) -> None:
     source = {"zero_optimization": {"stage": 2, "allgather_bucket_size": 7}}
     resolved = resolve_deepspeed_config(source, config, 2, trained_elements=1000)
-    assert resolved["zero_optimization"]["reduce_bucket_size"] == 1000
-    assert resolved["zero_optimization"]["allgather_bucket_size"] == 7
+    assert resolved.deepspeed["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert resolved.deepspeed["zero_optimization"]["allgather_bucket_size"] == 7
 
 
 def test_switched_off_blocks_of_other_trainers_are_dropped(config: RunConfig) -> None:
     source = {"fp16": {"enabled": "auto", "loss_scale": 0}, "amp": {"enabled": False}}
     resolved = resolve_deepspeed_config(source, config, 1)
-    assert not {"fp16", "amp"} & set(resolved)
+    assert not {"fp16", "amp"} & set(resolved.deepspeed)
 
 
 def test_a_conflict_names_the_line_and_both_values(config: RunConfig, tmp_path: Path) -> None:
@@ -168,7 +164,7 @@ def test_the_batch_must_divide(config: RunConfig) -> None:
 def test_offload_needs_an_optimizer_that_runs_on_the_host(config: RunConfig) -> None:
     source = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     resolved = resolve_deepspeed_config(source, config, 1)
-    assert resolved["zero_force_ds_cpu_optimizer"] is False
+    assert resolved.deepspeed["zero_force_ds_cpu_optimizer"] is False
     fused = config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"name": "fused_adam"})}
     )
@@ -182,7 +178,7 @@ def test_offload_works_with_its_optimizer(monkeypatch: pytest.MonkeyPatch) -> No
     config = load_run_config("configs/run/quickstart.yaml", overrides).config
     source = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     resolved = resolve_deepspeed_config(source, config, 1)
-    assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert resolved.deepspeed["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
 
 
 def test_the_zero_keys_are_those_of_the_installed_deepspeed() -> None:
@@ -201,7 +197,7 @@ def test_the_zero_keys_are_those_of_the_installed_deepspeed() -> None:
 def test_deepspeed_accepts_the_result(config: RunConfig) -> None:
     runtime = pytest.importorskip("deepspeed.runtime.config")
     resolved = resolve_deepspeed_config("configs/zero/zero2.json", config, 1)
-    parsed = runtime.DeepSpeedConfig(resolved)
+    parsed = runtime.DeepSpeedConfig(resolved.deepspeed)
     assert parsed.zero_optimization_stage == 2
     assert parsed.gradient_accumulation_steps == 2
 
@@ -216,13 +212,13 @@ def test_per_layer_updates_need_whole_gradients(
     assert len(problems) == 1
     for part in (f"is {stage}", "needs 0", "stage 2 or 3 with a small reduce_bucket_size"):
         assert part in problems[0]
-    assert zero_stage(resolve_deepspeed_config({}, run, 1)) == 0
+    assert resolve_deepspeed_config({}, run, 1).stage == 0
 
 
 def test_per_layer_updates_average_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     run = load_run_config("configs/run/quickstart.yaml", ["train.per_layer_update=true"]).config
-    assert resolve_deepspeed_config({}, run, 1)["communication_data_type"] == "fp32"
+    assert resolve_deepspeed_config({}, run, 1).deepspeed["communication_data_type"] == "fp32"
     (problem,) = problems_with({"communication_data_type": "bf16"}, run)
     assert "averages gradients in fp32" in problem
 
@@ -234,7 +230,8 @@ def test_fp32_sums_of_gradients_need_stage_1_in_bf16(config: RunConfig) -> None:
     for stage in range(4):
         source = {"zero_optimization": {"stage": stage}, **types}
         if stage == 1:
-            assert resolve_deepspeed_config(source, rounded, 2)["data_types"] == types["data_types"]
+            resolved = resolve_deepspeed_config(source, rounded, 2)
+            assert resolved.deepspeed["data_types"] == types["data_types"]
         else:
             (problem,) = problems_with(source, rounded)
             assert "data_types.grad_accum_dtype" in problem
@@ -260,7 +257,7 @@ def test_stages_that_reduce_too_often_are_pointed_out(config: RunConfig) -> None
     def advice(stage: int, **train: Any) -> str | None:
         changed = config.model_copy(update={"train": config.train.model_copy(update=train)})
         resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, changed, 1)
-        return reduction_advice(changed, resolved)
+        return reduction_advice(resolved)
 
     assert config.train.global_batch_size > config.train.micro_batch_size
     assert advice(1) is None

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from relora_ds.config.method import ResetConfig
+from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.engine.deepspeed.layouts import (
+    Bf16Partitions,
     FlatPartitions,
-    MasterCopies,
-    WholeParameters,
+    GradientLists,
     build_layout,
 )
-from relora_ds.engine.zero.layout import Layout
+from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.methods.relora.pruning import reset_moments
@@ -44,6 +44,22 @@ class FakeGroup:
 def _fake_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: group.sum(tensor))
+
+
+@dataclass
+class FakeWrapper:
+    """What a layout reads of DeepSpeed's wrappers of stages 1 and 2."""
+
+    averaged_gradients: GradientLists = field(default_factory=dict)
+    all_grad_tensors: GradientLists = field(default_factory=dict)
+
+
+@dataclass
+class FakeBf16Wrapper:
+    """What a layout reads of DeepSpeed's wrapper of stage 1 with gradients in fp32."""
+
+    fp32_groups_gradients_flat: list[torch.Tensor]
+    fp32_groups_gradient_flat_partition: list[torch.Tensor]
 
 
 @dataclass
@@ -77,9 +93,11 @@ class Cut:
         self.optimizer = VectorAdamW([{"params": [owner]} for owner in owners])
         self.owners = owners
         self.group = FakeGroup(self.rank, self.sum)
+        self.wrapper = FakeWrapper()
 
     def layout(self) -> Layout:
-        return FlatPartitions(self.parameters, self.optimizer, cast(Any, self.group))
+        group = cast(Any, self.group)
+        return FlatPartitions(self.parameters, self.optimizer, group, self.wrapper)
 
     def step(self) -> None:
         """Moments that tell which element they belong to: value = position in the flat tensor."""
@@ -138,6 +156,72 @@ def test_masters_and_moments_are_live() -> None:
     assert cut.owners[0][:12].tolist() == [-2.0] * 12
 
 
+def tiled(cut: Cut) -> list[list[torch.Tensor]]:
+    """Gradients of a rank's slices, value = position in the flat tensor: tiles of uneven sizes,
+    which end where the slice does, not where parameters do."""
+    found = []
+    for owner in cut.owners:
+        begin = cut.rank * owner.numel()
+        flat = torch.arange(begin, begin + owner.numel(), dtype=torch.float32)
+        found.append(list(flat.split(max(1, owner.numel() // 3))))
+    return found
+
+
+def assert_gradients_are_found(cut: Cut, layout: Layout) -> None:
+    """Each parameter's are the positions of its elements, and they are live."""
+    for parameter in cut.flat:
+        stretch = layout.placements[parameter].stretch
+        first = parameter.data.storage_offset() + stretch.start
+        pieces = list(layout.gradient(parameter))
+        assert [float(x) for piece in pieces for x in piece] == list(
+            range(first, first + stretch.length)
+        )
+        for piece in pieces:
+            piece.fill_(-1.0)
+        assert all(bool((piece == -1.0).all()) for piece in layout.gradient(parameter))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_gradients_are_found_where_they_tile_the_owner(size: int) -> None:
+    for rank in range(size):
+        cut = Cut(size, rank)
+        layout = cut.layout()
+        cut.wrapper.averaged_gradients.update(enumerate(tiled(cut)))
+        assert_gradients_are_found(cut, layout)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_fp32_sums_of_gradients_are_found(size: int) -> None:
+    for rank in range(size):
+        cut = Cut(size, rank)
+        parts = [torch.cat(tiles) for tiles in tiled(cut)]
+        wrapper, group = FakeBf16Wrapper(parts, parts), cast(Any, cut.group)
+        layout = Bf16Partitions(cut.parameters, cut.optimizer, group, wrapper)
+        assert_gradients_are_found(cut, layout)
+        assert [id(tensor) for tensor in layout.gradient_storages()] == list(map(id, parts))
+
+
+def test_offloaded_gradients_are_found_beside_their_owners() -> None:
+    cut = Cut(2, 1)
+    layout = cut.layout()
+    for owner, tiles in zip(cut.owners, tiled(cut), strict=True):
+        owner.grad = torch.cat(tiles)
+    assert_gradients_are_found(cut, layout)
+    storages = [id(tensor) for tensor in layout.gradient_storages()]
+    assert storages == [id(owner.grad) for owner in cut.owners]
+
+
+def test_storages_of_gradients_are_sums_and_tiles_while_there_are_any() -> None:
+    cut = Cut(2, 0)
+    layout, (first, second) = cut.layout(), tiled(cut)
+    cut.wrapper.averaged_gradients.update({0: first, 1: None})
+    cut.wrapper.all_grad_tensors.update({0: None, 1: second})
+    found = [id(tensor) for tensor in layout.gradient_storages()]
+    assert found == [id(tensor) for tensor in (*first, *second)]
+    with pytest.raises(AssertionError, match="outside of an update"):
+        list(layout.gradient(cut.parameters[1][0]))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_layout_that_moved_is_an_error(rank: int) -> None:
     cut = Cut(2, rank)
@@ -169,6 +253,9 @@ def test_whole_parameters_and_master_copies() -> None:
     assert layout.partition_group is None
     layout.placements[parameters[0]].master().zero_()
     assert not parameters[0].any()
+    parameters[0].grad = torch.ones(3, 2)
+    assert [piece.tolist() for piece in layout.gradient(parameters[0])] == [[1.0] * 6]
+    assert next(iter(layout.gradient_storages())) is parameters[0].grad
 
     working = [nn.Parameter(p.detach().bfloat16()) for p in parameters]
     masters = [p.detach().float() for p in working]
@@ -195,6 +282,7 @@ def state_of(cut: Cut, layout: Layout, done: int = 4) -> tuple[ZeroState, Vector
     return ZeroState(layout, {}, {cut.flat[0]: clock}, lambda: done, lambda: None), clock
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_write_reaches_master_and_working_copy(size: int) -> None:
     for rank in range(size):
@@ -204,7 +292,7 @@ def test_write_reaches_master_and_working_copy(size: int) -> None:
         before = [owner.clone() for owner in cut.owners]
         target = cut.flat[1]
         value = torch.arange(15.0).view(5, 3) + 2.0**-12
-        state.write(target, value)
+        state.weights.write(target, value)
         assert torch.equal(target.detach(), value.bfloat16())
         stretch = layout.placements[target].stretch
         expected = before[0]
@@ -214,27 +302,28 @@ def test_write_reaches_master_and_working_copy(size: int) -> None:
         assert torch.equal(cut.owners[0], expected)
         assert torch.equal(cut.owners[1], before[1])
         with pytest.raises(AssertionError):
-            state.write(target, value.t())
+            state.weights.write(target, value.t())
 
 
 def test_reset_steps_takes_the_optimizers_count() -> None:
     cut = Cut(2, 0)
     state, clock = state_of(cut, cut.layout(), done=4)
-    assert state.reset_steps(cut.flat[0]) == 3
+    assert state.moments.restart(cut.flat[0]) == 3
     assert clock.common_birth(4) == 4
     assert clock.ages(5).tolist() == [1, 1, 1]
 
 
+@torch.no_grad()
 def test_frozen_weights_are_edited_through_their_store() -> None:
     cut = Cut(1, 0)
     weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16), requires_grad=False)
     base = Residual(weight.data.view(-1), torch.full((12,), 1.0))
     state = ZeroState(cut.layout(), {weight: base}, {}, lambda: 0, lambda: None)
-    edit = state.add_product(weight, torch.ones(4, 1), torch.full((1, 3), 2.0**-20), 1.0)
+    edit = state.weights.add_product(weight, torch.ones(4, 1), torch.full((1, 3), 2.0**-20), 1.0)
     assert edit.elements == 12
     assert bool((weight == 1.0).all())
     assert bool((base.load(weight.data.view(-1), 0) == 1.0 + 2.0**-20).all())
-    assert state.total_edits([edit]) == [edit]
+    assert state.weights.totals([edit]) == [edit]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -249,10 +338,10 @@ def test_resets_of_cut_moments_equal_those_of_whole_ones(size: int, mode: Any) -
         cut.step()
         state, _ = state_of(cut, layout)
         named = {f"p{index}": parameter for index, parameter in enumerate(cut.flat)}
-        share = reset_moments(state, named, config, 42, 1)
+        share = reset_moments(state.moments, state.weights, named, config, 42, 1)
         moments = []
         for parameter in cut.flat:
-            full, shard = torch.zeros(parameter.numel()), state.moments(parameter)
+            full, shard = torch.zeros(parameter.numel()), state.moments.shard(parameter)
             if shard is not None:
                 full[shard.start : shard.start + shard.exp_avg.numel()] = shard.exp_avg
             moments.append(full)

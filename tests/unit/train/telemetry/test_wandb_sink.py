@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from relora_ds.config.schema import WandbConfig
+from relora_ds.config.sections import WandbConfig
 from relora_ds.train.telemetry.wandb_sink import WandbSink, effective_mode
 
 wandb = pytest.importorskip("wandb")

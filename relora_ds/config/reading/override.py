@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from relora_ds.config.document import Document, Place, key_name
-from relora_ds.config.source import parse_value
+from relora_ds.config.reading.document import Document, Place, key_name
+from relora_ds.config.reading.source import parse_value
 from relora_ds.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from relora_ds.engine.zero.order_statistic import order_statistics
+from relora_ds.numerics.order_statistic import order_statistics
 from tests.unit.fake_ranks import Sum, on_ranks
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,6 +28,10 @@ class Finding(NamedTuple):
 
     path: KeyPath
     message: str
+
+
+Rule = Callable[..., Iterator[Finding]]
+"""Yields what is wrong; its parameters name the sections of the run that it reads."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import yaml
 from yaml.composer import ComposerError
 
-from relora_ds.config.document import Document, KeyPath, Place, key_name, show
+from relora_ds.config.reading.document import Document, KeyPath, Place, key_name, show
 from relora_ds.errors import ConfigError
 
 MAX_BYTES = 1 << 20

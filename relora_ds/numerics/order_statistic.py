@@ -18,22 +18,22 @@ _MAGNITUDE = 0x7FFFFFFF  # all bits of an fp32 word but the sign
 
 def order_statistics(
     values: Sequence[torch.Tensor],
-    ranks: Sequence[int],
-    sum_over_ranks: Callable[[torch.Tensor], None],
+    ks: Sequence[int],
+    sum_over_ranks: Callable[[torch.Tensor], object],
     device: torch.device,
 ) -> list[torch.Tensor]:
     """k-th smallest |x| of each tensor over all ranks.
 
     Args:
         values: this rank's part of each tensor, fp32, 1-D, possibly empty, on any device.
-        ranks: 1-based k per tensor, at most its size over all ranks.
+        ks: 1-based k per tensor, at most its size over all ranks.
         sum_over_ranks: in-place sum of an int64 tensor over the ranks that hold the parts.
         device: where `sum_over_ranks` takes its tensors, also on a rank whose parts are all empty.
 
     Returns:
         One fp32 scalar per tensor, on the CPU.
     """
-    wanted = torch.tensor(ranks, dtype=torch.int64)
+    wanted = torch.tensor(ks, dtype=torch.int64)
     prefix = torch.zeros(len(values), dtype=torch.int64)
     for shift in (24, 16, 8, 0):
         parts = zip(values, prefix.tolist(), strict=True)
@@ -42,7 +42,7 @@ def order_statistics(
         # a column of zeros first: how many keys lie in lower buckets
         below = nn.functional.pad(counts.cpu().cumsum(dim=1), (1, 0))
         bucket = torch.searchsorted(below, wanted.unsqueeze(1)) - 1
-        assert bool((bucket < _BUCKETS).all()), "rank beyond the size of a tensor"
+        assert bool((bucket < _BUCKETS).all()), "k beyond the size of a tensor"
         wanted -= below.gather(1, bucket).squeeze(1)
         prefix = prefix * _BUCKETS + bucket.squeeze(1)
     return list(prefix.to(torch.int32).view(torch.float32))

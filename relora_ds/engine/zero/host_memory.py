@@ -1,4 +1,4 @@
-"""Host memory of which the processes of a node share one copy.
+"""Host memory of which the processes of a node share one copy, and the port `HostMemory` on it.
 
 It lives in an anonymous file (memfd): no name in any directory, no limit but memory, and nothing
 that stays behind when processes die.
@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from relora_ds.engine.zero.collectives import StateCollectives
+from relora_ds.engine.zero.layout import Layout
+from relora_ds.methods.train_state import HostMemory
+from relora_ds.parallel.shape import slice_of
 
 _logger = logging.getLogger(__name__)
 
@@ -95,6 +100,54 @@ class NodeMemory:
             runtime: Any = torch.cuda.cudart()
             torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), space, 0)))
         return flat.view(tuple(shape))
+
+
+class ZeroHostMemory(HostMemory):
+    """Vectors beside the model, sliced over the ranks that ZeRO slices working weights over.
+
+    Args:
+        layout: knows whether and over whom weights are sliced.
+        collectives: sums over those ranks.
+    """
+
+    def __init__(self, layout: Layout, collectives: StateCollectives) -> None:
+        self._layout = layout
+        self._collectives = collectives
+        self._node_memory: NodeMemory | None = None
+
+    def span(self, length: int) -> tuple[int, int]:
+        if not self._layout.weights_sharded:
+            return 0, length
+        group = self._layout.partition_group
+        size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        start, count = slice_of(length, rank, size)
+        return start, start + count
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._memory().tensor(shape, dtype)
+
+    @property
+    def is_writer(self) -> bool:
+        return self._memory().is_writer
+
+    @property
+    def node_bytes(self) -> int:
+        return 0 if self._node_memory is None else self._node_memory.bytes_on_node
+
+    def _memory(self) -> NodeMemory:
+        if self._node_memory is None:
+            shared = not self._layout.weights_sharded
+            self._node_memory = NodeMemory(shared, part=self._collectives.tp.rank)
+        return self._node_memory
+
+    def collect(self, part: torch.Tensor, length: int) -> torch.Tensor | None:
+        is_main = torch.distributed.get_rank(self._collectives.tp.data_group) == 0
+        if self._layout.weights_sharded:
+            device = self._collectives.device
+            whole = torch.zeros(len(part), length, dtype=part.dtype, device=device)
+            whole[:, slice(*self.span(length))] = part.to(device)
+            part = self._collectives.sum_over_slices(whole)
+        return part.cpu() if is_main else None
 
 
 def _node() -> str:

@@ -1,0 +1,16 @@
+"""Settings of full-rank training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.catalogue import register_settings
+
+
+@register_settings
+class FullConfig(MethodSettings):
+    """Full-rank training: every weight is trained. The baseline of every comparison."""
+
+    name: Literal["full"]
+    """Chooses this method."""

@@ -1,0 +1,17 @@
+"""Settings of LoRA from scratch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from relora_ds.config.methods.adapter import AdapterConfig
+from relora_ds.config.methods.base import WarmStarted
+from relora_ds.config.methods.catalogue import register_settings
+
+
+@register_settings
+class LoRAConfig(WarmStarted, AdapterConfig):
+    """LoRA from scratch: adapters on a frozen base that never changes (Hu et al., 2021)."""
+
+    name: Literal["lora"]
+    """Chooses this method."""

@@ -1,0 +1,26 @@
+"""Settings of factorised training from scratch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from relora_ds.config.base import PositiveInt
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.catalogue import register_settings
+
+
+@register_settings
+class LowRankConfig(MethodSettings):
+    """Factorised training from scratch: the projection *is* B @ A, there is no dense weight."""
+
+    name: Literal["low_rank"]
+    """Chooses this method."""
+    rank: PositiveInt = 128
+    """Inner dimension r of the factors; smaller than both sides of every projection."""
+    init: Literal["spectral", "xavier"] = "spectral"
+    """How factors start. `spectral`: truncated SVD of a dense draw, singular values split evenly
+    between them (Khodak et al., 2021). `xavier`: each drawn on its own."""
+
+    @property
+    def low_rank(self) -> int:
+        return self.rank

@@ -1,0 +1,199 @@
+"""The sections of a run file that every method shares: keys, what they mean, their defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from relora_ds.config.base import (
+    Free,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class DataConfig(Section):
+    """Where the training and validation tokens come from."""
+
+    source: Literal["files", "builtin"] = "files"
+    """What is read. `files`: token files written by `tools/prepare_data.py`. `builtin`: a small
+    English corpus built on first use from the documentation that ships with Python, with its own
+    tokenizer."""
+    train: Free[list[tuple[PositiveFloat, str]] | str | None] = None
+    """Token file prefix of the training set, or a blend of them: `[[weight, prefix], ...]`. Weights
+    are normalised."""
+    valid: Free[str | None] = None
+    """Token file prefix of the validation set."""
+    tokenizer: Free[str | None] = None
+    """SentencePiece model that produced the token files; copied into checkpoints and exports."""
+    builtin_vocab_size: Annotated[int, Field(ge=512, le=32000)] = 2048
+    """Vocabulary of the tokenizer trained on the builtin corpus."""
+    cache_dir: Free[str | None] = None
+    """Where the builtin corpus is kept. Default: `$XDG_CACHE_HOME/relora_ds` or
+    `~/.cache/relora_ds`."""
+
+
+class TrainConfig(Section):
+    """The optimisation run itself."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run, a warm start included."""
+    seq_length: PositiveInt
+    """Tokens per sequence that the model reads (each sample holds one more, the last target)."""
+    micro_batch_size: Free[PositiveInt]
+    """Sequences per process and forward pass."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step over all processes; the rest is gradient accumulation."""
+    seed: NonNegativeInt = 42
+    """Seed of every random draw: initialisation, restarts, data order."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Working precision. `bf16` keeps fp32 master copies of whatever is trained, unless
+    `master_weights` is off."""
+    master_weights: bool = True
+    """Keep fp32 copies of trained bf16 weights, which the optimizer updates. `false` saves their 4
+    bytes per weight: every update is rounded up or down at random, so that its expectation is the
+    fp32 update. Needs `per_layer_update`."""
+    base_precision: Literal["auto", "bf16_residual", "fp32", "bf16"] = "auto"
+    """How a frozen base weight that a method edits is stored. `auto`: fp32 in fp32 runs, otherwise
+    `bf16_residual` (bf16 plus 16 bits that restore the fp32 word exactly). `fp32`: a full-precision
+    copy beside the working weight. `bf16`: lossy, edits are rounded away."""
+    attention: Free[Literal["auto", "flash", "sdpa"]] = "auto"
+    """Kernel of the attention. `auto` takes flash-attn where it can run (CUDA, bf16), torch's SDPA
+    otherwise. An explicit choice that cannot be met is an error."""
+    activation_checkpointing: Free[bool] = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    per_layer_update: bool = False
+    """Update each parameter within the backward pass and free its gradient at once, at ZeRO stage
+    0. `optimizer.clip` then limits the norm of each parameter's gradient, not the global one. With
+    gradient accumulation the updates happen in the last micro-batch and save no memory."""
+    gradient_reduction: Literal["micro_batch", "step"] = "micro_batch"
+    """When ZeRO stages 2 and 3 sum gradients over processes. `micro_batch`: after each one, so that
+    a process keeps its part only. `step`: once per update, which moves 1/k of the bytes with k
+    micro-batches and keeps whole gradients of what is trained in between, as stages 0 and 1 do
+    anyway."""
+    init_from: Free[str | None] = None
+    """Start from these weights instead of a random draw: an HF LLaMA directory or a checkpoint of
+    ours (a directory `step_N`, or `checkpoints` for the latest). The step count starts at zero."""
+    digest_every: Free[NonNegativeInt] = 100
+    """Optimizer steps between checks that all processes still hold the same run; 0 checks only
+    after merges and the like. A difference ends the run with exit code 6."""
+    timeout_minutes: Free[PositiveFloat] = 10.0
+    """A collective that takes longer ends the run with exit code 7."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rates."""
+
+    name: Literal["adamw", "adamw8bit", "torch_adamw", "fused_adam", "cpu_adam"] = "adamw"
+    """Implementation. `adamw`: ours, with exact bias correction per adapter vector. `adamw8bit`:
+    ours with moments in eight bits and a scale per 256 elements, 2 bytes per weight for 8.
+    `torch_adamw`: torch.optim.AdamW. `fused_adam`, `cpu_adam`: DeepSpeed's kernels (compiled on
+    first use)."""
+    lr: PositiveFloat = 1.0e-3
+    """Peak learning rate of embeddings, head, norms and everything else that is dense."""
+    adapter_lr: PositiveFloat | None = None
+    """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default:
+    `lr`."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay rates of Adam's moments."""
+    eps: PositiveFloat = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of trained matrices; vectors such as norms never decay."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm over everything trained; 0 turns clipping off."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of this program's own, which count steps per adapter vector and can
+        update one parameter at a time."""
+        return self.name in ("adamw", "adamw8bit")
+
+    @property
+    def resolved_adapter_lr(self) -> float:
+        """The adapters' learning rate with its default filled in."""
+        return self.lr if self.adapter_lr is None else self.adapter_lr
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run; a method multiplies its own factor in."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up from zero; the first update then has a learning rate of zero."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the peak learning rate that is left at the end of a decay."""
+
+
+class ParallelConfig(Section):
+    """How one copy of the model is cut over processes."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel size: neighbouring processes that share one copy of the model. It divides
+    the numbers of attention heads and of key/value heads; everything else is cut as evenly as it
+    goes, without padding."""
+    low_rank_plan: Literal["auto", "act", "fold"] = "auto"
+    """What becomes of the factor that the cut of its weight leaves alone. `act`: it is cut along
+    the rank, its states too, and processes exchange r activations per token in every pass. `fold`:
+    it is whole on every process and its gradient is summed once per optimizer step, which moves
+    fewer bytes and takes more memory and time; for slow links. `auto`: `act` where the size divides
+    the rank."""
+    sequence: bool = False
+    """Cut activations between blocks along the sequence: each process of the tensor-parallel group
+    normalises and keeps its part of them. Moves the same bytes and takes less memory."""
+
+
+class EvalConfig(Section):
+    """Validation during training: token-weighted mean loss."""
+
+    every: NonNegativeInt = 500
+    """Optimizer steps between evaluations; 0 evaluates only at the end."""
+    batches: PositiveInt | None = 50
+    """Global batches of `train.global_batch_size` sequences per evaluation; null takes the whole
+    set."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: NonNegativeInt = 500
+    """Optimizer steps between checkpoints; 0 saves only at the end."""
+    keep: Annotated[int, Field(ge=2)] | None = 3
+    """Checkpoints kept, newest first; null keeps all. At least 2: one is always complete."""
+    resume: Literal["auto"] | bool | str = "auto"
+    """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
+    checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
+    `previous_N`. A path: that `step_N`."""
+    allow_change: tuple[str, ...] = ()
+    """Keys whose value may differ from the resumed checkpoint's, such as `train.steps`."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    """Where metrics go. `disabled` never imports wandb. A server that cannot be reached never stops
+    training."""
+    project: str = "relora_ds"
+    """Name of the wandb project."""
+    name: str | None = None
+    """Name of the wandb run. Default: the last part of `output_dir`."""
+
+
+class LogConfig(Section):
+    """What is reported, and how often."""
+
+    every: PositiveInt = 10
+    """Optimizer steps between metric lines."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to `output_dir/tensorboard`."""

@@ -1,0 +1,125 @@
+"""DeepSpeed's engine behind the interface that `TrainEngine` drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from relora_ds.engine.deepspeed.layouts import build_layout
+from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
+from relora_ds.engine.zero.layout import Layout
+from relora_ds.parallel.shape import keeps_tp_local_shape, shard_of
+from relora_ds.parallel.tensor import ModelParallelUnit, TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
+
+
+class DeepSpeedBackend:
+    """`engine.backend.Backend` by DeepSpeed, at any ZeRO stage.
+
+    Args:
+        model: filled; at stage 3 every parameter was cut by a `ZeroPartitioner`.
+        optimizer: over the model's parameters; DeepSpeed drives it.
+        zero: settings, with the dictionary that DeepSpeed gets.
+        tp: the group that shares this copy of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        zero: ZeroSettings,
+        tp: TensorParallel,
+    ) -> None:
+        # DeepSpeed cuts what is left whole, but nobody would know its shape
+        assert zero.stage < 3 or all(keeps_tp_local_shape(p) for p in model.parameters())
+        self._optimizer, self._stage = optimizer, zero.stage
+        self._engine: Any = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=zero.deepspeed,
+            dist_init_required=False,
+            mpu=None if tp.size == 1 else ModelParallelUnit(),
+        )[0]
+        # bf16 stage 0 took an update on zero gradients; it must not count as a step
+        optimizer.state.clear()
+        name_hpz_group()
+        if zero.reduces_once:
+            # it steps once per update; the loss is still divided by the number of micro-batches
+            self._engine.set_gradient_accumulation_boundary(True)
+        self.module: nn.Module = self._engine.module
+        self.device: torch.device = self._engine.device
+        self.data_parallel_group: ProcessGroup = self._engine.data_parallel_group
+        self.reports_norm = self._engine.optimizer is not optimizer
+
+    def layout(self, groups: Sequence[Sequence[nn.Parameter]]) -> Layout:
+        """The layout that DeepSpeed chose for the optimizer's groups.
+
+        Raises:
+            ConfigError: the options lead to a layout that is not supported.
+            ReloraError: a master does not hold the value of its parameter.
+        """
+        wrapper = self._engine.optimizer
+        return build_layout(wrapper, self._optimizer, groups, self.data_parallel_group)
+
+    def watch_updates(self, look: Callable[[], None]) -> None:
+        """Call `look` when an update begins, while its gradients are alive."""
+        self._optimizer.register_step_pre_hook(lambda *_: look())
+
+    def train(self) -> None:
+        """Put the model into training mode."""
+        self._engine.train()
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's loss on a micro-batch."""
+        return self._engine(tokens)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a micro-batch, reduced where the stage does so."""
+        self._engine.backward(loss)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch is the last one of an update."""
+        return self._engine.is_gradient_accumulation_boundary()
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager[Any]:
+        """Gradients of the backward passes inside are reduced on the way out."""
+        return self._engine.coalesce_grad_reduction()
+
+    def step(self) -> None:
+        """Close a micro-batch; at the boundary, update."""
+        if self._stage == 0:
+            self._mark_shards()
+        self._engine.step()
+
+    def _mark_shards(self) -> None:
+        """The wrapper of bf16 stage 0 asks the gradients, not the parameters, whether they are
+        parts, and takes them for copies."""
+        for parameter in self.module.parameters():
+            if parameter.grad is not None and shard_of(parameter) is not None:
+                parameter.grad.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def get_global_grad_norm(self) -> torch.Tensor | float:
+        """Norm of all gradients of the last update before clipping, where `reports_norm`."""
+        return self._engine.get_global_grad_norm()
+
+    def save_checkpoint(self, directory: str, tag: str) -> None:
+        """DeepSpeed's own files of model and optimizer, frozen weights included."""
+        self._engine.save_checkpoint(directory, tag=tag, save_latest=False)
+
+    def load_checkpoint(self, directory: str, tag: str) -> None:
+        """Restore what `save_checkpoint` wrote, with the same stage and processes."""
+        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
+        assert path is not None, "the caller verified that the files are there"
+
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks off the model and let go of it."""
+        self._engine.destroy()
+        if self._stage == 3:
+            release_stage3()
+        del self._engine, self._optimizer, self.module

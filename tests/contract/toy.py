@@ -1,0 +1,112 @@
+"""A method that nothing in the package knows: full-rank projections updated in a random subspace.
+
+Its optimizer is matrix-wise and its moments do not have the parameters' shape: with a fixed random
+basis P (m, k) per matrix, P^T G (k, n) is summed over the slices of G, a rank that owns the matrix
+adds it to a momentum (k, n), and every rank moves its slice of W along P times it. Two further
+states show the other two ways to hold one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from relora_ds.config.base import PositiveInt
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.catalogue import registered as registered_settings
+from relora_ds.config.sections import OptimizerConfig
+from relora_ds.methods.interface import Event, Method, ParameterGroup, Session
+from relora_ds.methods.registry import registered as registered_method
+from relora_ds.methods.train_state import TrainState
+from relora_ds.optim.matrix import MatrixOptimizer, MatrixUpdate, Needs, StateTensor, Steps, Sum
+from relora_ds.randomness import Stream
+
+BETA = 0.9
+
+
+class ToySettings(MethodSettings):
+    """Momentum in a random subspace of every projection."""
+
+    name: Literal["toy"]
+    """Registry key."""
+    width: PositiveInt = 3
+    """Dimension k of the subspace."""
+
+
+class SubspaceMomentum(MatrixOptimizer):
+    """W -= lr * P M, M = beta M + P^T G."""
+
+    needs: ClassVar[Needs] = "rows"
+
+    def __init__(self, width: int, seed: int) -> None:
+        self._width, self._seed = width, seed
+
+    def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
+        return {
+            "momentum": StateTensor(torch.Size((self._width, shape[1])), "owner"),
+            "travelled": StateTensor(torch.Size((1,)), "everyone"),
+            "largest": StateTensor(shape, "slice"),
+        }
+
+    def exchanged(self, shapes: Sequence[torch.Size]) -> int:
+        return 2 * self._width * sum(shape[1] for shape in shapes)
+
+    def basis(self, name: str, rows: int) -> torch.Tensor:
+        """P (m, k), orthogonal in expectation."""
+        draw = Stream(self._seed, "toy.basis", name).uniform(0, rows * self._width)
+        return (draw.view(rows, self._width) - 0.5) * (12.0 / rows) ** 0.5
+
+    def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
+        (update,) = matrices
+        matrix, state = update.matrix, update.matrix.state
+        rows, cols = matrix.shape
+        basis = self.basis(matrix.name, rows)
+        partial = torch.zeros(self._width, cols)
+        for part in matrix.rectangles:
+            own = basis[part.row : part.row + part.rows]
+            partial[:, part.col : part.col + part.cols] += own.t() @ part.of(update.grad)
+        torch.maximum(state["largest"], update.grad.abs(), out=state["largest"])
+        total = yield Sum(partial)
+        assert total is not None
+        mine = torch.zeros_like(total)
+        if matrix.owner:
+            mine = state["momentum"].mul_(BETA).add_(total)
+        momentum = yield Sum(mine)
+        assert momentum is not None
+        state["travelled"] += update.lr * momentum.norm()
+        for part in matrix.rectangles:
+            own = basis[part.row : part.row + part.rows]
+            move = own @ momentum[:, part.col : part.col + part.cols]
+            part.of(update.master).sub_(move, alpha=update.lr)
+
+
+class Toy(Method[ToySettings]):
+    """Full-rank training whose projections move in subspaces."""
+
+    def optimizer(self, settings: OptimizerConfig, group: ParameterGroup) -> MatrixOptimizer | None:
+        if group.role != "adapter":
+            return None
+        return SubspaceMomentum(self.config.width, self.seed)
+
+    def start(self, state: TrainState, model: nn.Module) -> ToySession:
+        return ToySession(self, state, model)
+
+
+class ToySession(Session[Toy]):
+    """Reports an event now and then, so that processes are compared."""
+
+    def after_step(self, step: int) -> Event | None:
+        return Event("refresh", 0.0, 0.0) if step % 4 == 0 else None
+
+
+@contextmanager
+def toy() -> Iterator[None]:
+    """The method is registered within the block, as a package of its own would do it."""
+    with ExitStack() as stack:
+        stack.enter_context(registered_settings(ToySettings))
+        stack.enter_context(registered_method("toy", Toy))
+        yield
