@@ -1,4 +1,7 @@
-"""Bytes and time of communication, measured on live engines beside their closed form.
+"""Bytes and time of communication by method, ZeRO stage and accumulation. See --help.
+
+Measures what the processes of this launch exchange, beside the closed form. Writes OUTPUT.json and
+OUTPUT.png and prints a table.
 
 Volumes come from steps with the recorder, times from steps without it, in alternation within one
 engine; what counting costs is measured by the call, because it drowns in the noise of steps. What
@@ -8,37 +11,50 @@ step is what would be gained at most if it overlapped with everything else.
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch.distributed import ProcessGroup
 
 from relora_ds.accounting.collectives import wire_bytes
-from relora_ds.accounting.recorder import Traffic, Volumes, counting_seconds, recorder
-from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_payloads
-from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
+from relora_ds.accounting.recorder import Traffic, Volume, Volumes, counting_seconds, recorder
+from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
+from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads
+from relora_ds.cli.parser import run_tool, tool_parser
+from relora_ds.config.architecture import read_model_config
 from relora_ds.config.checks import heads_divide_over_tensor
 from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
+from relora_ds.engine.assemble import build_engine
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_partitioner
-from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import ConfigError
-from relora_ds.methods.build import build_model, sharded_meta_model
+from relora_ds.methods.build import sharded_meta_model
 from relora_ds.methods.registry import plan_phases
-from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
 
+_EXAMPLE = """
+example:
+  torchrun --nproc_per_node 2 benchmarks/communication.py \\
+      --model configs/model/llama_quickstart.json --methods full relora --stages 1 2 3 --rank 32
+"""
 # Stage 3 learns the order of modules in the first two micro-batches
 _WARM_UP = 3
 
@@ -48,9 +64,9 @@ class Workload:
     """What is measured, on the processes that there are."""
 
     architecture: ModelConfig
-    methods: tuple[str, ...]
-    stages: tuple[int, ...]
-    accumulations: tuple[int, ...]
+    methods: Sequence[str]
+    stages: Sequence[int]
+    accumulation: Sequence[int]
     rank: int
     """Of the adapters."""
     precision: str
@@ -64,51 +80,123 @@ class Workload:
     """`parallel.tensor`."""
 
 
-def benchmark_communication(workload: Workload) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Sent:
+    """Collectives of one kind in a step."""
+
+    calls: int
+    payload: int
+    wire: float
+    """Bytes that this process sends."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case measured."""
+
+    method: str
+    stage: int
+    accumulation: int
+    reduction: str
+    """`step` where gradients are reduced once per update."""
+    measured: dict[str, Sent]
+    """By phase, group, operation and type."""
+    wire_bytes: float
+    expected_wire_bytes: float
+    exact: bool
+    """What was counted is the closed form, on every process."""
+    step_seconds: float
+    communication_seconds: float
+    communication_share: float
+    bytes_per_second: float
+    counted_step_seconds: float
+    counting_share: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """A launch of the benchmark."""
+
+    processes: int
+    tensor: int
+    """`parallel.tensor`."""
+    device: str
+    rows: list[Row]
+
+
+def main() -> None:
+    given = vars(_parser().parse_args())
+    del given["local_rank"]  # a launcher's, which also sets it in the environment
+    output, architecture = given.pop("output"), read_model_config(given.pop("model"))
+    found = benchmark_communication(Workload(architecture, **given))
+    if found is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+        _plot(found, output.with_suffix(".png"))
+        _show(found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = tool_parser(__doc__, _EXAMPLE)
+    add = parser.add_argument
+    add("--model", required=True, help="JSON with HF LlamaConfig keys")
+    methods = ["full", "relora", "switchlora"]
+    add("--methods", nargs="+", default=methods, choices=list(method_models()))
+    add("--stages", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4))
+    add("--accumulation", nargs="+", type=int, default=[1, 4])
+    add("--rank", type=int, default=32, help="of the adapters")
+    add("--precision", default="bf16", choices=("bf16", "fp32"))
+    add("--micro-batch-size", type=int, default=2)
+    add("--seq-length", type=int, default=128)
+    reductions, means = ("micro_batch", "step"), "train.gradient_reduction"
+    add("--reduction", default="micro_batch", choices=reductions, help=means)
+    add("--steps", type=int, default=6, help="timed steps of either kind")
+    add("--tensor", type=int, default=1, help="processes that share a model")
+    add("--output", type=Path, default=Path("runs/benchmark_communication"))
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def benchmark_communication(workload: Workload) -> Measurements | None:
     """Measure every method at every stage and accumulation.
 
     Returns:
-        The processes and one row per case; None on other ranks than 0.
+        One row per case; None on other ranks than 0.
 
     Raises:
         ConfigError: the model or the processes cannot be cut like that.
     """
     world = distributed.start(10.0)
-    cases = product(workload.methods, workload.stages, workload.accumulations)
+    cases = product(workload.methods, workload.stages, workload.accumulation)
     rows = [_measure(workload, *case, world) for case in cases]
     distributed.stop()
     if not world.is_main:
         return None
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
-    sizes = {"processes": world.world_size, "tensor": workload.tensor}
-    return {**sizes, "device": name, "rows": rows}
+    return Measurements(world.world_size, workload.tensor, name, rows)
 
 
 def _measure(
     workload: Workload, method: str, stage: int, accumulation: int, world: Topology
-) -> dict[str, Any]:
+) -> Row:
     config = _run_config(workload, method, accumulation, world)
     topology = share_models(world, config)
     groups = _named_groups(topology)
-    zero = resolve_deepspeed_config(
-        {"zero_optimization": {"stage": stage}}, config, topology.dp_size
-    )
-    engine = _engine(workload, config, zero, topology)
+    source, architecture = {"zero_optimization": {"stage": stage}}, workload.architecture
+    zero = resolve_deepspeed_config(source, config, topology.dp_size)
+    in_charge = plan_phases(config)[-1].method
+    engine = build_engine(architecture, in_charge, config, zero, topology)
+    engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
     expected = _expected(workload, config, zero, topology)
-    size = (config.train.micro_batch_size, config.train.seq_length + 1)
     # processes that share a copy of the model read the same tokens
     draw = torch.Generator().manual_seed(topology.dp_rank)
-    vocabulary = workload.architecture.vocab_size
-    tokens = torch.randint(0, vocabulary, (accumulation, *size), generator=draw)
+    shape = (accumulation, workload.micro_batch_size, workload.seq_length + 1)
+    tokens = torch.randint(0, architecture.vocab_size, shape, generator=draw)
 
-    def step(counted: bool) -> float:
-        _settle(topology)
-        started = time.perf_counter()
+    def step(counted: bool) -> None:
         with recorder if counted else nullcontext():
             recorder.begin_step()
             engine.train_step(tokens.unbind(0))
-        _settle(topology)
-        return time.perf_counter() - started
 
     for _ in range(_WARM_UP):
         step(False)
@@ -116,7 +204,7 @@ def _measure(
     volumes: Volumes = {}
     for _ in range(workload.steps):
         for counted in (True, False):
-            seconds[counted].append(step(counted))
+            seconds[counted].append(_seconds(partial(step, counted), topology))
             if counted:
                 volumes = recorder.step_volumes()
     plain_s = statistics.median(seconds[False])
@@ -124,22 +212,22 @@ def _measure(
     alone_s = _alone(volumes, groups, topology, workload.steps)
     counted = {kind: volume.payload for kind, volume in volumes.items()}
     wire = bytes_of(counted).wire
-    return {
-        "method": method,
-        "stage": stage,
-        "accumulation": accumulation,
-        "reduction": "step" if zero.reduces_once else workload.reduction,
-        "measured": dict(_rows(volumes)),
-        "wire_bytes": wire,
-        "expected_wire_bytes": bytes_of(expected).wire,
-        "exact": _everywhere(counted == expected, topology.device),
-        "step_seconds": plain_s,
-        "communication_seconds": alone_s,
-        "communication_share": min(1.0, alone_s / plain_s),
-        "bytes_per_second": wire / alone_s if alone_s else 0.0,
-        "counted_step_seconds": statistics.median(seconds[True]),
-        "counting_share": _counting_seconds(volumes) / plain_s,
-    }
+    return Row(
+        method=method,
+        stage=stage,
+        accumulation=accumulation,
+        reduction="step" if zero.reduces_once else workload.reduction,
+        measured=dict(_sent(volumes)),
+        wire_bytes=wire,
+        expected_wire_bytes=bytes_of(expected).wire,
+        exact=_everywhere(counted == expected, topology.device),
+        step_seconds=plain_s,
+        communication_seconds=alone_s,
+        communication_share=min(1.0, alone_s / plain_s),
+        bytes_per_second=wire / alone_s if alone_s else 0.0,
+        counted_step_seconds=statistics.median(seconds[True]),
+        counting_share=_counting_seconds(volumes) / plain_s,
+    )
 
 
 def _named_groups(topology: Topology) -> dict[str, ProcessGroup]:
@@ -156,24 +244,21 @@ def _named_groups(topology: Topology) -> dict[str, ProcessGroup]:
 
 def _everywhere(here: bool, device: torch.device) -> bool:
     """Whether something is so on every process."""
-    elsewhere = torch.tensor(int(not here), device=device)
-    return int(distributed.sum_over_ranks(elsewhere)) == 0
+    elsewhere = distributed.sum_over_ranks(torch.tensor(int(not here), device=device))
+    return int(elsewhere) == 0
 
 
 def _run_config(workload: Workload, method: str, accumulation: int, world: Topology) -> RunConfig:
     described: dict[str, Any] = {"name": method}
-    known = method_models()
-    if method not in known:
-        raise ConfigError(f"--methods {method}: must be one of {', '.join(known)}")
-    if "rank" in known[method].model_fields:
+    if "rank" in method_models()[method].model_fields:
         described["rank"] = workload.rank
     micro = workload.micro_batch_size
+    if workload.tensor < 1:
+        raise ConfigError(f"--tensor {workload.tensor} is no number of processes: write 1 or more")
     copies = max(1, world.world_size // workload.tensor)
     config = RunConfig.model_validate(
         {
-            "output_dir": "unused",
-            "model": "unused",
-            "deepspeed": "unused",
+            **dict.fromkeys(("output_dir", "model", "deepspeed"), "unused"),
             "method": described,
             "train": {
                 "steps": 1000,
@@ -191,41 +276,29 @@ def _run_config(workload: Workload, method: str, accumulation: int, world: Topol
     return config
 
 
-def _engine(
-    workload: Workload, config: RunConfig, zero: ZeroSettings, topology: Topology
-) -> TrainEngine:
-    method, train, tp = plan_phases(config)[-1].method, config.train, topology.tp
-    architecture, device = workload.architecture, topology.device
-    partitioner = build_partitioner(zero, tp=tp)
-    draw = InitialWeights(architecture, train.seed)
-    model = build_model(architecture, method, train, draw, device, partitioner, tp)
-    exact = None if partitioner is None else partitioner.finish()
-    engine = TrainEngine(model, method, config, zero, lambda: None, exact, tp)
-    engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
-    return engine
-
-
 def _expected(
     workload: Workload, config: RunConfig, zero: ZeroSettings, topology: Topology
-) -> dict[Traffic, int]:
+) -> Payloads:
     method, tp = plan_phases(config)[-1].method, topology.tp
     model = sharded_meta_model(workload.architecture, method, config.train, tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
     once, copies = zero.reduces_once, topology.dp_size
+    name = "world" if tp.size == 1 else "dp"
+    moved = expected_payloads(model, groups, zero, copies, once=once, group=name, tp_size=tp.size)
     if tp.size == 1:
-        return expected_payloads(model, groups, zero, copies, once=once)
-    moved = expected_payloads(model, groups, zero, copies, once=once, group="dp")
+        return moved
     share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
-    tokens = config.train.micro_batch_size * config.train.seq_length
-    return moved | tensor_payloads(model, zero, tokens, tp.size, share, len(groups))
+    tokens = workload.micro_batch_size * workload.seq_length
+    work = GroupWork(tp.size, tokens, share, len(groups))
+    return moved | tensor_payloads(model, zero, work)
 
 
-def _rows(volumes: Volumes) -> Iterator[tuple[str, dict[str, float]]]:
-    """Calls, payload and wire bytes by phase, group and operation."""
+def _sent(volumes: Volumes) -> Iterator[tuple[str, Sent]]:
+    """What was sent by phase, group, operation and type."""
     for kind, volume in sorted(volumes.items()):
         name = f"{kind.phase} {kind.group} {kind.operation} {kind.dtype}"
         wire = wire_bytes(kind.operation, volume.payload, kind.size)
-        yield name, {"calls": volume.calls, "payload": volume.payload, "wire": wire}
+        yield name, Sent(volume.calls, volume.payload, wire)
 
 
 def _counting_seconds(volumes: Volumes) -> float:
@@ -243,21 +316,18 @@ def _alone(
         for kind, volume in volumes.items()
         for call in _calls(kind, volume, groups[kind.group], topology.device)
     ]
-    best = float("inf")
-    for _ in range(repeats):
-        _settle(topology)
-        started = time.perf_counter()
+
+    def one_step() -> None:
         for call in calls:
             call()
-        _settle(topology)
-        best = min(best, time.perf_counter() - started)
-    return best
+
+    return min(_seconds(one_step, topology) for _ in range(repeats))
 
 
 def _calls(
-    kind: Traffic, volume: Any, group: ProcessGroup, device: torch.device
+    kind: Traffic, volume: Volume, group: ProcessGroup, device: torch.device
 ) -> list[Callable[[], Any]]:
-    """The same number of calls with the same payload each, on average."""
+    """As many calls as were counted, each with their mean payload."""
     dtype = getattr(torch, kind.dtype, torch.uint8)
     size = -(-volume.payload // (volume.calls * dtype.itemsize * kind.size))
     whole = torch.zeros(max(1, size) * kind.size, dtype=dtype, device=device)
@@ -270,31 +340,62 @@ def _calls(
     return [runs[kind.operation]] * volume.calls
 
 
-def _settle(topology: Topology) -> None:
-    """Every process is here and its device idle."""
-    if topology.device.type == "cuda":
-        torch.cuda.synchronize()
-    distributed.barrier()
+def _seconds(work: Callable[[], None], topology: Topology) -> float:
+    """Of some work, from when every process is ready until all of them and their devices are."""
+
+    def settle() -> float:
+        if topology.device.type == "cuda":
+            torch.cuda.synchronize()
+        distributed.barrier()
+        return time.perf_counter()
+
+    started = settle()
+    work()
+    return settle() - started
 
 
-def plot_benchmark(found: dict[str, Any], path: Path) -> None:
+def _plot(found: Measurements, path: Path) -> None:
     """Wire bytes per step and process, measured, with the prediction as marks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = found["rows"]
+    rows = found.rows
     figure = Figure(figsize=(2.5 + 0.45 * len(rows), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     places = range(len(rows))
-    axes.bar(places, [row["wire_bytes"] / 1e6 for row in rows], color="tab:blue", label="measured")
-    predicted = [row["expected_wire_bytes"] / 1e6 for row in rows]
-    axes.plot(places, predicted, "k_", markersize=14, label="closed form")
-    labels = [f"{row['method']}\nZeRO {row['stage']}, x{row['accumulation']}" for row in rows]
+    axes.bar(places, [row.wire_bytes / 1e6 for row in rows], color="tab:blue", label="measured")
+    expected = [row.expected_wire_bytes / 1e6 for row in rows]
+    axes.plot(places, expected, "k_", markersize=14, label="closed form")
+    labels = [f"{row.method}\nZeRO {row.stage}, x{row.accumulation}" for row in rows]
     axes.set_xticks(list(places), labels, rotation=90)
-    axes.set_ylabel(
-        f"MB per step and process, {found['processes']} processes, tensor {found['tensor']}"
-    )
+    axes.set_ylabel(f"MB per step and process, {_launch(found)}")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _show(found: Measurements) -> None:
+    heads = ("method", "ZeRO", "k", "MB sent", "expected", "exact", "step ms", "comm.", "MB/s")
+    table = Table(*heads, "counting")
+    for row in found.rows:
+        table.add_row(
+            row.method,
+            str(row.stage),
+            str(row.accumulation),
+            f"{row.wire_bytes / 1e6:.3f}",
+            f"{row.expected_wire_bytes / 1e6:.3f}",
+            "yes" if row.exact else "no",
+            f"{1e3 * row.step_seconds:.1f}",
+            f"{row.communication_share:.0%}",
+            f"{row.bytes_per_second / 1e6:.0f}",
+            f"{row.counting_share:.2%}",
+        )
+    Console(highlight=False).print(f"{_launch(found)}, {found.device}", table)
+
+
+def _launch(found: Measurements) -> str:
+    return f"{found.processes} processes, tensor {found.tensor}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

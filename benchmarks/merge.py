@@ -1,16 +1,25 @@
-"""What a merge on slices saves over the usual way of merging under ZeRO stage 3."""
+"""Time one stage-3 merge on slices against gathering whole weights. See --help.
+
+Prints one JSON line with seconds, bytes and their ratios.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deepspeed
 import torch
 from torch import nn
 
 from relora_ds.accounting.recorder import recorder
+from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
@@ -18,9 +27,25 @@ from relora_ds.engine.zero.state import ZeroState
 from relora_ds.numerics.base_weight import KINDS
 from relora_ds.parallel.zero import ZeroSettings
 
+_EXAMPLE = """
+example:
+  torchrun --nproc_per_node 2 benchmarks/merge.py --layers 4 --width 1536 --rank 8
+"""
 _SCALE = 1e-3
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 _ZERO = ZeroSettings(stage=3, deepspeed=_CONFIG)
+
+
+def main() -> None:
+    parser = tool_parser(__doc__, _EXAMPLE)
+    parser.add_argument("--layers", type=int, default=4, help="matrices to merge")
+    parser.add_argument("--width", type=int, default=1536, help="columns; rows are 8/3 of them")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
+    parser.add_argument("--repeats", type=int, default=5, help="the fastest of so many counts")
+    parsed = parser.parse_args()
+    figures = benchmark_merge(parsed.layers, parsed.width, parsed.rank, parsed.repeats)
+    if figures is not None:
+        print(json.dumps(figures))
 
 
 def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[str, Any] | None:
@@ -103,3 +128,7 @@ def _measure(merge: Callable[[], None], repeats: int) -> tuple[float, int]:
         distributed.barrier()
         best = min(best, time.perf_counter() - started)
     return best, moved
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,19 +1,42 @@
-"""What an update costs per weight: 32- and 8-bit moments, masters and weights without them."""
+"""Time of an update per weight: 32- and 8-bit moments, with fp32 masters and without. See --help.
+
+Prints one JSON object: processor nanoseconds per weight, and ratios to 32-bit moments.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import nn
 
+from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.randomness import Stream
 
+_EXAMPLE = """
+example:
+  python benchmarks/optimizer.py --elements 8388608 --threads 1
+"""
 _WARM = 2  # the first repetitions compile kernels and allocate states
+
+
+def main() -> None:
+    parser = tool_parser(__doc__, _EXAMPLE)
+    parser.add_argument("--elements", type=int, default=1 << 23, help="of the parameter")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=9)
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    print(json.dumps(benchmark_optimizer(parsed.elements, parsed.repeat), indent=1))
 
 
 class _Masters:
@@ -70,3 +93,7 @@ def benchmark_optimizer(elements: int, repeat: int) -> dict[str, dict[str, float
         name: {"ns": ns, "over_adamw": ns / figures[f"{name.partition('/')[0]}/adamw"]}
         for name, ns in figures.items()
     }
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

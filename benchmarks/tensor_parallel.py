@@ -1,25 +1,50 @@
-"""What a step costs when processes share a model instead of holding a copy each."""
+"""Time steps of one global batch, cut over the model against cut over data. See --help.
+
+Prints one JSON line with seconds, bytes and their ratios; the run's data is not read.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from relora_ds.accounting.recorder import recorder
+from relora_ds.cli.parser import add_run, run_tool, tool_parser
+from relora_ds.config.load import load_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
+from relora_ds.engine.assemble import build_engine
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.partition import build_partitioner
-from relora_ds.engine.engine import TrainEngine
-from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
-from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology, share_models
+
+_EXAMPLE = """
+example:
+  torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py configs/run/llama_60m_relora.yaml \\
+      train.precision=fp32 train.global_batch_size=8
+"""
+
+
+def main() -> None:
+    parser = tool_parser(__doc__, _EXAMPLE)
+    add_run(parser)
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage of both ways")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind")
+    parsed = parser.parse_args()
+    loaded = load_run_config(parsed.run, parsed.overrides)
+    figures = benchmark_tensor(loaded.config, loaded.architecture, parsed.stage, parsed.repeats)
+    if figures is not None:
+        print(json.dumps(figures))
 
 
 def benchmark_tensor(
@@ -86,14 +111,10 @@ class _Stepper:
         self, config: RunConfig, architecture: ModelConfig, stage: int, world: Topology
     ) -> None:
         topology = share_models(world, config)
-        method, tp, train = plan_phases(config)[-1].method, topology.tp, config.train
+        method, train = plan_phases(config)[-1].method, config.train
         source = {"zero_optimization": {"stage": stage}}
         zero = resolve_deepspeed_config(source, config, topology.dp_size)
-        partitioner = build_partitioner(zero, tp=tp)
-        draw = InitialWeights(architecture, train.seed)
-        model = build_model(architecture, method, train, draw, world.device, partitioner, tp)
-        exact = None if partitioner is None else partitioner.finish()
-        self._engine = TrainEngine(model, method, config, zero, lambda: None, exact, tp)
+        self._engine = build_engine(architecture, method, config, zero, topology)
         self._engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
         generator = torch.Generator().manual_seed(topology.dp_rank)
         shape = (train.micro_batch_size, train.seq_length + 1)
@@ -111,3 +132,7 @@ class _Stepper:
             recorder.begin_step()
             self.step()
             return recorder.step_bytes().payload
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

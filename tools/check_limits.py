@@ -1,6 +1,7 @@
-"""Fail when a file or a function is too long to be read in one go.
+"""Fail when a file or a function is too long to be read in one go, or a folder too full.
 
-Limits: 400 lines per file, 60 per function from its `def` to its last line, docstring included.
+Limits: 400 lines per file, 60 per function from its `def` to its last line, docstring included, and
+12 source files (.py, .c) in each folder of the package, `__init__.py` included.
 
 Example:
     python tools/check_limits.py
@@ -11,21 +12,33 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 FILE_LIMIT = 400
 FUNCTION_LIMIT = 60
-DIRECTORIES = ("relora_ds", "tools", "launch", "tests")
+FOLDER_LIMIT = 12
+PACKAGE = "relora_ds"
+DIRECTORIES = (PACKAGE, "tools", "launch", "benchmarks", "tests")
+SOURCES = (".py", ".c")
 
 
 def find_offenders(root: Path) -> list[str]:
-    """One line, ``path:line: what is too long``, per offence in the project at `root`."""
-    return [
+    """One line per offence in the project at `root`: ``path:line: what is too long`` of files, then
+    ``path: what is too full`` of folders."""
+    files = [
         f"{path.relative_to(root)}:{line}: {offence}"
         for name in DIRECTORIES
         for path in sorted((root / name).rglob("*.py"))
         for line, offence in sorted(_check(path))
+    ]
+    sources = (path for path in (root / PACKAGE).rglob("*") if path.suffix in SOURCES)
+    counts = Counter(path.parent.relative_to(root) for path in sources)
+    return files + [
+        f"{folder}: folder has {count} source files, the limit is {FOLDER_LIMIT}"
+        for folder, count in sorted(counts.items())
+        if count > FOLDER_LIMIT
     ]
 
 

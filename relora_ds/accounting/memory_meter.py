@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.parallel.linear import Projection
 
 
@@ -76,9 +78,8 @@ class MemoryMeter:
         self._model, self._optimizer, self._storages = model, optimizer, storages
         self._kept = [tensor for tensors in kept for tensor in tensors.values()]
         self._gradients = self._activations = 0
-        self.measured: dict[str, int] | None = None
-        """Bytes by component, once the first update is done: `weights`, `indices`, `gradients`,
-        `states`, `activations` (of one micro-batch), on a CUDA device `transient`."""
+        self.measured: MemoryUse | None = None
+        """Once the first update is done; with `transient` on a CUDA device only."""
 
     def forward(self) -> AbstractContextManager[Any]:
         """Wraps a forward pass."""
@@ -113,17 +114,17 @@ class MemoryMeter:
         weights = Storages().add(self._weights()).add(self._kept)
         states = Storages().add(_tensors([dict(s) for s in self._optimizer.state.values()]))
         states.add(owner for owner in self._storages.owners() if owner not in weights)
-        self.measured = {
-            "weights": weights.bytes,
-            "indices": Storages().add(self._model.buffers()).bytes,
-            "gradients": self._gradients,
-            "states": states.bytes,
-            "activations": self._activations,
-        }
+        self.measured = MemoryUse(
+            weights=weights.bytes,
+            indices=Storages().add(self._model.buffers()).bytes,
+            gradients=self._gradients,
+            states=states.bytes,
+            activations=self._activations,
+        )
         device = next(self._model.parameters()).device
         if device.type == "cuda":
-            rest = sum(self.measured.values())
-            self.measured["transient"] = torch.cuda.max_memory_allocated(device) - rest
+            transient = torch.cuda.max_memory_allocated(device) - self.measured.total
+            self.measured = replace(self.measured, transient=transient)
 
     def _weights(self) -> Iterator[torch.Tensor]:
         for parameter in self._model.parameters():

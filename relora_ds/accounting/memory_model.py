@@ -21,13 +21,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from relora_ds.accounting.footprints import footprints
+from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.mlp import MLP
 from relora_ds.model.norm import RMSNorm
-from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.footprint import Footprint, UpdateSize
+
+# per token and per weight a projection costs the same whatever the length: one run tells it
+_TYPICAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class StoragePlan:
     host: bool = False
     """On a host torch's RMSNorm keeps more than its input."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of working weights, their gradients and activations."""
+        return {2: torch.bfloat16, 4: torch.float32}[self.working]
+
 
 def expected_memory(
     model: nn.Module,
@@ -65,7 +76,7 @@ def expected_memory(
     edited: Sequence[nn.Parameter] = (),
     tokens: int = 0,
     checkpointing: bool = False,
-) -> dict[str, int]:
+) -> MemoryUse:
     """Bytes per process by component.
 
     Args:
@@ -77,20 +88,19 @@ def expected_memory(
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    layers = [module for module in model.modules() if isinstance(module, Projection)]
+    costs = list(footprints(model, UpdateSize(_TYPICAL_TOKENS, dtype=plan.dtype)).values())
     sharded = plan.dp_size if plan.stage >= 1 else 1
     weights = plan.working * total + plan.beside_edited * sum(p.numel() for p in edited)
     states = (plan.master + 2 * plan.moment) * trained / sharded
-    held = sum(layer.held_elements() for layer in layers)
-    scratch = max((layer.scratch_bytes(plan.working) for layer in layers), default=0)
-    return {
-        "weights": weights // (plan.dp_size if plan.stage >= 3 else 1),
-        "indices": sum(b.numel() * b.element_size() for b in model.buffers()),
-        "gradients": _gradients(plan, [sum(p.numel() for p in group) for group in groups], groups),
-        "states": round(states),
-        "activations": _activations(model, plan, tokens, checkpointing) if tokens else 0,
-        "transient": plan.working * held + scratch,
-    }
+    scratch = max((cost.scratch_bytes for cost in costs), default=0)
+    return MemoryUse(
+        weights=weights // (plan.dp_size if plan.stage >= 3 else 1),
+        indices=sum(b.numel() * b.element_size() for b in model.buffers()),
+        gradients=_gradients(plan, [sum(p.numel() for p in group) for group in groups], groups),
+        states=round(states),
+        activations=_activations(model, plan, costs, tokens, checkpointing) if tokens else 0,
+        transient=sum(cost.held_bytes for cost in costs) + scratch,
+    )
 
 
 def _gradients(
@@ -113,7 +123,13 @@ def _gradients(
     return working + plan.master * max(sizes) // plan.dp_size
 
 
-def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing: bool) -> int:
+def _activations(
+    model: nn.Module,
+    plan: StoragePlan,
+    costs: Sequence[Footprint],
+    tokens: int,
+    checkpointing: bool,
+) -> int:
     """What autograd keeps between the forward and the backward pass of one micro-batch.
 
     Per token and layer, in elements: inputs of the two norms and of the projections behind them
@@ -123,12 +139,12 @@ def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing
     which the loss computes on the way forward. Sequence parallelism divides what norms keep.
     """
     attention = [module for module in model.modules() if isinstance(module, Attention)]
-    projections = [module for module in model.modules() if isinstance(module, Projection)]
     embedding = next(module for module in model.modules() if isinstance(module, TokenEmbedding))
     vocab, width = embedding.weight.shape
     heads = 0
     between = width // (plan.tensor if plan.sequence else 1)
     elements = between + width
+    saved = 0
     if checkpointing:
         elements += between * len(attention)
     else:
@@ -139,10 +155,10 @@ def _activations(model: nn.Module, plan: StoragePlan, tokens: int, checkpointing
             heads += layer.query_width // layer.head_dim // plan.tensor
         for mlp in (module for module in model.modules() if isinstance(module, MLP)):
             elements += 3 * mlp.down_proj.spec.in_features // plan.tensor
-        elements += sum(layer.extra_saved() for layer in projections)
+        saved = sum(cost.saved_bytes_per_token for cost in costs)
     norms = sum(isinstance(module, RMSNorm) for module in model.modules())
     norms = 1 if checkpointing else norms
     # torch's composite RMSNorm on a host: the normalised input, and an fp32 copy of a bf16 one
     extra = (0 if not plan.host else 4 if plan.working == 4 else 6) * between
-    per_token = plan.working * elements + 4 * heads + 8 + norms * (4 + extra)
+    per_token = plan.working * elements + saved + 4 * heads + 8 + norms * (4 + extra)
     return tokens * per_token + plan.working * vocab * width

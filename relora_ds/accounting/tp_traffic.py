@@ -22,16 +22,19 @@ left, and the shares are those of norms and biases too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from relora_ds.accounting.footprints import footprints
 from relora_ds.accounting.recorder import Traffic, Volume, Volumes
 from relora_ds.accounting.zero_traffic import Payloads, dtype_name, padded
 from relora_ds.model.attention import Attention
-from relora_ds.model.embedding import LanguageHead, TokenEmbedding
+from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.model.loss import chunk_rows
+from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.shape import global_shape, tp_local_shape
 from relora_ds.parallel.zero import ZeroSettings
@@ -40,41 +43,46 @@ _NORM_BYTES = 4
 _WIDE_BYTES = 4
 
 
-def tensor_payloads(
-    model: nn.Module,
-    zero: ZeroSettings,
-    tokens: int,
-    size: int,
-    share_elements: int,
-    groups: int,
-    group: str = "tp",
-) -> Payloads:
-    """What one update moves within a tensor-parallel group, from its first forward pass on.
+@dataclass(frozen=True)
+class GroupWork:
+    """What one update asks of a tensor-parallel group, as one of its ranks sees it."""
+
+    ranks: int
+    """Of the group."""
+    tokens: int
+    """Read per micro-batch."""
+    share_elements: int
+    """Gradient elements in this rank's slices of the model's `partial_gradients`; see
+    `shares_by_rank`."""
+    optimizer_groups: int
+    name: str = "tp"
+    """The recorder's name of the group."""
+
+
+def tensor_payloads(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Payloads:
+    """Payload bytes that one update moves within a tensor-parallel group.
+
+    Counted from the first forward pass to the end of the optimizer's step.
 
     Args:
         model: a `Llama` that belongs to the group, on any device.
         zero: how the step is shared over data-parallel processes.
-        tokens: read per micro-batch.
-        size: ranks of the group.
-        share_elements: gradient elements in this rank's slices of the model's
-            `partial_gradients`; see `shares_by_rank`.
-        groups: optimizer groups.
-        group: the recorder's name of it.
+        work: the group and its update.
     """
-    found = tensor_volumes(model, zero, tokens, size, share_elements, groups, group)
+    found = tensor_volumes(model, zero, work)
     return {kind: volume.payload for kind, volume in found.items()}
 
 
-def tensor_volumes(
-    model: nn.Module,
-    zero: ZeroSettings,
-    tokens: int,
-    size: int,
-    share_elements: int,
-    groups: int,
-    group: str = "tp",
-) -> Volumes:
-    """The same with the number of calls."""
+def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Volumes:
+    """Calls and payload bytes of one update within a tensor-parallel group.
+
+    Counted from the first forward pass to the end of the optimizer's step.
+
+    Args:
+        model: a `Llama` that belongs to the group, on any device.
+        zero: how the step is shared over data-parallel processes.
+        work: the group and its update.
+    """
     working, element = dtype_name(zero.dtype), zero.element_size
     micro_batches = zero.accumulation
     moved: Volumes = {}
@@ -83,17 +91,21 @@ def tensor_volumes(
         dtype: str, phase: str, calls: int, payload: int, operation: str = "all_reduce"
     ) -> None:
         if payload:
-            kind = Traffic(operation, group, size, dtype, phase)
+            kind = Traffic(operation, work.name, work.ranks, dtype, phase)
             volume = moved.setdefault(kind, Volume())
             volume.calls, volume.payload = volume.calls + calls, volume.payload + payload
 
-    for dtype, phase, calls, payload, *operation in _micro_batch(model, working, element, tokens):
+    for dtype, phase, calls, payload, *operation in _micro_batch(
+        model, working, element, work.tokens
+    ):
         add(dtype, phase, micro_batches * calls, micro_batches * payload, *operation)
-    for layer in (module for module in model.modules() if isinstance(module, Projection)):
-        for operation, phase, calls, elements in layer.exchanged(tokens, micro_batches):
-            add(working, phase, calls, element * elements, operation)
-    add(working, "step", 1, element * share_elements)
-    for dtype, calls, payload in _norms(zero, groups):
+    size = UpdateSize(work.tokens, micro_batches, zero.dtype)
+    for layer in footprints(model, size).values():
+        for moved_here in layer.exchanges:
+            payload = element * moved_here.elements
+            add(working, moved_here.phase, moved_here.calls, payload, moved_here.operation)
+    add(working, "step", 1, element * work.share_elements)
+    for dtype, calls, payload in _norms(zero, work.optimizer_groups):
         add(dtype, "step", calls, payload)
     return moved
 
@@ -104,13 +116,13 @@ def _micro_batch(
     """Type, phase, calls, payload and operation of a forward and a backward pass."""
     modules = list(model.modules())
     embedding = next(module for module in modules if isinstance(module, TokenEmbedding))
-    head = next(module for module in modules if isinstance(module, LanguageHead))
     projections = [module for module in modules if isinstance(module, Projection)]
     activation = element * tokens * global_shape(embedding.weight)[1]
     blocks = 2 * sum(isinstance(module, Attention) for module in modules)
     # a layer is recomputed up to the last tensor that its backward pass needs: an input of `down`
     again = blocks if any(layer.recomputed for layer in projections) else 0
-    chunks = -(-tokens // chunk_rows(tp_local_shape(head.weight)[0]))
+    # the head holds as many words as the embedding does
+    chunks = -(-tokens // chunk_rows(tp_local_shape(embedding.weight)[0]))
     yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens, "all_reduce"
     if embedding.tp.sequence:
         # the embedding is only left, the head only entered; the way back is the transpose

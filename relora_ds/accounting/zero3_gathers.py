@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from relora_ds.model.embedding import LanguageHead
 from relora_ds.parallel.zero import Gathering
 
 
@@ -60,11 +59,12 @@ class Replay(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)  # a plan asks for several stages of one model
-def visits(model: nn.Module) -> Sequence[Visit]:
+def visits(model: nn.Module, tp_size: int) -> Sequence[Visit]:
     """The modules of one micro-batch in order, as DeepSpeed's hooks see them.
 
     Args:
         model: a `Llama` in training mode on the meta device, which does not change any more.
+        tp_size: processes that share it.
     """
     seen: list[Visit] = []
     phase, handles = "forward", []
@@ -82,9 +82,8 @@ def visits(model: nn.Module) -> Sequence[Visit]:
     with torch.enable_grad(), warnings.catch_warnings():
         # the embedding's input has no gradient, so its hook says that it fires early
         warnings.simplefilter("ignore")
-        head = next(module for module in model.modules() if isinstance(module, LanguageHead))
-        length = head.tp.size  # no part of the sequence may be empty
-        loss = model(torch.zeros(1, 1 + length, dtype=torch.int64, device="meta"))
+        # no part of the sequence may be empty
+        loss = model(torch.zeros(1, 1 + tp_size, dtype=torch.int64, device="meta"))
         phase = "backward"
         loss.backward()
     model.zero_grad()
@@ -93,7 +92,13 @@ def visits(model: nn.Module) -> Sequence[Visit]:
     return seen
 
 
-def gathered(model: nn.Module, settings: Gathering, dp_size: int, micro_batches: int) -> Replay:
+def gathered(
+    model: nn.Module,
+    settings: Gathering,
+    dp_size: int,
+    micro_batches: int,
+    tp_size: int = 1,
+) -> Replay:
     """What one update gathers once the order of modules is known.
 
     The first micro-batch of a run, and the one after a forward pass without a backward one, is
@@ -104,8 +109,9 @@ def gathered(model: nn.Module, settings: Gathering, dp_size: int, micro_batches:
         settings: when weights are gathered, and for how long.
         dp_size: processes, at least 2.
         micro_batches: of one update.
+        tp_size: processes that share a copy of the model.
     """
-    replay = _Coordinator(model, settings, dp_size)
+    replay = _Coordinator(model, visits(model, tp_size), settings, dp_size)
     replay.micro_batch(recording=True)
     if micro_batches > 1:
         replay.micro_batch()
@@ -128,8 +134,10 @@ def gathered(model: nn.Module, settings: Gathering, dp_size: int, micro_batches:
 class _Coordinator:
     """State of DeepSpeed's `PartitionedParameterCoordinator`, sizes in place of tensors."""
 
-    def __init__(self, model: nn.Module, settings: Gathering, dp_size: int) -> None:
-        self._visits = visits(model)
+    def __init__(
+        self, model: nn.Module, order: Sequence[Visit], settings: Gathering, dp_size: int
+    ) -> None:
+        self._visits = order
         self._dp_size = dp_size
         self._prefetch, self._distance = settings.prefetch, settings.reuse_distance
         self._live = settings.live

@@ -57,6 +57,7 @@ def expected_payloads(
     *,
     once: bool = False,
     group: str = "world",
+    tp_size: int = 1,
     replay: Replay | None = None,
 ) -> Payloads:
     """What one update moves, from its first forward pass to the end of the optimizer's step.
@@ -68,6 +69,7 @@ def expected_payloads(
         dp_size: data-parallel processes.
         once: gradients are reduced once per update at every stage.
         group: the recorder's name of the processes' group.
+        tp_size: processes that share a copy of the model.
         replay: what `gathered` returned for them, where it is known already.
 
     Raises:
@@ -78,7 +80,7 @@ def expected_payloads(
         return step_payloads(elements, zero, dp_size, once=once, group=group)
     moved = _stage3_payloads(groups, zero, dp_size, once, group)
     if dp_size > 1:
-        found = replay or gathered(model, zero.gathering, dp_size, zero.accumulation)
+        found = replay or gathered(model, zero.gathering, dp_size, zero.accumulation, tp_size)
         moved |= _gather_payloads(found, zero, (group, dp_size))
     return moved
 
@@ -151,7 +153,7 @@ def step_payloads(
     once: bool = False,
     group: str = "world",
 ) -> Payloads:
-    """The same at stages 0 to 2, where numbers of elements are enough.
+    """What one update moves at stages 0 to 2, where numbers of elements are enough to know it.
 
     Args:
         group_elements: trained elements per optimizer group.

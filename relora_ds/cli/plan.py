@@ -26,9 +26,9 @@ def _plan(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from relora_ds.config.load import load_run_config
-    from relora_ds.planning.estimate import Cluster
     from relora_ds.planning.plan import plan
     from relora_ds.planning.report import show_plan
+    from relora_ds.planning.results import Cluster
 
     names = ("gpus", "gpus_per_node", "gpu_memory", "node_bandwidth", "bandwidth")
     names += ("latency", "peak_flops", "efficiency")
@@ -36,7 +36,7 @@ def _plan(parsed: argparse.Namespace) -> None:
     cluster = Cluster(**{name: value for name, value in given.items() if value is not None})
     found = plan(load_run_config(parsed.run, parsed.overrides), cluster)
     if parsed.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found.as_dict(), indent=1))
     else:
         show_plan(found, Console(highlight=False))
 

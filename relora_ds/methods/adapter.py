@@ -100,9 +100,6 @@ class AdapterLinear(LowRankProjection):
             partial.append(self.scaling)  # summed of a part of B, or of a part of its gradient
         return partial
 
-    def extra_saved(self) -> int:
-        return self.inner_width() if self.shards_inner else 0
-
     def merge_scale(self, scaling: torch.Tensor | None = None) -> float:
         """The factor on B @ A.
 

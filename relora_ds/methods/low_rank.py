@@ -27,9 +27,6 @@ class FactorLinear(LowRankProjection):
             inner = self.inner_exchange()(inner)
         return F.linear(inner, self.lora_B)
 
-    def extra_saved(self) -> int:
-        return self.inner_width()
-
     def extra_repr(self) -> str:
         return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"
 

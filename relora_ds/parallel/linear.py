@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from relora_ds.parallel.footprint import Footprint, UpdateSize
 from relora_ds.parallel.shape import TPShard, apply_shard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
@@ -102,36 +103,21 @@ class Projection(nn.Module):
         # added behind the sum, to this rank's part of the sequence
         return [bias] if bias is not None and spec.style == "row" and spec.tp.sequence else []
 
-    def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
-        """What one update moves over the tensor-parallel group within this projection.
-
-        Args:
-            tokens: of one micro-batch.
-
-        Returns:
-            Operation, phase, calls and elements, as the recorder names and counts them.
-        """
-        return []
-
     def held(self) -> tuple[torch.Tensor, ...]:
-        """Tensors beyond parameters and buffers that outlive one forward and backward pass."""
+        """Live tensors beyond parameters and buffers that outlive a forward and backward pass.
+
+        The memory meter asks for them during a step, so that what autograd saves of them does not
+        count as activations. An attribute that keeps such a tensor is None while there is none.
+        """
         return ()
 
-    def extra_saved(self) -> int:
-        """Elements per token that are kept for the backward pass beside the input."""
-        return 0
+    def footprint(self, size: UpdateSize) -> Footprint | None:
+        """What one update costs beyond parameters and input, in closed form.
 
-    def held_elements(self) -> int:
-        """Elements of what `held` returns while a step is under way."""
-        return 0
-
-    def scratch_bytes(self, working: int) -> int:
-        """Most bytes of weight-sized temporaries within one forward or backward pass.
-
-        Args:
-            working: bytes of a working weight.
+        None, the default, has `accounting.footprints` measure it without memory: a layer states
+        its costs only where they are not what one forward and backward pass shows.
         """
-        return 0
+        return None
 
 
 class DenseLinear(Projection):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from relora_ds.parallel.linear import LinearSpec, Projection
-from relora_ds.parallel.tensor import Exchange, exchange
+from relora_ds.parallel.tensor import TensorFunction, exchange
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,8 +31,8 @@ class InnerExchange:
         backward: of the gradient behind B, on its way to A.
     """
 
-    forward: Exchange
-    backward: Exchange
+    forward: TensorFunction
+    backward: TensorFunction
 
     def __call__(self, inner: torch.Tensor) -> torch.Tensor:
         """The exchange as a step that autograd follows."""
@@ -94,22 +94,6 @@ class LowRankProjection(Projection):
         if self.spec.style == "column":
             return self.spec.tp.divide(lora_a, 0), lora_b
         return lora_a, self.spec.tp.divide(lora_b, 1)
-
-    def inner_width(self) -> int:
-        """Columns of what `inner_exchange` makes of x A^T on this rank."""
-        whole = not self.shards_inner or self.spec.style == "column"
-        return self.rank if whole else self.rank // self.spec.tp.size
-
-    def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
-        if not self.shards_inner:
-            return []
-        operations = "all_gather", "reduce_scatter"
-        there, back = operations if self.spec.style == "column" else operations[::-1]
-        elements = tokens * self.rank * micro_batches
-        found = [(there, "forward", micro_batches, elements)]
-        if self.recomputed:
-            found.append((there, "backward", micro_batches, elements))
-        return [*found, (back, "backward", micro_batches, elements)]
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:

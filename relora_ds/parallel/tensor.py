@@ -22,7 +22,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 LowRankPlan = Literal["auto", "act", "fold"]
-Exchange = Callable[[torch.Tensor], torch.Tensor]
+TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 # torch 2.13 renamed them and warns of the old names
 _all_gather: Any = getattr(torch.distributed, "all_gather_single", None) or (
@@ -152,7 +152,9 @@ class _Exchanged(torch.autograd.Function):
     """One exchange on the way forward, its transpose on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, there: Exchange, back: Exchange) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, there: TensorFunction, back: TensorFunction
+    ) -> torch.Tensor:
         ctx.back = back
         return there(x)
 
@@ -161,7 +163,7 @@ class _Exchanged(torch.autograd.Function):
         return ctx.back(grads[0]), None, None
 
 
-def exchange(x: torch.Tensor, there: Exchange, back: Exchange) -> torch.Tensor:
+def exchange(x: torch.Tensor, there: TensorFunction, back: TensorFunction) -> torch.Tensor:
     """`there(x)`, of which the gradient is `back` of the result's."""
     return cast(torch.Tensor, _Exchanged.apply(x, there, back))
 

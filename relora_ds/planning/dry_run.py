@@ -35,7 +35,7 @@ def dry_run(run: LoadedRun, zero: ZeroSettings, console: Console) -> None:
 def _memory(run: LoadedRun, phase: Phase, zero: ZeroSettings) -> str:
     """The closed form on a GPU; what DeepSpeed's buffers add depends on the cluster."""
     plan = storage_plan(run.config, zero.stage, zero.dp_size, torch.device("cuda"))
-    form = closed_form(run.config, run.architecture, phase.method, plan)
+    form = closed_form(run.config, run.architecture, phase.method, plan).as_dict()
     held = " + ".join(f"{name} {form[name] / _GB:.2f}" for name in _HELD if form[name])
     rest = ", ".join(f"{name} {n / _GB:.2f}" for name, n in form.items() if n and name not in _HELD)
     total = sum(form[name] for name in _HELD) / _GB

@@ -1,63 +1,42 @@
 """What one phase of a run takes up, moves and needs in time on a cluster. Allocates nothing.
 
-Memory and bytes are the closed forms of `model.memory`, `engine.traffic` and
-`engine.tensor_traffic`, for the process that holds most. Time is a model: the operations of
-`model.flops` at a share of the peak, and latency plus bytes over bandwidth for communication. What
-tensor-parallel processes exchange stands between one block and the next and overlaps with nothing;
-the true step lies between the larger of the other two, if they overlap, and their sum. Composing
-weights (SLTrain) and events are not among those operations.
+Memory and bytes are the closed forms of `accounting.memory_model`, `accounting.zero_traffic` and
+`accounting.tp_traffic`, for the process that holds most. Time is a model: the operations of
+`accounting.flops` at a share of the peak, and latency plus bytes over bandwidth for communication.
+What tensor-parallel processes exchange stands between one block and the next and overlaps with
+nothing; the true step lies between the larger of the other two, if they overlap, and their sum.
+Composing weights (SLTrain) and events are not among those operations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from relora_ds.accounting.collectives import Wire, wire_by_link
-from relora_ds.accounting.flops import flops_per_token, parameter_counts
+from relora_ds.accounting.flops import ParameterCounts, flops_per_token, parameter_counts
+from relora_ds.accounting.footprints import footprints
 from relora_ds.accounting.memory_model import StoragePlan
+from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.accounting.recorder import Volumes
-from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_volumes
+from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_volumes
 from relora_ds.accounting.zero3_gathers import Replay, gathered
 from relora_ds.accounting.zero_traffic import HPZ_GROUP, Payloads, bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun
-from relora_ds.methods.interface import MemoryShare, projection_layers
+from relora_ds.methods.interface import MemoryShare
 from relora_ds.methods.registry import Phase
 from relora_ds.numerics.dtypes import DTYPES
+from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part, memory_of_part, storage_plan
+from relora_ds.planning.results import Cluster, Estimate, GpuMemory, Seconds, StepTraffic
 
 # DeepSpeed flattens so many elements at a time at stage 0
 _STAGE_0_BUCKET = 500_000_000
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs and what connects them; the defaults are H100s with one 400 Gb/s port each."""
-
-    gpus: int
-    gpus_per_node: int = 8
-    gpu_memory: float = 80e9
-    """Bytes."""
-    node_bandwidth: float = 450e9
-    """Bytes per second that a GPU sends within its node."""
-    bandwidth: float = 50e9
-    """Bytes per second that a GPU sends to other nodes."""
-    latency: float = 10e-6
-    """Seconds of a collective per doubling of its processes."""
-    peak_flops: float = 989.4e12
-    """Per GPU."""
-    efficiency: float = 0.4
-    """Share of the peak that the model reaches."""
-    reserve: float = 0.08
-    """Share of the memory left to CUDA, kernels and fragmentation."""
 
 
 class PhaseEstimator:
@@ -82,35 +61,39 @@ class PhaseEstimator:
         self._alike = sum(p.numel() for p in trained if shard_of(p) is None)
         self._edited = sum(p.numel() for p in self._method.edited_weights(self._model))
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> ParameterCounts:
         """Parameters of the phase's whole model."""
-        counts = parameter_counts(self._model)
-        return {"trained": counts.trainable, "frozen": counts.frozen}
+        return parameter_counts(self._model)
 
-    def estimate(self, zero: ZeroSettings) -> dict[str, Any]:
+    def estimate(self, zero: ZeroSettings) -> Estimate:
         """Memory, bytes and time with one DeepSpeed configuration."""
         shares = shares_by_rank(self._model, self._groups, zero.stage, self._copies)
         replay = self._gathers(zero)
         memory = self._memory(zero, replay.live, max(shares))
-        total = sum(memory.values())
+        total = memory.total
         per_sequence, room = self._per_sequence(zero), self._room()
         largest = self._config.train.micro_batch_size + math.floor((room - total) / per_sequence)
         volumes = self._tensor_volumes(zero, max(shares))
         moved = self._traffic(self._payloads(zero, replay), volumes)
         alike = self._alike / self._trained if self._tp.size > 1 else 0.0
-        return {
-            "memory": memory,
-            "bytes_per_gpu": total,
-            "states_held_alike": round(memory["states"] * alike),
-            "host_bytes_per_node": self._parked().host * self._parts_per_node(),
-            "fits": total <= room,
-            "largest_micro_batch": max(0, largest),
-            "traffic": moved,
-            "seconds": self._seconds(zero, moved, replay.calls, volumes),
-        }
+        return Estimate(
+            memory=memory,
+            bytes_per_gpu=total,
+            states_held_alike=round(memory.states * alike),
+            host_bytes_per_node=self._parked().host * self._parts_per_node(),
+            fits=total <= room,
+            largest_micro_batch=max(0, largest),
+            traffic=moved,
+            seconds=self._seconds(zero, moved, replay.calls, volumes),
+        )
+
+    def _micro_batch(self) -> UpdateSize:
+        train = self._config.train
+        tokens, dtype = train.micro_batch_size * train.seq_length, DTYPES[train.precision]
+        return UpdateSize(tokens, dtype=dtype)
 
     def _working(self) -> int:
-        return DTYPES[self._config.train.precision].itemsize
+        return self._micro_batch().dtype.itemsize
 
     def _room(self) -> float:
         return self._cluster.gpu_memory * (1 - self._cluster.reserve)
@@ -128,18 +111,23 @@ class PhaseEstimator:
         """What stage 3 gathers of the weights; nothing at other stages."""
         if zero.stage < 3 or self._copies == 1:
             return Replay({}, 0, 0)
-        return gathered(self._model, zero.gathering, self._copies, zero.accumulation)
+        return gathered(self._model, zero.gathering, self._copies, zero.accumulation, self._tp.size)
 
     def _storage(self, zero: ZeroSettings) -> StoragePlan:
         device = torch.device("cuda")
         return storage_plan(self._config, zero.stage, self._copies, device)
 
-    def _form(self, zero: ZeroSettings, micro: int) -> dict[str, int]:
+    def _form(self, zero: ZeroSettings, micro: int) -> MemoryUse:
         train = self._config.train.model_copy(update={"micro_batch_size": micro})
         return memory_of_part(self._model, self._method, train, self._storage(zero))
 
-    def _memory(self, zero: ZeroSettings, live: int, share: int) -> dict[str, int]:
-        """Bytes per GPU by component, that of residuals apart from that of weights."""
+    def _memory(self, zero: ZeroSettings, live: int, share: int) -> GpuMemory:
+        """Bytes per GPU.
+
+        Args:
+            live: most elements that stage 3 makes whole at once.
+            share: elements of gradient shares that are joined for one collective.
+        """
         form = self._form(zero, self._config.train.micro_batch_size)
         residual = self._storage(zero).beside_edited * self._edited
         residual //= self._copies if zero.stage == 3 else 1
@@ -150,17 +138,16 @@ class PhaseEstimator:
         # shares of gradients are joined for one collective, if any outlive the backward pass
         within = self._config.train.per_layer_update
         shares = 0 if within else share * self._working()
-        return {
-            **form,
-            "weights": form["weights"] - residual,
-            "residual": residual,
-            "gathered": (live + held) * self._working(),
-            "parked": self._parked().device,
-            "buffers": (buffers if self._copies > 1 and not within else 0) + shares,
-        }
+        return GpuMemory(
+            **form.as_dict() | {"weights": form.weights - residual},
+            residual=residual,
+            gathered=(live + held) * self._working(),
+            parked=self._parked().device,
+            buffers=(buffers if self._copies > 1 and not within else 0) + shares,
+        )
 
     def _per_sequence(self, zero: ZeroSettings) -> int:
-        one, two = (self._form(zero, micro)["activations"] for micro in (1, 2))
+        one, two = (self._form(zero, micro).activations for micro in (1, 2))
         return two - one
 
     def _payloads(self, zero: ZeroSettings, replay: Replay) -> Payloads:
@@ -171,13 +158,11 @@ class PhaseEstimator:
     def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:
             return {}
-        train = self._config.train
-        tokens = train.micro_batch_size * train.seq_length
-        groups = len(self._groups)
-        return tensor_volumes(self._model, zero, tokens, self._tp.size, share, groups)
+        work = GroupWork(self._tp.size, self._micro_batch().tokens, share, len(self._groups))
+        return tensor_volumes(self._model, zero, work)
 
-    def _traffic(self, payloads: Payloads, volumes: Volumes) -> dict[str, Any]:
-        """Bytes per step and GPU: payload of gradients and of everything, wire bytes by link.
+    def _traffic(self, payloads: Payloads, volumes: Volumes) -> StepTraffic:
+        """Bytes per step and GPU.
 
         Args:
             payloads: between copies of the model.
@@ -191,16 +176,16 @@ class PhaseEstimator:
             if kind.phase == "backward" and kind.operation != "all_gather"
         ]
         payload, wire = bytes_of(payloads, across)
-        return {
-            "gradient_payload": sum(gradients),
-            "payload": payload,
-            "wire": wire,
-            "within_node": data.near + tensor.near,
-            "between_nodes": data.far + tensor.far,
-            "tensor_payload": sum(across.values()),
-            "tensor_within_node": tensor.near,
-            "tensor_between_nodes": tensor.far,
-        }
+        return StepTraffic(
+            gradient_payload=sum(gradients),
+            payload=payload,
+            wire=wire,
+            within_node=data.near + tensor.near,
+            between_nodes=data.far + tensor.far,
+            tensor_payload=sum(across.values()),
+            tensor_within_node=tensor.near,
+            tensor_between_nodes=tensor.far,
+        )
 
     def _by_link(self, payloads: Payloads) -> Wire:
         """Wire bytes; ranks that share a model are neighbours, copies lie that far apart."""
@@ -218,54 +203,50 @@ class PhaseEstimator:
         return Wire(near, far)
 
     def _seconds(
-        self,
-        zero: ZeroSettings,
-        moved: Mapping[str, Any],
-        gathers: int,
-        volumes: Volumes,
-    ) -> dict[str, float]:
+        self, zero: ZeroSettings, moved: StepTraffic, gathers: int, volumes: Volumes
+    ) -> Seconds:
         cluster, compute = self._cluster, self._compute_seconds()
         bucket = zero.reduce_bucket * self._working()
-        calls = gathers + math.ceil(moved["gradient_payload"] / bucket) + len(self._groups)
+        calls = gathers + math.ceil(moved.gradient_payload / bucket) + len(self._groups)
 
         def over(near: float, far: float, calls: int, size: int) -> float:
             """Seconds of collectives on so many processes."""
             waits = calls * cluster.latency * math.ceil(math.log2(size))
             return waits + near / cluster.node_bandwidth + far / cluster.bandwidth
 
-        near, far = moved["tensor_within_node"], moved["tensor_between_nodes"]
+        near, far = moved.tensor_within_node, moved.tensor_between_nodes
         inner = sum(volume.calls for volume in volumes.values())
         tensor = over(near, far, inner, self._tp.size)
-        rest = moved["within_node"] - near, moved["between_nodes"] - far
+        rest = moved.within_node - near, moved.between_nodes - far
         communication = over(*rest, calls, self._copies)
-        return {
-            "compute": compute,
-            "communication": communication,
-            "tensor": tensor,
-            "overlapped": tensor + max(compute, communication),
-            "serial": tensor + compute + communication,
-        }
+        return Seconds(
+            compute=compute,
+            communication=communication,
+            tensor=tensor,
+            overlapped=tensor + max(compute, communication),
+            serial=tensor + compute + communication,
+        )
 
     def _compute_seconds(self) -> float:
         train, cluster = self._config.train, self._cluster
         tokens = train.global_batch_size * train.seq_length / cluster.gpus
         # every rank multiplies with what every rank holds whole
-        again = (self._tp.size - 1) * _held_alike(self._model)
+        again = (self._tp.size - 1) * _held_alike(self._model, self._micro_batch())
         operations = (flops_per_token(self._model, train.seq_length) + 6.0 * again) * tokens
         if train.activation_checkpointing:
             operations += (_forward_flops(self._model) + 2.0 * again) * tokens
         return operations / (cluster.peak_flops * cluster.efficiency)
 
 
-def _held_alike(model: nn.Module) -> int:
+def _held_alike(model: nn.Module, size: UpdateSize) -> int:
     """Elements of matrices that are whole on every tensor-parallel rank and read activations.
 
-    A layer that makes a whole weight of its factors composes its own part of it instead.
+    A layer that makes a whole weight of trained parameters composes its own part of it instead.
     """
     return sum(
         parameter.numel()
-        for layer in projection_layers(model).values()
-        if not layer.scratch_bytes(working=2)
+        for layer, cost in footprints(model, size).items()
+        if not (cost.scratch_bytes and all(p.requires_grad for p in layer.parameters()))
         for name, parameter in layer.named_parameters()
         if name != "bias" and parameter.requires_grad and shard_of(parameter) is None
     )

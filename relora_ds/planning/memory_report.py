@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from relora_ds.accounting.memory_model import StoragePlan, expected_memory
+from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
@@ -58,7 +59,7 @@ def largest_part(
 
 def closed_form(
     config: RunConfig, architecture: ModelConfig, method: Method[Any], plan: StoragePlan
-) -> dict[str, int]:
+) -> MemoryUse:
     """Expected bytes per process by component; nothing is allocated."""
     part = largest_part(architecture, method, config.train, part_of_model(config.parallel))
     return memory_of_part(part, method, config.train, plan)
@@ -66,8 +67,8 @@ def closed_form(
 
 def memory_of_part(
     part: Llama, method: Method[Any], train: TrainConfig, plan: StoragePlan
-) -> dict[str, int]:
-    """The same for what `largest_part` returned."""
+) -> MemoryUse:
+    """Expected bytes per process of a part of the model that `largest_part` returned."""
     return expected_memory(
         part,
         plan,
@@ -78,7 +79,7 @@ def memory_of_part(
     )
 
 
-def memory_metrics(measured: dict[str, int] | None, expected: dict[str, int]) -> dict[str, int]:
+def memory_metrics(measured: MemoryUse | None, expected: MemoryUse) -> dict[str, int]:
     """Both as metrics, such as `memory/measured/states_bytes`; nothing if no step was measured."""
     if measured is None:
         return {}
@@ -86,5 +87,5 @@ def memory_metrics(measured: dict[str, int] | None, expected: dict[str, int]) ->
     return {
         f"memory/{kind}/{component}_bytes": count
         for kind, found in named.items()
-        for component, count in found.items()
+        for component, count in found.as_dict().items()
     }

@@ -6,9 +6,8 @@ its heads and the cluster's nodes allow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from relora_ds.config.checks import (
     heads_divide_over_tensor,
@@ -24,21 +23,18 @@ from relora_ds.errors import ConfigError
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.tensor import LowRankPlan, TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.estimate import Cluster, PhaseEstimator
+from relora_ds.planning.estimate import PhaseEstimator
+from relora_ds.planning.results import Candidate, Cluster, Cut, PhasePlan, Plan
 
 __all__ = ["Cluster", "plan"]
 
 
-def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> dict[str, Any]:
+def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> Plan:
     """Estimates of every phase of a run at every ZeRO stage, and how to cut the run.
 
     Args:
         compare_sizes: look at other tensor-parallel sizes too, and at both plans for low-rank
             factors if the run leaves the choice.
-
-    Returns:
-        `phases` with the tensor-parallel size that was asked for, and of each size and plan in
-        `sizes` the best stage; `suggested` is None if nothing fits.
 
     Raises:
         ConfigError: the run does not fit the number of processes.
@@ -63,17 +59,17 @@ def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> dic
     }
     phases = {key: _phases(_cut(loaded, parallel), cluster) for key, parallel in cuts.items()}
     candidates = {key: list(_candidates(cuts[key], found)) for key, found in phases.items()}
-    fitting = (each for found in candidates.values() for each in found if each["fits"])
+    fitting = (each for found in candidates.values() for each in found if each.fits)
     chosen = config.parallel.low_rank_plan
-    return {
-        "cluster": asdict(cluster),
-        "processes": copies,
-        "asked": {"tensor": tensor, "low_rank_plan": chosen, "stage": asked},
-        "suggested": _best(fitting),
+    return Plan(
+        cluster=cluster,
+        processes=copies,
+        asked=Cut(tensor, chosen, asked),
+        suggested=_best(fitting),
         # the ZeRO file may be one that goes with no other size
-        "sizes": [_of_size(found) for found in candidates.values() if found],
-        "phases": phases[tensor, chosen],
-    }
+        sizes=[_of_size(found) for found in candidates.values() if found],
+        phases=phases[tensor, chosen],
+    )
 
 
 def _tensor_sizes(loaded: LoadedRun, cluster: Cluster) -> Iterator[int]:
@@ -108,7 +104,7 @@ def _cut(loaded: LoadedRun, parallel: ParallelConfig) -> LoadedRun:
     return replace(loaded, config=loaded.config.model_copy(update={"parallel": parallel}))
 
 
-def _phases(loaded: LoadedRun, cluster: Cluster) -> dict[str, Any]:
+def _phases(loaded: LoadedRun, cluster: Cluster) -> dict[str, PhasePlan]:
     config = loaded.config
     copies = cluster.gpus // config.parallel.tensor
     options = dict(_options(config, cluster, copies))
@@ -116,7 +112,8 @@ def _phases(loaded: LoadedRun, cluster: Cluster) -> dict[str, Any]:
     for phase in plan_phases(config):
         estimator = PhaseEstimator(loaded, phase, cluster, copies)
         estimates = {name: estimator.estimate(option) for name, option in options.items()}
-        found[phase.name] = {**estimator.counts(), "stages": estimates}
+        counts = estimator.counts()
+        found[phase.name] = PhasePlan(counts.trainable, counts.frozen, estimates)
     return found
 
 
@@ -147,34 +144,34 @@ def _name(zero: ZeroSettings) -> str:
     return f"{zero.stage}" + (f" hpZ {hpz}" if hpz > 1 else "")
 
 
-def _candidates(parallel: ParallelConfig, phases: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _candidates(parallel: ParallelConfig, phases: Mapping[str, PhasePlan]) -> Iterator[Candidate]:
     """Every stage with the worst of its phases."""
-    stages = [phase["stages"] for phase in phases.values()]
+    stages = [phase.stages for phase in phases.values()]
     for name in stages[0]:
         each = [estimates[name] for estimates in stages]
-        yield {
-            "tensor": parallel.tensor,
-            "low_rank_plan": parallel.low_rank_plan,
-            "stage": name,
-            "fits": all(estimate["fits"] for estimate in each),
-            "bytes_per_gpu": max(estimate["bytes_per_gpu"] for estimate in each),
-            "states": max(estimate["memory"]["states"] for estimate in each),
-            "states_held_alike": max(estimate["states_held_alike"] for estimate in each),
-            "largest_micro_batch": min(estimate["largest_micro_batch"] for estimate in each),
-            "seconds": max(estimate["seconds"]["serial"] for estimate in each),
-        }
+        yield Candidate(
+            tensor=parallel.tensor,
+            low_rank_plan=parallel.low_rank_plan,
+            stage=name,
+            fits=all(estimate.fits for estimate in each),
+            bytes_per_gpu=max(estimate.bytes_per_gpu for estimate in each),
+            states=max(estimate.memory.states for estimate in each),
+            states_held_alike=max(estimate.states_held_alike for estimate in each),
+            largest_micro_batch=min(estimate.largest_micro_batch for estimate in each),
+            seconds=max(estimate.seconds.serial for estimate in each),
+        )
 
 
-def _best(candidates: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def _best(candidates: Iterable[Candidate]) -> Candidate | None:
     """What takes least time; of equals what cuts the model least, then the smaller one."""
     found = list(candidates)
     # times that differ by a percent are equal in such a model
-    least = 1.01 * min((each["seconds"] for each in found), default=0.0)
-    fast = [each for each in found if each["seconds"] <= least]
-    return min(fast, key=lambda each: (each["tensor"], each["bytes_per_gpu"]), default=None)
+    least = 1.01 * min((each.seconds for each in found), default=0.0)
+    fast = [each for each in found if each.seconds <= least]
+    return min(fast, key=lambda each: (each.tensor, each.bytes_per_gpu), default=None)
 
 
-def _of_size(candidates: list[dict[str, Any]]) -> dict[str, Any]:
+def _of_size(candidates: list[Candidate]) -> Candidate:
     """The best stage of a cut; the smallest one where none fits."""
-    best = _best(each for each in candidates if each["fits"])
-    return best or min(candidates, key=lambda each: each["bytes_per_gpu"])
+    best = _best(each for each in candidates if each.fits)
+    return best or min(candidates, key=lambda each: each.bytes_per_gpu)

@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+from relora_ds.planning.results import Candidate, Cut, Estimate, Plan
+
 _GB = 1e9
 _ALIKE = "- alike on all GPUs of a copy"
 
-
-_TENSOR_ROWS: tuple[tuple[str, Any], ...] = (
-    ("- tensor-parallel, within (GB)", lambda e: f"{e['traffic']['tensor_within_node'] / _GB:.3f}"),
-    (
-        "- tensor-parallel, to others (GB)",
-        lambda e: f"{e['traffic']['tensor_between_nodes'] / _GB:.3f}",
-    ),
-    ("tensor-parallel, never overlapped (s)", lambda e: f"{e['seconds']['tensor']:.3f}"),
-)
+Shown = TypeVar("Shown")
+Row = tuple[str, Callable[[Shown], str]]
+"""Its label, and what it says of one column."""
 
 
-def show_plan(found: dict[str, Any], console: Console) -> None:
-    """Print what `plan.plan` returns."""
-    cluster, asked, suggested = found["cluster"], found["asked"], found["suggested"]
-    shared = f" of {asked['tensor']} tensor-parallel GPUs each" if asked["tensor"] > 1 else ""
+def show_plan(found: Plan, console: Console) -> None:
+    """Print a plan."""
+    cluster, asked, suggested = found.cluster, found.asked, found.suggested
+    shared = f" of {asked.tensor} tensor-parallel GPUs each" if asked.tensor > 1 else ""
     console.print(
-        f"{cluster['gpus']} GPUs, {cluster['gpus_per_node']} per node, "
-        f"{cluster['gpu_memory'] / _GB:.0f} GB each; {found['processes']} data-parallel "
+        f"{cluster.gpus} GPUs, {cluster.gpus_per_node} per node, "
+        f"{cluster.gpu_memory / _GB:.0f} GB each; {found.processes} data-parallel "
         f"processes{shared}"
     )
-    for name, phase in found["phases"].items():
+    for name, phase in found.phases.items():
         console.print(
-            f"\nphase {name}: {phase['trained']:,} trained and {phase['frozen']:,} frozen "
+            f"\nphase {name}: {phase.trained:,} trained and {phase.frozen:,} frozen "
             "parameters; per GPU and optimizer step"
         )
-        console.print(_table(phase["stages"]))
-        hosts = {e["host_bytes_per_node"] for e in phase["stages"].values()}
-        if hosts and max(hosts):
-            console.print(f"host memory for candidates: {max(hosts) / _GB:.1f} GB per node")
-    if len(found["sizes"]) > 1:
+        console.print(_stages(phase.stages))
+        host = max((each.host_bytes_per_node for each in phase.stages.values()), default=0)
+        if host:
+            console.print(f"host memory for candidates: {host / _GB:.1f} GB per node")
+    if len(found.sizes) > 1:
         console.print(
             "\nwith each tensor-parallel size and low_rank_plan, the fastest stage that fits:"
         )
-        console.print(_sizes(found["sizes"]))
+        console.print(_sizes(found.sizes))
     if suggested is None:
         console.print("\nnothing fits: lower train.micro_batch_size or method.rank")
     elif _way(suggested) == _way(asked):
@@ -54,56 +52,86 @@ def show_plan(found: dict[str, Any], console: Console) -> None:
         )
 
 
-def _way(cut: dict[str, Any]) -> str:
-    return f"ZeRO stage {cut['stage']} with parallel.tensor {_size(cut)}"
+def _way(cut: Cut) -> str:
+    return f"ZeRO stage {cut.stage} with parallel.tensor {_size(cut)}"
 
 
-def _size(cut: dict[str, Any]) -> str:
-    plan = cut["low_rank_plan"]
-    return str(cut["tensor"]) + (f" ({plan})" if plan != "auto" else "")
+def _size(cut: Cut) -> str:
+    return str(cut.tensor) + (f" ({cut.low_rank_plan})" if cut.low_rank_plan != "auto" else "")
 
 
-def _sizes(sizes: list[dict[str, Any]]) -> Table:
-    rows: list[tuple[str, Any]] = [
-        ("ZeRO stage", lambda c: c["stage"]),
-        ("together (GB)", lambda c: f"{c['bytes_per_gpu'] / _GB:.2f}"),
-        ("fits", lambda c: "yes" if c["fits"] else "no"),
-        ("states (GB)", lambda c: f"{c['states'] / _GB:.2f}"),
-        (_ALIKE, lambda c: f"{c['states_held_alike'] / _GB:.2f}"),
-        ("largest micro-batch", lambda c: str(c["largest_micro_batch"])),
-        ("step, one after the other (s)", lambda c: f"{c['seconds']:.3f}"),
+def _sizes(sizes: Sequence[Candidate]) -> Table:
+    rows: list[Row[Candidate]] = [
+        ("ZeRO stage", lambda c: c.stage),
+        ("together (GB)", lambda c: _gigabytes(c.bytes_per_gpu)),
+        ("fits", lambda c: _yes(c.fits)),
+        ("states (GB)", lambda c: _gigabytes(c.states)),
+        (_ALIKE, lambda c: _gigabytes(c.states_held_alike)),
+        ("largest micro-batch", lambda c: str(c.largest_micro_batch)),
+        ("step, one after the other (s)", lambda c: _seconds(c.seconds)),
     ]
-    table = Table("parallel.tensor", *map(_size, sizes))
+    return _table("parallel.tensor", [*map(_size, sizes)], sizes, rows)
+
+
+def _stages(stages: Mapping[str, Estimate]) -> Table:
+    tensor = any(each.traffic.tensor_payload for each in stages.values())
+    rows = [
+        *_memory_rows([*stages.values()], tensor),
+        *_ROWS_OF_FIT,
+        *(_ROWS_OF_TENSOR if tensor else ()),
+        *_ROWS_OF_TIME,
+    ]
+    return _table("ZeRO stage", [*stages], [*stages.values()], rows)
+
+
+def _memory_rows(estimates: Sequence[Estimate], tensor: bool) -> list[Row[Estimate]]:
+    """Components that any stage has; below the states the part that is alike, if it can be."""
+    memories = [asdict(each.memory) for each in estimates]
+    rows: list[Row[Estimate]] = []
+    for part in memories[0] if memories else ():
+        if any(memory[part] for memory in memories):
+            rows.append((f"{part} (GB)", lambda e, p=part: _gigabytes(getattr(e.memory, p))))
+        if part == "states" and tensor:
+            rows.append((_ALIKE, lambda e: _gigabytes(e.states_held_alike)))
+    return rows
+
+
+def _table(corner: str, heads: Sequence[str], shown: Sequence[Shown], rows: Sequence[Row]) -> Table:
+    """A column for each of `shown`."""
+    table = Table(corner, *heads)
     for label, cell in rows:
-        table.add_row(label, *(cell(candidate) for candidate in sizes))
+        table.add_row(label, *map(cell, shown))
     return table
 
 
-def _table(stages: dict[str, Any]) -> Table:
-    rows: list[tuple[str, Any]] = [
-        (f"{part} (GB)", lambda e, part=part: f"{e['memory'][part] / _GB:.2f}")
-        for part in next(iter(stages.values()))["memory"]
-        if any(e["memory"][part] for e in stages.values())
-    ]
-    tensor = any(e["traffic"]["tensor_payload"] for e in stages.values())
-    rows += [
-        ("together (GB)", lambda e: f"{e['bytes_per_gpu'] / _GB:.2f}"),
-        ("fits", lambda e: "yes" if e["fits"] else "no"),
-        ("largest micro-batch", lambda e: str(e["largest_micro_batch"])),
-        ("gradients moved (GB)", lambda e: f"{e['traffic']['gradient_payload'] / _GB:.3f}"),
-        ("sent within the node (GB)", lambda e: f"{e['traffic']['within_node'] / _GB:.3f}"),
-        ("sent to other nodes (GB)", lambda e: f"{e['traffic']['between_nodes'] / _GB:.3f}"),
-        *(_TENSOR_ROWS if tensor else ()),
-        ("computing (s)", lambda e: f"{e['seconds']['compute']:.3f}"),
-        ("communicating (s)", lambda e: f"{e['seconds']['communication']:.3f}"),
-        ("step, overlapped (s)", lambda e: f"{e['seconds']['overlapped']:.3f}"),
-        ("step, one after the other (s)", lambda e: f"{e['seconds']['serial']:.3f}"),
-    ]
-    if tensor:
-        alike = (_ALIKE, lambda e: f"{e['states_held_alike'] / _GB:.2f}")
-        states = next(n for n, (label, _) in enumerate(rows) if label.startswith("states"))
-        rows.insert(states + 1, alike)
-    table = Table("ZeRO stage", *stages)
-    for label, cell in rows:
-        table.add_row(label, *(cell(estimate) for estimate in stages.values()))
-    return table
+def _gigabytes(size: float, digits: int = 2) -> str:
+    return f"{size / _GB:.{digits}f}"
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.3f}"
+
+
+def _yes(so: bool) -> str:
+    return "yes" if so else "no"
+
+
+_ROWS_OF_FIT: tuple[Row[Estimate], ...] = (
+    ("together (GB)", lambda e: _gigabytes(e.bytes_per_gpu)),
+    ("fits", lambda e: _yes(e.fits)),
+    ("largest micro-batch", lambda e: str(e.largest_micro_batch)),
+    ("gradients moved (GB)", lambda e: _gigabytes(e.traffic.gradient_payload, 3)),
+    ("sent within the node (GB)", lambda e: _gigabytes(e.traffic.within_node, 3)),
+    ("sent to other nodes (GB)", lambda e: _gigabytes(e.traffic.between_nodes, 3)),
+)
+_ROWS_OF_TENSOR: tuple[Row[Estimate], ...] = (
+    ("- tensor-parallel, within (GB)", lambda e: _gigabytes(e.traffic.tensor_within_node, 3)),
+    ("- tensor-parallel, to others (GB)", lambda e: _gigabytes(e.traffic.tensor_between_nodes, 3)),
+    ("tensor-parallel, never overlapped (s)", lambda e: _seconds(e.seconds.tensor)),
+)
+_ROWS_OF_TIME: tuple[Row[Estimate], ...] = (
+    ("computing (s)", lambda e: _seconds(e.seconds.compute)),
+    ("communicating (s)", lambda e: _seconds(e.seconds.communication)),
+    ("step, overlapped (s)", lambda e: _seconds(e.seconds.overlapped)),
+    ("step, one after the other (s)", lambda e: _seconds(e.seconds.serial)),
+)

@@ -18,7 +18,7 @@ def test_measured_bytes_are_the_expected_ones(tmp_path: Path) -> None:
     arguments += ["--stages", "2", "3", "--accumulation", "2", "--rank", "4", "--steps", "1"]
     arguments += ["--seq-length", "16", "--micro-batch-size", "1", "--reduction", "step"]
     arguments += ["--output", str(tmp_path / "bench")]
-    code, output = run(arguments, 2, "tools/benchmark_communication.py")
+    code, output = run(arguments, 2, "benchmarks/communication.py")
     assert code == 0, output
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["processes"] == 2

@@ -228,11 +228,17 @@ class Training:
         """Largest difference of any working weight between ranks. A collective call."""
         return spread(self.gather(list(self.named.values())))
 
+    @property
+    def measured_memory(self) -> dict[str, int]:
+        """Bytes of the first update as the engine measured them, by component."""
+        assert self.engine.memory.measured is not None
+        return self.engine.memory.measured.as_dict()
+
     def expected_memory(self) -> dict[str, int]:
         """Bytes of an update by the closed form, by component."""
         topology = self.topology
         plan = storage_plan(self.config, self.zero.stage, topology.dp_size, topology.device)
-        return closed_form(self.config, self.architecture, self.method, plan)
+        return closed_form(self.config, self.architecture, self.method, plan).as_dict()
 
     def check_replicas(self, event: str | None = None) -> None:
         """Have the product compare the ranks.

@@ -158,6 +158,6 @@ def train_eventful(run: Training, rates: dict[str, float]) -> dict[str, Any]:
         "resets": resets,
         "frozen": frozen,
         "gradients_left": sum(p.grad is not None for p in run.named.values()),
-        "measured": run.engine.memory.measured,
+        "measured": run.measured_memory,
         "expected": run.expected_memory(),
     }

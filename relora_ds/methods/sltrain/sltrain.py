@@ -17,6 +17,7 @@ from relora_ds.methods.sltrain.sparse_linear import (
 )
 from relora_ds.methods.sltrain.support import column_type, draw_support, support_size
 from relora_ds.methods.train_state import TrainState
+from relora_ds.parallel.footprint import Exchange, Footprint, UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection
 from relora_ds.parallel.shape import TPShard, method_shape, tp_local_shape
@@ -88,20 +89,6 @@ class SparseLowRankLinear(LowRankProjection):
         columns = self.columns.cpu()
         return ((columns >= first) & (columns < last)).nonzero().flatten()
 
-    def exchanged(self, tokens: int, micro_batches: int) -> list[tuple[str, str, int, int]]:
-        """The cut factor is joined wherever W is composed or a gradient formed: unlike (T, r)
-        activations that serves a product of which x A^T is no part."""
-        if not self.shards_inner:
-            return []
-        factor = method_shape(getattr(self, self.inner_factor[0])).numel()
-        composed = 1 if self._keeps_composed else micro_batches
-        again = 0 if self._keeps_composed or not self.recomputed else micro_batches
-        gathers = [("forward", composed), ("backward", micro_batches + again)]
-        return [
-            *(("all_gather", phase, calls, calls * factor) for phase, calls in gathers),
-            ("reduce_scatter", "backward", micro_batches, micro_batches * factor),
-        ]
-
     def drop_composed(self) -> None:
         """Forget the composed weight: the factors or values have changed."""
         self._composed = None
@@ -109,18 +96,31 @@ class SparseLowRankLinear(LowRankProjection):
     def held(self) -> tuple[torch.Tensor, ...]:
         return () if self._composed is None else (self._composed,)
 
-    def held_elements(self) -> int:
-        return self._dense_elements() if self._keeps_composed else 0
-
-    def scratch_bytes(self, working: int) -> int:
-        # W or its gradient, one after the other, the positions of the support and a joined factor
+    def footprint(self, size: UpdateSize) -> Footprint:
+        # stated: the positions of the support and a joined factor are smaller than the weight, but
+        # they are there beside W or its gradient, of which one lives at a time
+        working = size.dtype.itemsize
+        dense = tp_local_shape(self.lora_B)[0] * tp_local_shape(self.lora_A)[1]
         joined = (
             method_shape(getattr(self, self.inner_factor[0])).numel() if self.shards_inner else 0
         )
-        return working * (self._dense_elements() + joined) + 4 * self.columns.numel()
+        return Footprint(
+            exchanges=self._exchanges(size.micro_batches, joined) if joined else (),
+            held_bytes=working * dense if self._keeps_composed else 0,
+            scratch_bytes=working * (dense + joined) + 4 * self.columns.numel(),
+        )
 
-    def _dense_elements(self) -> int:
-        return tp_local_shape(self.lora_B)[0] * tp_local_shape(self.lora_A)[1]
+    def _exchanges(self, micro_batches: int, factor: int) -> tuple[Exchange, ...]:
+        """The cut factor is joined wherever W is composed or a gradient formed: unlike (T, r)
+        activations that serves a product of which x A^T is no part."""
+        composed = 1 if self._keeps_composed else micro_batches
+        again = 0 if self._keeps_composed or not self.recomputed else micro_batches
+        backward = micro_batches + again
+        return (
+            Exchange("all_gather", "forward", composed, composed * factor),
+            Exchange("all_gather", "backward", backward, backward * factor),
+            Exchange("reduce_scatter", "backward", micro_batches, micro_batches * factor),
+        )
 
     def _parts(self) -> _Parts:
         return self.lora_A, self.lora_B, self.values, self.row_starts, self.columns

@@ -61,9 +61,9 @@ def measure(
     tokens = torch.randint(0, architecture.vocab_size, (2, 1, SEQUENCE + 1), generator=generator)
     micro_batches = tokens.unbind(0)[: config.train.global_batch_size]
     run.train_step(micro_batches)
-    measured, expected = run.engine.memory.measured, run.expected_memory()
+    measured, expected = run.measured_memory, run.expected_memory()
     run.train_step(micro_batches)
-    assert measured is run.engine.memory.measured, "only the first update is measured"
+    assert run.measured_memory == measured, "only the first update is measured"
     run.destroy()
     return {"measured": measured, "expected": expected}
 

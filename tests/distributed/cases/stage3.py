@@ -106,6 +106,7 @@ def contract(topology: Topology, stage: int) -> dict[str, bool]:
     return found
 
 
+@torch.no_grad()
 def _is_read_back(run: Training, parameter: nn.Parameter, number: int, stage: int) -> bool:
     shape = tp_local_shape(parameter)
     pattern = torch.arange(shape.numel(), dtype=torch.float32).view(shape) * 1e-3 + number

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_payloads
+from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
 from relora_ds.accounting.zero_traffic import expected_payloads
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
@@ -125,8 +125,9 @@ def traffic(run: Training) -> dict[str, list[list[Any]]]:
     shares = partial_gradients(run.engine.model)
     assert held == sum(placements[p].stretch.length for p in shares)
     size = topology.tp.size
-    expected = tensor_payloads(model, run.zero, MICRO * SEQUENCE, size, held, len(groups))
-    expected |= expected_payloads(model, groups, run.zero, copies, group="dp")
+    work = GroupWork(size, MICRO * SEQUENCE, held, len(groups))
+    expected = tensor_payloads(model, run.zero, work)
+    expected |= expected_payloads(model, groups, run.zero, copies, group="dp", tp_size=size)
     # once per run stage 3 compares over all processes the order of modules that it recorded
     counted = {
         k: v.payload for k, v in recorder.step_volumes().items() if v.payload and k.group != "world"

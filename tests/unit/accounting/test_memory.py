@@ -25,10 +25,9 @@ def states(run: str, plan: StoragePlan | None, *overrides: str) -> int:
     method = plan_phases(loaded.config)[-1].method
     model = meta_model(loaded.architecture, method, loaded.config.train)
     groups = [group.parameters for group in method.parameter_groups(model)]
-    return (
-        sum(expected_memory(model, plan, groups).values())
-        - expected_memory(model, plan, groups)["transient"]
-    )
+    found = expected_memory(model, plan, groups)
+    assert found.transient is not None
+    return found.total - found.transient
 
 
 def test_sltrain_7b(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +64,9 @@ def test_published_estimates(run: str, published: float, monkeypatch: pytest.Mon
     groups = [group.parameters for group in method.parameter_groups(model)]
     found = expected_memory(model, PURE_BF16, groups)
     nnz = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".values"))
-    theirs = found["weights"] + found["states"] + 8 * nnz
+    theirs = found.weights + found.states + 8 * nnz
     assert theirs / 1e9 == pytest.approx(published, abs=1e-3)
-    assert found["indices"] < 2.2 * nnz + 4 * 10**6
+    assert found.indices < 2.2 * nnz + 4 * 10**6
 
 
 def test_stages_divide_what_they_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +79,6 @@ def test_stages_divide_what_they_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         expected_memory(model, StoragePlan(2, 4, 4, stage=stage, dp_size=8), groups, tokens=1024)
         for stage in (0, 1, 3)
     ]
-    assert found[0]["states"] == 12 * 42_770_944 == 8 * found[1]["states"]
-    assert found[0]["weights"] == found[1]["weights"] == 8 * found[2]["weights"]
-    assert found[0]["activations"] == found[2]["activations"]
+    assert found[0].states == 12 * 42_770_944 == 8 * found[1].states
+    assert found[0].weights == found[1].weights == 8 * found[2].weights
+    assert found[0].activations == found[2].activations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from relora_ds.accounting.footprints import footprint_of
 from relora_ds.config.methods.low_rank import LowRankConfig
 from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.config.methods.sltrain import SLTrainConfig
@@ -16,6 +17,7 @@ from relora_ds.methods.low_rank import LowRank
 from relora_ds.methods.relora.relora import ReLoRA
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.optim.vector_clock import Stretch, VectorClock
+from relora_ds.parallel.footprint import Exchange, UpdateSize
 from relora_ds.parallel.linear import LinearSpec
 from relora_ds.parallel.low_rank import LowRankProjection
 from relora_ds.parallel.shape import global_shape, inner_shard, method_shape, tp_local_shape
@@ -62,7 +64,7 @@ def test_otherwise_one_factor_is_whole_and_its_gradient_a_share(
     layer = cut_layer(name, "column", tp)
     assert tp_local_shape(layer.lora_A) == (4, 6)
     assert layer.partial_gradients() == [layer.lora_A]
-    assert layer.exchanged(10, 2) == []
+    assert footprint_of(layer, UpdateSize(10, 2)).exchanges == ()
 
 
 def test_a_row_bias_has_a_share_of_its_gradient_where_the_sequence_is_cut() -> None:
@@ -96,13 +98,14 @@ def test_vectors_of_a_cut_factor_go_by_their_full_numbers(style: str) -> None:
 
 def test_exchanges_are_counted_per_pass() -> None:
     layer = cut_layer("relora", "column", TensorParallel(0, 2))
-    there, back = layer.exchanged(tokens=10, micro_batches=3)
-    assert there == ("all_gather", "forward", 3, 3 * 10 * 4)
-    assert back == ("reduce_scatter", "backward", 3, 3 * 10 * 4)
+    size = UpdateSize(tokens=10, micro_batches=3)
+    there, back = footprint_of(layer, size).exchanges
+    assert there == Exchange("all_gather", "forward", 3, 3 * 10 * 4)
+    assert back == Exchange("reduce_scatter", "backward", 3, 3 * 10 * 4)
     layer.recomputed = True
-    assert len(layer.exchanged(10, 3)) == 3
-    factor = cut_layer("sltrain", "row", TensorParallel(0, 2)).exchanged(10, 3)
-    assert [moved for *_, moved in factor] == [3 * 40, 3 * 40, 3 * 40]
+    assert len(footprint_of(layer, size).exchanges) == 3
+    factor = footprint_of(cut_layer("sltrain", "row", TensorParallel(0, 2)), size)
+    assert [each.elements for each in factor.exchanges] == [3 * 40, 3 * 40, 3 * 40]
 
 
 def test_matrices_that_are_summed_twice_lie_in_front() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from relora_ds.accounting.collectives import wire_by_link, wire_bytes
 from relora_ds.accounting.memory_model import expected_memory
-from relora_ds.accounting.tp_traffic import shares_by_rank, tensor_payloads
+from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
 from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
@@ -22,9 +23,9 @@ from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model, sharded_meta_model
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import part_of_model
-from relora_ds.planning.estimate import Cluster
 from relora_ds.planning.memory_report import closed_form, storage_plan
 from relora_ds.planning.plan import plan
+from relora_ds.planning.results import Cluster, Cut
 
 ROOT = Path(__file__).parents[3]
 PAPER = ("train.global_batch_size=1024", "checkpoint.every=0")
@@ -46,16 +47,16 @@ def small(*overrides: str) -> LoadedRun:
 
 def test_the_published_saving_at_1b_and_what_stage_3_makes_of_it() -> None:
     run = "configs/run/llama_1b_switchlora.yaml"
-    switch = own_size(load_run_config(run, PAPER), Cluster(gpus=64))["phases"]["switchlora"][
-        "stages"
-    ]
+    switch = own_size(load_run_config(run, PAPER), Cluster(gpus=64)).phases["switchlora"].stages
     overrides = (*PAPER, "model=configs/model/llama_1b.json", "train.seq_length=512")
     overrides += ("train.micro_batch_size=16", "optimizer.adapter_lr=1e-3")
-    full = own_size(load_run_config("configs/run/llama_60m_full.yaml", overrides), Cluster(gpus=64))
-    full = full["phases"]["full"]["stages"]
+    whole = own_size(
+        load_run_config("configs/run/llama_60m_full.yaml", overrides), Cluster(gpus=64)
+    )
+    full = whole.phases["full"].stages
 
     def moved(key: str, stage: str) -> float:
-        return switch[stage]["traffic"][key] / full[stage]["traffic"][key]
+        return getattr(switch[stage].traffic, key) / getattr(full[stage].traffic, key)
 
     for stage in ("0", "1", "2"):
         assert moved("gradient_payload", stage) <= 1 - 0.54
@@ -64,9 +65,9 @@ def test_the_published_saving_at_1b_and_what_stage_3_makes_of_it() -> None:
     assert moved("gradient_payload", "3") <= 1 - 0.54
     assert 0.85 < moved("between_nodes", "3") < 1.2
     # unless each node keeps a copy: then nothing frozen leaves it
-    hpz = switch["3 hpZ 8"]["traffic"]["between_nodes"]
-    assert hpz < 0.6 * switch["3"]["traffic"]["between_nodes"]
-    assert hpz < 0.6 * full["3 hpZ 8"]["traffic"]["between_nodes"]
+    hpz = switch["3 hpZ 8"].traffic.between_nodes
+    assert hpz < 0.6 * switch["3"].traffic.between_nodes
+    assert hpz < 0.6 * full["3 hpZ 8"].traffic.between_nodes
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
@@ -78,48 +79,48 @@ def test_memory_and_bytes_are_the_measured_closed_forms(gpus: int) -> None:
         model = meta_model(loaded.architecture, phase.method, train)
         groups = [group.parameters for group in phase.method.parameter_groups(model)]
         for stage in range(4):
-            estimate = found["phases"][phase.name]["stages"][str(stage)]
+            estimate = found.phases[phase.name].stages[str(stage)]
             storage = storage_plan(config, stage, gpus, torch.device("cuda"))
             form = closed_form(config, loaded.architecture, phase.method, storage)
-            memory = estimate["memory"]
-            assert memory["weights"] + memory["residual"] == form["weights"]
+            memory = estimate.memory
+            assert memory.weights + memory.residual == form.weights
             same = ("indices", "gradients", "states", "activations", "transient")
-            assert [memory[key] for key in same] == [form[key] for key in same]
-            assert sum(memory.values()) == estimate["bytes_per_gpu"]
+            assert [getattr(memory, key) for key in same] == [getattr(form, key) for key in same]
+            assert sum(asdict(memory).values()) == estimate.bytes_per_gpu
             source = {"zero_optimization": {"stage": stage}}
             resolved = resolve_deepspeed_config(source, config, gpus)
-            traffic = estimate["traffic"]
+            traffic = estimate.traffic
             payloads = expected_payloads(model, groups, resolved, gpus)
-            assert (traffic["payload"], traffic["wire"]) == bytes_of(payloads)
-            sent = traffic["within_node"] + traffic["between_nodes"]
-            assert sent == pytest.approx(traffic["wire"], rel=1e-12)
+            assert (traffic.payload, traffic.wire) == bytes_of(payloads)
+            sent = traffic.within_node + traffic.between_nodes
+            assert sent == pytest.approx(traffic.wire, rel=1e-12)
 
 
 def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
     tight = Cluster(gpus=2, gpu_memory=200e6)
-    stage = own_size(small(), tight)["phases"]["relora"]["stages"]["1"]
-    largest = stage["largest_micro_batch"]
+    largest = own_size(small(), tight).phases["relora"].stages["1"].largest_micro_batch
     assert largest > 1
 
     def fits(micro: int) -> bool:
         batch = (f"train.micro_batch_size={micro}", f"train.global_batch_size={2 * micro}")
-        return own_size(small(*batch), tight)["phases"]["relora"]["stages"]["1"]["fits"]
+        return own_size(small(*batch), tight).phases["relora"].stages["1"].fits
 
     assert fits(largest)
     assert not fits(largest + 1)
 
 
 def test_the_suggestion_follows_memory_and_bandwidth() -> None:
-    assert plan(small(), Cluster(gpus=2, gpu_memory=1e6))["suggested"] is None
+    assert plan(small(), Cluster(gpus=2, gpu_memory=1e6)).suggested is None
     # with memory to spare and a slow network, what moves least, to a percent
     slow = plan(small(), Cluster(gpus=16, bandwidth=1e6))
     times = [
-        {name: estimate["seconds"]["serial"] for name, estimate in phase["stages"].items()}
-        for phase in slow["phases"].values()
+        {name: estimate.seconds.serial for name, estimate in phase.stages.items()}
+        for phase in slow.phases.values()
     ]
     worst = {name: max(each[name] for each in times) for name in times[0]}
-    assert slow["suggested"]["tensor"] == 1
-    assert worst[slow["suggested"]["stage"]] <= 1.01 * min(worst.values()) < worst["2"]
+    assert slow.suggested is not None
+    assert slow.suggested.tensor == 1
+    assert worst[slow.suggested.stage] <= 1.01 * min(worst.values()) < worst["2"]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -129,34 +130,36 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
     loaded = small("parallel.tensor=2", f"parallel.{key}")
     config, train = loaded.config, loaded.config.train
     found = own_size(loaded, Cluster(gpus=8, gpus_per_node=4))
-    assert found["processes"] == 4
+    assert found.processes == 4
     method = plan_phases(config)[-1].method
     tp = part_of_model(config.parallel)
     model = sharded_meta_model(loaded.architecture, method, train, tp)
     groups = [group.parameters for group in method.parameter_groups(model)]
-    estimate = found["phases"]["relora"]["stages"][str(stage)]
+    estimate = found.phases["relora"].stages[str(stage)]
     storage = storage_plan(config, stage, 4, torch.device("cuda"))
     tokens = train.micro_batch_size * train.seq_length
     form = expected_memory(model, storage, groups, method.edited_weights(model), tokens)
-    memory = estimate["memory"]
-    assert memory["weights"] + memory["residual"] == form["weights"]
-    assert [memory[key] for key in ("gradients", "states", "activations")] == [
-        form[key] for key in ("gradients", "states", "activations")
+    memory = estimate.memory
+    assert memory.weights + memory.residual == form.weights
+    assert [memory.gradients, memory.states, memory.activations] == [
+        form.gradients,
+        form.states,
+        form.activations,
     ]
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 4)
     shares = shares_by_rank(model, groups, stage, 4)
     assert any(shares) == (lane != "act")
-    within = tensor_payloads(model, resolved, tokens, 2, max(shares), len(groups))
-    between = expected_payloads(model, groups, resolved, 4)
-    traffic = estimate["traffic"]
-    assert traffic["tensor_payload"] == sum(within.values())
-    assert (traffic["payload"], traffic["wire"]) == bytes_of(between, within)
+    within = tensor_payloads(model, resolved, GroupWork(2, tokens, max(shares), len(groups)))
+    between = expected_payloads(model, groups, resolved, 4, tp_size=2)
+    traffic = estimate.traffic
+    assert traffic.tensor_payload == sum(within.values())
+    assert (traffic.payload, traffic.wire) == bytes_of(between, within)
     # copies of the model lie on both nodes, a copy within one
-    assert traffic["tensor_within_node"] == bytes_of(within).wire
-    assert traffic["tensor_between_nodes"] == 0 < traffic["between_nodes"]
-    seconds = estimate["seconds"]
-    assert seconds["overlapped"] - seconds["tensor"] == pytest.approx(
-        max(seconds["compute"], seconds["communication"])
+    assert traffic.tensor_within_node == bytes_of(within).wire
+    assert traffic.tensor_between_nodes == 0 < traffic.between_nodes
+    seconds = estimate.seconds
+    assert seconds.overlapped - seconds.tensor == pytest.approx(
+        max(seconds.compute, seconds.communication)
     )
 
 
@@ -164,61 +167,61 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
 def test_a_model_larger_than_a_node_talks_between_nodes(per_node: int, near: float) -> None:
     loaded = small("parallel.tensor=2", "parallel.low_rank_plan=fold")
     found = own_size(loaded, Cluster(gpus=4, gpus_per_node=per_node))
-    traffic = found["phases"]["relora"]["stages"]["1"]["traffic"]
-    inner = traffic["tensor_within_node"], traffic["tensor_between_nodes"]
+    traffic = found.phases["relora"].stages["1"].traffic
+    inner = traffic.tensor_within_node, traffic.tensor_between_nodes
     assert inner[0] == pytest.approx(near * sum(inner))
-    assert sum(inner) == pytest.approx(traffic["tensor_payload"])  # a ring of two sends all of it
+    assert sum(inner) == pytest.approx(traffic.tensor_payload)  # a ring of two sends all of it
 
 
 def test_the_smallest_tensor_size_that_fits_is_suggested() -> None:
     loaded = small("train.gradient_reduction=micro_batch")
     roomy = plan(loaded, Cluster(gpus=2))
-    cuts = [(cut["tensor"], cut["low_rank_plan"]) for cut in roomy["sizes"]]
+    cuts = [(cut.tensor, cut.low_rank_plan) for cut in roomy.sizes]
     assert cuts == [(1, "auto"), (2, "auto"), (2, "fold")]
-    assert roomy["suggested"]["tensor"] == 1
+    assert roomy.suggested is not None
+    assert roomy.suggested.tensor == 1
 
     def least(tensor: int) -> float:
-        stages = [
-            phase["stages"]
-            for phase in plan(small(f"parallel.tensor={tensor}"), Cluster(gpus=2))[
-                "phases"
-            ].values()
-        ]
-        return min(max(each[name]["bytes_per_gpu"] for each in stages) for name in stages[0])
+        found = plan(small(f"parallel.tensor={tensor}"), Cluster(gpus=2))
+        stages = [phase.stages for phase in found.phases.values()]
+        return min(max(each[name].bytes_per_gpu for each in stages) for name in stages[0])
 
     assert least(2) < least(1)
     between = (least(1) + least(2)) / 2 / (1 - Cluster.reserve)
     tight = plan(loaded, Cluster(gpus=2, gpu_memory=between))
-    assert tight["suggested"]["tensor"] == 2
-    assert [cut["fits"] for cut in tight["sizes"][:2]] == [False, True]
+    assert tight.suggested is not None
+    assert tight.suggested.tensor == 2
+    assert [cut.fits for cut in tight.sizes[:2]] == [False, True]
 
 
 @pytest.mark.slow
 def test_7b_on_one_node_is_better_left_uncut_unless_its_gpus_are_small() -> None:
     loaded = load_run_config("configs/run/llama_7b_sltrain.yaml", ("parallel.tensor=4",))
     found = plan(loaded, Cluster(gpus=8))
-    assert {cut["tensor"] for cut in found["sizes"]} == {1, 2, 4, 8}
-    assert all(cut["fits"] for cut in found["sizes"])
-    assert found["asked"] == {"tensor": 4, "low_rank_plan": "auto", "stage": "2"}
-    assert found["suggested"]["tensor"] == 1
+    assert {cut.tensor for cut in found.sizes} == {1, 2, 4, 8}
+    assert all(cut.fits for cut in found.sizes)
+    assert found.asked == Cut(tensor=4, low_rank_plan="auto", stage="2")
+    assert found.suggested is not None
+    assert found.suggested.tensor == 1
     # states are cut over all eight GPUs, whatever the size
-    cut = [c for c in found["sizes"] if c["tensor"] > 1 and c["low_rank_plan"] == "auto"]
-    assert [c["stage"] for c in cut] == ["1"] * 3
-    assert max(c["states"] for c in cut) < 1.01 * min(c["states"] for c in cut)
-    small = plan(loaded, Cluster(gpus=8, gpu_memory=16e9))["suggested"]
-    assert (small["tensor"], small["low_rank_plan"]) == (4, "auto")
+    cut = [c for c in found.sizes if c.tensor > 1 and c.low_rank_plan == "auto"]
+    assert [c.stage for c in cut] == ["1"] * 3
+    assert max(c.states for c in cut) < 1.01 * min(c.states for c in cut)
+    small = plan(loaded, Cluster(gpus=8, gpu_memory=16e9)).suggested
+    assert small is not None
+    assert (small.tensor, small.low_rank_plan) == (4, "auto")
 
 
 @pytest.mark.slow
 def test_whole_factors_of_7b_are_most_of_its_states() -> None:
     overrides = ("parallel.tensor=4", "parallel.low_rank_plan=fold")
     loaded = load_run_config("configs/run/llama_7b_sltrain.yaml", overrides)
-    states = own_size(loaded, Cluster(gpus=8))["phases"]["sltrain"]["stages"]["0"]
+    states = own_size(loaded, Cluster(gpus=8)).phases["sltrain"].stages["0"]
     # seven factors (1024, 4096) or (4096, 1024) per layer are whole on each of 4 GPUs, and norms
     alike = 32 * 7 * 1024 * 4096 + (2 * 32 + 1) * 4096
     per_element = 4 + 2 * (1 + 4 / 256)
-    assert states["states_held_alike"] == pytest.approx(per_element * alike, rel=1e-9)
-    assert states["states_held_alike"] > 0.6 * states["memory"]["states"]
+    assert states.states_held_alike == pytest.approx(per_element * alike, rel=1e-9)
+    assert states.states_held_alike > 0.6 * states.memory.states
 
 
 @pytest.mark.parametrize("gpus", [12, 9])

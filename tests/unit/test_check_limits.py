@@ -1,4 +1,4 @@
-"""The size limits of files and functions."""
+"""The size limits of files, functions and folders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).resolve().parents[4] / "tools" / "check_limits.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_limits.py"
 
 
 def _check(root: Path) -> subprocess.CompletedProcess[str]:
@@ -20,6 +20,15 @@ def _function(name: str, lines: int, indent: str = "") -> str:
     return "\n".join([f"{indent}def {name}():", *body]) + "\n"
 
 
+def _fill(folder: Path, files: int) -> None:
+    """A folder with so many source files of both kinds, and one that is no source."""
+    folder.mkdir(parents=True)
+    for number in range(files - 1):
+        (folder / f"f{number}.py").touch()
+    (folder / "kernel.c").touch()
+    (folder / "notes.txt").touch()
+
+
 def test_a_project_at_the_limits_passes(tmp_path: Path) -> None:
     for directory in ("relora_ds/deep", "tools", "tests"):
         (tmp_path / directory).mkdir(parents=True)
@@ -27,6 +36,8 @@ def test_a_project_at_the_limits_passes(tmp_path: Path) -> None:
     (tmp_path / "tools" / "b.py").write_text("@decorator\n" + _function("fits", 60))
     (tmp_path / "tests" / "empty.py").touch()
     (tmp_path / "elsewhere.py").write_text("x = 1\n" * 500)
+    _fill(tmp_path / "relora_ds" / "full", 12)
+    _fill(tmp_path / "tests" / "many", 20)
     done = _check(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -38,11 +49,18 @@ def test_every_offender_is_listed(tmp_path: Path) -> None:
     method = "class A:\n" + _function("method", 61, indent="    ")
     (tmp_path / "launch" / "function.py").write_text(method + "async " + _function("task", 70))
     (tmp_path / "tests" / "broken.py").write_text("x = 1\ndef broken(:\n")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "long.py").write_text("x = 1\n" * 402)
+    _fill(tmp_path / "relora_ds" / "full", 13)
+    _fill(tmp_path / "relora_ds" / "full" / "inner", 14)
     done = _check(tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "relora_ds/deep/long.py:1: file has 401 lines, the limit is 400",
         "launch/function.py:2: function method has 61 lines, the limit is 60",
         "launch/function.py:63: function task has 70 lines, the limit is 60",
+        "benchmarks/long.py:1: file has 402 lines, the limit is 400",
         "tests/broken.py:2: not valid Python: invalid syntax",
+        "relora_ds/full: folder has 13 source files, the limit is 12",
+        "relora_ds/full/inner: folder has 14 source files, the limit is 12",
     ]

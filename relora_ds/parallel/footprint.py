@@ -1,0 +1,55 @@
+"""What a projection takes up and exchanges in an update, beyond its parameters and its input.
+
+These are the words in which a layer may state its costs; `accounting.footprints` measures those of
+a layer that states nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class UpdateSize:
+    """What one update reads on one process, and the type it computes in."""
+
+    tokens: int
+    """Of one micro-batch; at least 1."""
+    micro_batches: int = 1
+    """Of the update; at least 1."""
+    dtype: torch.dtype = torch.float32
+    """Of working weights and activations."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind that an update issues over the tensor-parallel group."""
+
+    operation: Operation
+    phase: Pass
+    """The pass that is under way; what is recomputed belongs to `backward`."""
+    calls: int
+    elements: int
+    """Of all calls together, and of whole tensors: what is gathered, what is there to scatter."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Costs of one projection on one process in one update."""
+
+    exchanges: tuple[Exchange, ...] = ()
+    """Within the projection: joining the parts of a block's output is the model's."""
+    held_bytes: int = 0
+    """Of tensors that outlive a micro-batch; see `Projection.held`."""
+    saved_bytes_per_token: int = 0
+    """What autograd keeps for the backward pass beside the input and the weights; nothing where
+    the forward pass is recomputed."""
+    scratch_bytes: int = 0
+    """Most weight-sized temporaries at one moment of a forward or backward pass. Gradients of
+    parameters are not among them."""
