@@ -29,9 +29,15 @@ _GRACE_S = 5.0
 def rank_environment() -> dict[str, str]:
     """Environment of a process that trains; add its place to it."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    # on a CPU nothing is compiled by torch, but DeepSpeed's ZeRO imports Muon, whose kernels would
-    # be: a third of the start
-    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        # on a CPU nothing is compiled by torch, but DeepSpeed's ZeRO imports Muon, whose kernels
+        # would be: a third of the start
+        "TORCHDYNAMO_DISABLE": "1",
+        # or DeepSpeed's stage 3 starts `numactl` for every bucket of gradients, to count devices
+        "LOCAL_SIZE": "1",
+    }
 
 
 def place(rank: int, world_size: int) -> dict[str, str]:

@@ -1,0 +1,49 @@
+"""Cases that misbehave, and one that trains."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from relora_ds.accounting.recorder import recorder
+from relora_ds.engine import distributed
+from relora_ds.parallel.topology import Topology, share_models
+from tests.harness.build import CUT, Training, batches, changed
+from tests.harness.runs import RATES, relora
+
+
+def losses(topology: Topology, stage: int, tensor: int) -> list[float]:
+    """Of six updates of ReLoRA with a merge."""
+    config = changed(relora("zero", "fp32"), "parallel", tensor=tensor)
+    run = Training(config, share_models(topology, config), {"stage": stage}, CUT)
+    found = [run.update(step, tokens, RATES).loss for step, tokens in enumerate(batches(6))]
+    run.destroy()
+    return found
+
+
+def leave_a_mess(topology: Topology) -> None:
+    """Change what a later case would notice, and leave collectives unanswered."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(1)
+    os.environ["MESS"] = "left"
+    recorder.start()
+    losses(topology, 3, 2)
+    if topology.rank == 1:
+        raise RuntimeError("rank 1 has had enough")
+    distributed.barrier()
+
+
+def hang(topology: Topology) -> None:
+    """Wait for ever."""
+    while True:
+        time.sleep(1)
+
+
+def surroundings(topology: Topology) -> tuple[torch.dtype, int, str, bool, int]:
+    """What a case finds: default dtype, seed, a variable, the recorder, the number of ranks."""
+    counted = bool(recorder.volumes())
+    mess = os.environ.get("MESS", "")
+    size = torch.distributed.get_world_size()
+    return torch.get_default_dtype(), torch.initial_seed(), mess, counted, size
