@@ -48,7 +48,7 @@ class GroupWork:
     """What one update asks of a tensor-parallel group, as one of its ranks sees it."""
 
     ranks: int
-    """Of the group."""
+    """Processes in the group."""
     tokens: int
     """Read per micro-batch."""
     share_elements: int
