@@ -68,7 +68,7 @@ class Workload:
     stages: Sequence[int]
     accumulation: Sequence[int]
     rank: int
-    """Of the adapters."""
+    """Rank r of the adapters."""
     precision: str
     micro_batch_size: int
     seq_length: int
@@ -341,7 +341,7 @@ def _calls(
 
 
 def _seconds(work: Callable[[], None], topology: Topology) -> float:
-    """Of some work, from when every process is ready until all of them and their devices are."""
+    """Time of some work, from when every process is ready until all of them are again."""
 
     def settle() -> float:
         if topology.device.type == "cuda":

@@ -98,7 +98,7 @@ def _ratio(found: Mapping[str, Sequence[float]]) -> float:
 
 
 def _cut(config: RunConfig, tensor: int, micro: int) -> RunConfig:
-    """The same global batch in one micro-batch."""
+    """The run with its global batch in one micro-batch per copy of the model."""
     train = config.train.model_copy(update={"micro_batch_size": micro})
     parallel = config.parallel.model_copy(update={"tensor": tensor})
     return config.model_copy(update={"train": train, "parallel": parallel})

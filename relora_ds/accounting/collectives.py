@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
     operation: str
     position: int
-    """Of the argument that shows the payload."""
+    """Place of the argument that shows the payload."""
     keywords: tuple[str, ...]
     """Its names, where it is not passed by position."""
     shards: bool = False

@@ -79,7 +79,7 @@ def measured_footprint(layer: Projection, size: UpdateSize) -> Footprint:
 
 
 def _kind(layer: Projection) -> Hashable:
-    """The same for two layers if they differ in nothing but their names and values."""
+    """Equal for two layers that differ in nothing but their names and values."""
     parameters = [
         (name, tp_local_shape(p), p.requires_grad) for name, p in layer.named_parameters()
     ]
@@ -101,7 +101,7 @@ class _ListeningGroup(TensorParallel):
 
     @staticmethod
     def like(tp: TensorParallel) -> _ListeningGroup:
-        """The same place in a group of the same size."""
+        """A listening group of the size of `tp`, with this process in its place."""
         return _ListeningGroup(**{each.name: getattr(tp, each.name) for each in fields(tp)})
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class StoragePlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of working weights, their gradients and activations."""
+        """Type of working weights, their gradients and activations."""
         return {2: torch.bfloat16, 4: torch.float32}[self.working]
 
 

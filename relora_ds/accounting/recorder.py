@@ -42,7 +42,7 @@ class Traffic(NamedTuple):
     size: int
     """Ranks in the group."""
     dtype: str
-    """Of the (first) tensor; `none` where nothing is moved."""
+    """Type of the (first) tensor; `none` where nothing is moved."""
     phase: str
 
 

@@ -34,7 +34,7 @@ from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.model.loss import chunk_rows
-from relora_ds.parallel.footprint import UpdateSize
+from relora_ds.parallel.footprint import Exchange, Operation, UpdateSize
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.shape import global_shape, tp_local_shape
 from relora_ds.parallel.zero import ZeroSettings
@@ -48,7 +48,7 @@ class GroupWork:
     """What one update asks of a tensor-parallel group, as one of its ranks sees it."""
 
     ranks: int
-    """Of the group."""
+    """Processes in the group."""
     tokens: int
     """Read per micro-batch."""
     share_elements: int
@@ -87,65 +87,72 @@ def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Vol
     micro_batches = zero.accumulation
     moved: Volumes = {}
 
-    def add(
-        dtype: str, phase: str, calls: int, payload: int, operation: str = "all_reduce"
-    ) -> None:
-        if payload:
+    def add(operation: str, dtype: str, phase: str, volume: Volume) -> None:
+        if volume.payload:
             kind = Traffic(operation, work.name, work.ranks, dtype, phase)
-            volume = moved.setdefault(kind, Volume())
-            volume.calls, volume.payload = volume.calls + calls, volume.payload + payload
+            found = moved.setdefault(kind, Volume())
+            found.calls, found.payload = found.calls + volume.calls, found.payload + volume.payload
 
-    for dtype, phase, calls, payload, *operation in _micro_batch(
-        model, working, element, work.tokens
-    ):
-        add(dtype, phase, micro_batches * calls, micro_batches * payload, *operation)
+    def add_exchange(each: Exchange, dtype: str, size: int, times: int = 1) -> None:
+        volume = Volume(times * each.calls, times * size * each.elements)
+        add(each.operation, dtype, each.phase, volume)
+
+    add_exchange(_of_loss(model, work.tokens), "float32", _WIDE_BYTES, micro_batches)
+    for each in _of_blocks(model, work.tokens):
+        add_exchange(each, working, element, micro_batches)
     size = UpdateSize(work.tokens, micro_batches, zero.dtype)
     for layer in footprints(model, size).values():
-        for moved_here in layer.exchanges:
-            payload = element * moved_here.elements
-            add(working, moved_here.phase, moved_here.calls, payload, moved_here.operation)
-    add(working, "step", 1, element * work.share_elements)
-    for dtype, calls, payload in _norms(zero, work.optimizer_groups):
-        add(dtype, "step", calls, payload)
+        for each in layer.exchanges:
+            add_exchange(each, working, element)
+    add("all_reduce", working, "step", Volume(1, element * work.share_elements))
+    for dtype, volume in _norms(zero, work.optimizer_groups).items():
+        add("all_reduce", dtype, "step", volume)
     return moved
 
 
-def _micro_batch(
-    model: nn.Module, working: str, element: int, tokens: int
-) -> Iterator[tuple[str, str, int, int, str]]:
-    """Type, phase, calls, payload and operation of a forward and a backward pass."""
-    modules = list(model.modules())
-    embedding = next(module for module in modules if isinstance(module, TokenEmbedding))
-    projections = [module for module in modules if isinstance(module, Projection)]
-    activation = element * tokens * global_shape(embedding.weight)[1]
-    blocks = 2 * sum(isinstance(module, Attention) for module in modules)
-    # a layer is recomputed up to the last tensor that its backward pass needs: an input of `down`
-    again = blocks if any(layer.recomputed for layer in projections) else 0
+def _of_loss(model: nn.Module, tokens: int) -> Exchange:
+    """Of one micro-batch's softmax over the vocabulary, in fp32: by chunk a maximum, and the sum
+    with the target's logit."""
     # the head holds as many words as the embedding does
-    chunks = -(-tokens // chunk_rows(tp_local_shape(embedding.weight)[0]))
-    yield "float32", "forward", 2 * chunks, 3 * _WIDE_BYTES * tokens, "all_reduce"
+    words = tp_local_shape(_embedding(model).weight)[0]
+    chunks = -(-tokens // chunk_rows(words))
+    return Exchange("all_reduce", "forward", 2 * chunks, 3 * tokens)
+
+
+def _of_blocks(model: nn.Module, tokens: int) -> Iterator[Exchange]:
+    """Of one micro-batch where blocks, embedding and head are entered and left, in the working
+    type."""
+    modules, embedding = list(model.modules()), _embedding(model)
+    activation = tokens * global_shape(embedding.weight)[1]
+    blocks = 2 * sum(isinstance(module, Attention) for module in modules)
+    recomputed = any(isinstance(module, Projection) and module.recomputed for module in modules)
+    # a layer is recomputed up to the last tensor that its backward pass needs: an input of `down`
+    again = blocks if recomputed else 0
+    repeated: dict[Operation, int] = {"all_reduce": again // 2}
     if embedding.tp.sequence:
         # the embedding is only left, the head only entered; the way back is the transpose
-        for operation, repeated in (("all_gather", again), ("reduce_scatter", again // 2)):
-            yield working, "forward", blocks + 1, (blocks + 1) * activation, operation
-            calls = blocks + 1 + repeated
-            yield working, "backward", calls, calls * activation, operation
-        return
-    yield working, "forward", blocks + 1, (blocks + 1) * activation, "all_reduce"
-    calls = blocks + 1 + again // 2
-    yield working, "backward", calls, calls * activation, "all_reduce"
+        repeated = {"all_gather": again, "reduce_scatter": again // 2}
+    calls = blocks + 1
+    for operation, more in repeated.items():
+        yield Exchange(operation, "forward", calls, calls * activation)
+        yield Exchange(operation, "backward", calls + more, (calls + more) * activation)
 
 
-def _norms(zero: ZeroSettings, groups: int) -> list[tuple[str, int, int]]:
-    """Scalars: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow flag,
-    which stage 3 does not exchange."""
+def _embedding(model: nn.Module) -> TokenEmbedding:
+    return next(module for module in model.modules() if isinstance(module, TokenEmbedding))
+
+
+def _norms(zero: ZeroSettings, groups: int) -> dict[str, Volume]:
+    """Scalars by type: norms by DeepSpeed and, where it reports none, by us; the bf16 overflow
+    flag, which stage 3 does not exchange."""
     stage, clips, bf16 = zero.stage, zero.clip > 0, zero.dtype == torch.bfloat16
     if stage == 0 and not bf16:
-        return [("float32", 1 + clips, _NORM_BYTES * (1 + clips))]
+        return {"float32": Volume(1 + clips, _NORM_BYTES * (1 + clips))}
     # stage 3 adds its norms up in double precision
-    norm = ("float64", groups, 8 * groups) if stage == 3 else ("float32", groups, 4 * groups)
+    dtype, size = ("float64", 2 * _NORM_BYTES) if stage == 3 else ("float32", _NORM_BYTES)
+    found = {dtype: Volume(groups, size * groups)}
     checks = stage == 0 or (stage < 3 and zero.checks_overflow)
-    return [norm, ("uint8", 1, 1)] if bf16 and checks else [norm]
+    return found | {"uint8": Volume(1, 1)} if bf16 and checks else found
 
 
 def shares_by_rank(

@@ -33,7 +33,8 @@ class Visit(NamedTuple):
     module: nn.Module
     enters: bool
     backward: bool
-    """Of the module; one that is recomputed is entered forward during the backward pass."""
+    """The module's own backward pass; a recomputed one is entered forward while `phase` is
+    `backward`."""
     phase: str
     """`forward` or `backward`: the pass that is under way."""
 
@@ -51,7 +52,7 @@ class Replay(NamedTuple):
     """What one update gathers."""
 
     elements: dict[Gather, int]
-    """Of whole parameters, padded to a multiple of the processes."""
+    """Elements of whole parameters, padded to a multiple of the processes, by kind."""
     calls: int
     """Collectives that this takes."""
     live: int

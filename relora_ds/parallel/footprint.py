@@ -20,11 +20,11 @@ class UpdateSize:
     """What one update reads on one process, and the type it computes in."""
 
     tokens: int
-    """Of one micro-batch; at least 1."""
+    """Tokens of one micro-batch; at least 1."""
     micro_batches: int = 1
-    """Of the update; at least 1."""
+    """Micro-batches of the update; at least 1."""
     dtype: torch.dtype = torch.float32
-    """Of working weights and activations."""
+    """Type of working weights and activations."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Exchange:
     """The pass that is under way; what is recomputed belongs to `backward`."""
     calls: int
     elements: int
-    """Of all calls together, and of whole tensors: what is gathered, what is there to scatter."""
+    """Elements of all calls together, of whole tensors: what is gathered or there to scatter."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Footprint:
     exchanges: tuple[Exchange, ...] = ()
     """Within the projection: joining the parts of a block's output is the model's."""
     held_bytes: int = 0
-    """Of tensors that outlive a micro-batch; see `Projection.held`."""
+    """Bytes of tensors that outlive a micro-batch; see `Projection.held`."""
     saved_bytes_per_token: int = 0
     """What autograd keeps for the backward pass beside the input and the weights; nothing where
     the forward pass is recomputed."""

@@ -80,7 +80,10 @@ def memory_of_part(
 
 
 def memory_metrics(measured: MemoryUse | None, expected: MemoryUse) -> dict[str, int]:
-    """Both as metrics, such as `memory/measured/states_bytes`; nothing if no step was measured."""
+    """Measured and expected bytes by metric, such as `memory/measured/states_bytes`.
+
+    Empty if no step was measured.
+    """
     if measured is None:
         return {}
     named = {"measured": measured, "expected": expected}

@@ -49,19 +49,24 @@ class GpuMemory(MemoryUse):
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Bytes per step and GPU: of all collectives, between copies of the model and within one."""
+    """Bytes that a GPU moves per step, between copies of the model and within one."""
 
     gradient_payload: int
+    """Payload of reduced gradients, between copies of the model."""
     payload: int
+    """Payload of all collectives."""
     wire: float
     """What a GPU sends, to its own node and to others."""
     within_node: float
     """The part of `wire` that stays within the node."""
     between_nodes: float
+    """The part of `wire` that leaves the node."""
     tensor_payload: int
-    """Within a copy of the model; so are the next two."""
+    """The part of `payload` that moves within a copy of the model."""
     tensor_within_node: float
+    """The part of `within_node` that moves within a copy of the model."""
     tensor_between_nodes: float
+    """The part of `between_nodes` that moves within a copy of the model."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,11 @@ class Seconds:
     communication: float
     """Between copies of the model."""
     tensor: float
-    """Of communication within a copy of the model, which overlaps with nothing."""
+    """Communication within a copy of the model, which overlaps with nothing."""
     overlapped: float
-    """Of the step, if computing hides communication or the other way round."""
+    """The step, if computing hides communication or the other way round."""
     serial: float
-    """Of the step, if one follows the other."""
+    """The step, if communication follows computing."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Estimate:
     host_bytes_per_node: int
     fits: bool
     largest_micro_batch: int
-    """That fits; 0 if none does."""
+    """Sequences of the largest micro-batch that fits; 0 if none does."""
     traffic: StepTraffic
     seconds: Seconds
 
@@ -101,8 +106,9 @@ class PhasePlan:
     """One phase of a run at every ZeRO stage that it can have."""
 
     trained: int
-    """Parameters of the whole model; so are the next."""
+    """Trained parameters of the whole model."""
     frozen: int
+    """Frozen parameters of the whole model."""
     stages: dict[str, Estimate]
     """By the name of the stage, such as `2` or `3 hpZ 8`."""
 
@@ -131,7 +137,7 @@ class Candidate(Cut):
     """The part of `states` that every tensor-parallel GPU of a copy holds."""
     largest_micro_batch: int
     seconds: float
-    """Of a step in which nothing overlaps."""
+    """Time of a step in which nothing overlaps."""
 
 
 @dataclass(frozen=True)
