@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from relora_ds.config.sections import WandbConfig
-from relora_ds.train.telemetry.wandb_sink import WandbSink, effective_mode
+from relora_ds.train.telemetry.sinks.wandb import WandbSink, effective_mode
 
 wandb = pytest.importorskip("wandb")
 
