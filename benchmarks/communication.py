@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from relora_ds.accounting.collectives import wire_bytes
 from relora_ds.accounting.recorder import Traffic, Volume, Volumes, counting_seconds, recorder
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
-from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads
+from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads, matrix_sums
 from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.config.architecture import read_model_config
 from relora_ds.config.checks import heads_divide_over_tensor
@@ -44,6 +44,7 @@ from relora_ds.engine.assemble import build_engine
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import sharded_meta_model
+from relora_ds.methods.interface import matrix_rules
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
@@ -209,7 +210,7 @@ def _measure(
     engine.destroy()
     alone_s = _alone(volumes, groups, topology, workload.steps)
     counted = {kind: volume.payload for kind, volume in volumes.items()}
-    wire = bytes_of(counted).wire
+    wire, calls = bytes_of(counted).wire, sum(volume.calls for volume in volumes.values())
     return Row(
         method=method,
         stage=stage,
@@ -224,7 +225,7 @@ def _measure(
         communication_share=min(1.0, alone_s / plain_s),
         bytes_per_second=wire / alone_s if alone_s else 0.0,
         counted_step_seconds=statistics.median(seconds[True]),
-        counting_share=_counting_seconds(volumes) / plain_s,
+        counting_share=calls * counting_seconds(next(iter(groups.values()))) / plain_s,
     )
 
 
@@ -279,15 +280,19 @@ def _expected(
 ) -> Payloads:
     method, tp = plan_phases(config)[-1].method, topology.tp
     model = sharded_meta_model(workload.architecture, method, config.train, tp)
-    groups = [group.parameters for group in method.parameter_groups(model)]
+    trained = method.parameter_groups(model)
+    groups = [group.parameters for group in trained]
+    sums = matrix_sums(model, matrix_rules(method, config.optimizer, trained))
     once, copies = zero.reduces_once, topology.dp_size
     name = "world" if tp.size == 1 else "dp"
-    moved = expected_payloads(model, groups, zero, copies, once=once, group=name, tp_size=tp.size)
+    moved = expected_payloads(
+        model, groups, zero, copies, once=once, group=name, tp_size=tp.size, sums=sums.sliced
+    )
     if tp.size == 1:
         return moved
     share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
     tokens = workload.micro_batch_size * workload.seq_length
-    work = GroupWork(tp.size, tokens, share, len(groups))
+    work = GroupWork(tp.size, tokens, share, len(groups), sums.sharded)
     return moved | tensor_payloads(model, zero, work)
 
 
@@ -297,12 +302,6 @@ def _sent(volumes: Volumes) -> Iterator[tuple[str, Sent]]:
         name = f"{kind.phase} {kind.group} {kind.operation} {kind.dtype}"
         wire = wire_bytes(kind.operation, volume.payload, kind.size)
         yield name, Sent(volume.calls, volume.payload, wire)
-
-
-def _counting_seconds(volumes: Volumes) -> float:
-    group = torch.distributed.group.WORLD
-    assert group is not None
-    return counting_seconds(group) * sum(volume.calls for volume in volumes.values())
 
 
 def _alone(
@@ -354,12 +353,10 @@ def _seconds(work: Callable[[], None], topology: Topology) -> float:
 
 def _plot(found: Measurements, path: Path) -> None:
     """Wire bytes per step and process, measured, with the prediction as marks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = found.rows
     figure = Figure(figsize=(2.5 + 0.45 * len(rows), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     places = range(len(rows))
     axes.bar(places, [row.wire_bytes / 1e6 for row in rows], color="tab:blue", label="measured")

@@ -66,6 +66,7 @@ class MemoryMeter:
         optimizer: keeps the states.
         storages: where this rank's weights and gradients are.
         kept: tensors that store frozen weights beside the working ones.
+        matrix_state: optimizer state that is not the optimizer's own, of matrix-wise updates.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class MemoryMeter:
         optimizer: torch.optim.Optimizer,
         storages: StepStorages,
         kept: Iterable[Mapping[str, torch.Tensor]],
+        matrix_state: Iterable[torch.Tensor] = (),
     ) -> None:
         self._model, self._optimizer, self._storages = model, optimizer, storages
         self._kept = [tensor for tensors in kept for tensor in tensors.values()]
+        self._matrix_state = list(matrix_state)
         self._gradients = self._activations = 0
         self.measured: MemoryUse | None = None
         """Once the first update is done; with `transient` on a CUDA device only."""
@@ -113,6 +116,7 @@ class MemoryMeter:
             return
         weights = Storages().add(self._weights()).add(self._kept)
         states = Storages().add(_tensors([dict(s) for s in self._optimizer.state.values()]))
+        states.add(self._matrix_state)
         states.add(owner for owner in self._storages.owners() if owner not in weights)
         self.measured = MemoryUse(
             weights=weights.bytes,

@@ -8,7 +8,7 @@ moment, P data-parallel processes and D = P from stage 1 on (else 1):
 | weights     | w (T + F) + what is stored beside edited frozen weights; over P at stage 3      |
 | indices     | integer buffers of the projections                                              |
 | gradients   | w T, and fp32 copies for the update where masters are kept; see `_gradients`    |
-| states      | (g + 2 m) T / D                                                                 |
+| states      | (g + 2 m) T / D; of matrix-wise optimizers g T / D and see `matrix_state`       |
 | activations | what one micro-batch keeps for its backward pass; see `_activations`            |
 | transient   | composed weights and their gradients, which live for one product or one step    |
 
@@ -18,8 +18,9 @@ gradients are reduced. Workspaces of kernels and the allocator's fragmentation a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -30,7 +31,9 @@ from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.mlp import MLP
 from relora_ds.model.norm import RMSNorm
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.footprint import Footprint, UpdateSize
+from relora_ds.parallel.shape import global_shape, shard_of
 
 # per token and per weight a projection costs the same whatever the length: one run tells it
 _TYPICAL_TOKENS = 4096
@@ -76,6 +79,7 @@ def expected_memory(
     edited: Sequence[nn.Parameter] = (),
     tokens: int = 0,
     checkpointing: bool = False,
+    rules: Mapping[nn.Parameter, MatrixOptimizer] = MappingProxyType({}),
 ) -> MemoryUse:
     """Bytes per process by component.
 
@@ -85,22 +89,67 @@ def expected_memory(
         edited: frozen weights that the method edits.
         tokens: of one micro-batch on one process.
         checkpointing: layers are recomputed in the backward pass.
+        rules: the matrix-wise optimizer of every parameter that has one.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
     total = sum(p.numel() for p in model.parameters())
     costs = list(footprints(model, UpdateSize(_TYPICAL_TOKENS, dtype=plan.dtype)).values())
-    sharded = plan.dp_size if plan.stage >= 1 else 1
     weights = plan.working * total + plan.beside_edited * sum(p.numel() for p in edited)
-    states = (plan.master + 2 * plan.moment) * trained / sharded
     scratch = max((cost.scratch_bytes for cost in costs), default=0)
     return MemoryUse(
         weights=weights // (plan.dp_size if plan.stage >= 3 else 1),
         indices=sum(b.numel() * b.element_size() for b in model.buffers()),
         gradients=_gradients(plan, [sum(p.numel() for p in group) for group in groups], groups),
-        states=round(states),
+        states=round(state_bytes(plan, trained, rules)),
         activations=_activations(model, plan, costs, tokens, checkpointing) if tokens else 0,
         transient=sum(cost.held_bytes for cost in costs) + scratch,
     )
+
+
+def state_bytes(
+    plan: StoragePlan,
+    parameters: Collection[nn.Parameter],
+    rules: Mapping[nn.Parameter, MatrixOptimizer],
+) -> float:
+    """Bytes per process of the masters and the optimizer state of trained parameters.
+
+    Args:
+        parameters: of the model's part that a tensor-parallel rank holds.
+        rules: the matrix-wise optimizer of every parameter that has one.
+    """
+    slices = plan.dp_size if plan.stage >= 1 else 1
+    ruled = [(parameter, rules[parameter]) for parameter in parameters if parameter in rules]
+    elements = sum(parameter.numel() for parameter in parameters)
+    moments = 2 * (elements - sum(parameter.numel() for parameter, _ in ruled))
+    matrices = sum(
+        count * size
+        for parameter, rule in ruled
+        for count, size in matrix_state(parameter, rule, slices, plan.tensor)
+    )
+    return (plan.master * elements + plan.moment * moments) / slices + matrices
+
+
+def matrix_state(
+    parameter: nn.Parameter, rule: MatrixOptimizer, slices: int = 1, tensor: int = 1
+) -> Iterator[tuple[float, int]]:
+    """What a process holds of a matrix's optimizer state: elements of each tensor, bytes of one.
+
+    Of what a rank holds for all others this is the mean over the ranks: matrices take turns.
+
+    Args:
+        parameter: this tensor-parallel rank's part of the matrix.
+        rule: updates it.
+        slices: processes that ZeRO slices optimizer states over; 1 at stage 0.
+        tensor: tensor-parallel processes.
+    """
+    ranks = slices * (1 if shard_of(parameter) is None else tensor)
+    for declared in rule.state(global_shape(parameter)).values():
+        elements = {
+            "slice": parameter.numel() / slices,
+            "owner": declared.shape.numel() / ranks,
+            "everyone": declared.shape.numel(),
+        }
+        yield elements[declared.held], declared.dtype.itemsize
 
 
 def _gradients(

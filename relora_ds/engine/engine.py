@@ -99,7 +99,8 @@ class TrainEngine:
         )
         self._shares = TensorGradients(model, self.layout, tp)
         kept = [base.tensors() for base in self.bases.values()]
-        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept)
+        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
+        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
         self._engine.watch_updates(self.memory.after_backward)
         self._reduces_once = zero.reduces_once
 

@@ -9,7 +9,7 @@ given. The defaults of both are full-rank training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -237,3 +237,11 @@ class Method(Generic[ConfigT]):
 def projection_layers(model: nn.Module) -> dict[str, Projection]:
     """The modules that a method put in place of projections, by full name, in model order."""
     return {m.spec.name: m for m in model.modules() if isinstance(m, Projection)}
+
+
+def matrix_rules(
+    method: Method[Any], settings: OptimizerConfig, groups: Sequence[ParameterGroup]
+) -> dict[nn.Parameter, MatrixOptimizer]:
+    """The matrix-wise optimizer of every parameter that has one, in the groups' order."""
+    chosen = ((method.optimizer(settings, group), group.parameters) for group in groups)
+    return {p: rule for rule, parameters in chosen if rule is not None for p in parameters}

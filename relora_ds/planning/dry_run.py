@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from relora_ds.accounting.flops import flops_per_token, parameter_counts
+from relora_ds.accounting.flops import flops_per_token, kind_of, parameter_counts
+from relora_ds.accounting.memory_model import matrix_state
 from relora_ds.config.load import LoadedRun
 from relora_ds.methods.build import meta_model, shard_over_ranks
+from relora_ds.methods.interface import matrix_rules
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.parallel.zero import ZeroSettings
@@ -46,6 +51,7 @@ def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
     tp = part_of_model(run.config.parallel)
     model = meta_model(run.architecture, phase.method, run.config.train, tp)
     counts = parameter_counts(model)
+    kept = _state_elements(run, phase, model)
     table = Table(
         title=f"{phase.name}: steps {phase.first_step + 1} to {phase.last_step}",
         caption=f"{flops_per_token(model, run.config.train.seq_length):.3g} FLOP per token",
@@ -54,9 +60,9 @@ def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
     for heading in ("frozen", "trainable", "optimizer"):
         table.add_column(heading, justify="right")
     for kind, (trainable, frozen) in counts.by_kind.items():
-        table.add_row(kind, *_numbers(frozen, trainable))
+        table.add_row(kind, *_numbers(frozen, trainable, kept[kind]))
     table.add_section()
-    table.add_row("total", *_numbers(counts.frozen, counts.trainable))
+    table.add_row("total", *_numbers(counts.frozen, counts.trainable, kept.total()))
     size = run.config.parallel.tensor
     if size > 1:
         for module in model.modules():
@@ -64,9 +70,24 @@ def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
         held = list(model.parameters())
         trainable = sum(p.numel() for p in held if p.requires_grad)
         frozen = sum(p.numel() for p in held) - trainable
-        table.add_row(f"one of {size} tensor ranks", *_numbers(frozen, trainable))
+        kept = _state_elements(run, phase, model)
+        table.add_row(f"one of {size} tensor ranks", *_numbers(frozen, trainable, kept.total()))
     return table
 
 
-def _numbers(frozen: int, trainable: int) -> list[str]:
-    return [f"{n:,}" for n in (frozen, trainable, _ADAM_STATES * trainable)]
+def _state_elements(run: LoadedRun, phase: Phase, model: nn.Module) -> Counter[str]:
+    """Elements that optimizers keep of a model or of a tensor-parallel part, by kind."""
+    groups, tensor = phase.method.parameter_groups(model), run.config.parallel.tensor
+    rules = matrix_rules(phase.method, run.config.optimizer, groups)
+    kept: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if (rule := rules.get(parameter)) is not None:
+            held = matrix_state(parameter, rule, tensor=tensor)
+            kept[kind_of(name)] += round(sum(elements for elements, _ in held))
+        elif parameter.requires_grad:
+            kept[kind_of(name)] += _ADAM_STATES * parameter.numel()
+    return kept
+
+
+def _numbers(*counts: int) -> list[str]:
+    return [f"{n:,}" for n in counts]

@@ -18,14 +18,20 @@ from torch import nn
 from relora_ds.accounting.collectives import Wire, wire_by_link
 from relora_ds.accounting.flops import ParameterCounts, flops_per_token, parameter_counts
 from relora_ds.accounting.footprints import footprints
-from relora_ds.accounting.memory_model import StoragePlan
+from relora_ds.accounting.memory_model import StoragePlan, state_bytes
 from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.accounting.recorder import Volumes
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_volumes
 from relora_ds.accounting.zero3_gathers import Replay, gathered
-from relora_ds.accounting.zero_traffic import HPZ_GROUP, Payloads, bytes_of, expected_payloads
+from relora_ds.accounting.zero_traffic import (
+    HPZ_GROUP,
+    Payloads,
+    bytes_of,
+    expected_payloads,
+    matrix_sums,
+)
 from relora_ds.config.load import LoadedRun
-from relora_ds.methods.interface import MemoryShare
+from relora_ds.methods.interface import MemoryShare, matrix_rules
 from relora_ds.methods.registry import Phase
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.footprint import UpdateSize
@@ -55,10 +61,13 @@ class PhaseEstimator:
         self._cluster, self._copies = cluster, copies
         self._tp = part_of_model(config.parallel)
         self._model = largest_part(loaded.architecture, self._method, train, self._tp)
-        self._groups = [g.parameters for g in self._method.parameter_groups(self._model)]
+        groups = self._method.parameter_groups(self._model)
+        self._groups = [group.parameters for group in groups]
         trained = [parameter for group in self._groups for parameter in group]
         self._trained = sum(p.numel() for p in trained)
-        self._alike = sum(p.numel() for p in trained if shard_of(p) is None)
+        self._alike = [p for p in trained if self._tp.size > 1 and shard_of(p) is None]
+        self._rules = matrix_rules(self._method, config.optimizer, groups)
+        self._sums = matrix_sums(self._model, self._rules)
         self._edited = sum(p.numel() for p in self._method.edited_weights(self._model))
 
     def counts(self) -> ParameterCounts:
@@ -75,11 +84,11 @@ class PhaseEstimator:
         largest = self._config.train.micro_batch_size + math.floor((room - total) / per_sequence)
         volumes = self._tensor_volumes(zero, max(shares))
         moved = self._traffic(self._payloads(zero, replay), volumes)
-        alike = self._alike / self._trained if self._tp.size > 1 else 0.0
+        alike = state_bytes(self._storage(zero), self._alike, self._rules)
         return Estimate(
             memory=memory,
             bytes_per_gpu=total,
-            states_held_alike=round(memory.states * alike),
+            states_held_alike=round(alike),
             host_bytes_per_node=self._parked().host * self._parts_per_node(),
             fits=total <= room,
             largest_micro_batch=max(0, largest),
@@ -119,7 +128,8 @@ class PhaseEstimator:
 
     def _form(self, zero: ZeroSettings, micro: int) -> MemoryUse:
         train = self._config.train.model_copy(update={"micro_batch_size": micro})
-        return memory_of_part(self._model, self._method, train, self._storage(zero))
+        config = self._config.model_copy(update={"train": train})
+        return memory_of_part(self._model, self._method, config, self._storage(zero))
 
     def _memory(self, zero: ZeroSettings, live: int, share: int) -> GpuMemory:
         """Bytes per GPU.
@@ -151,14 +161,17 @@ class PhaseEstimator:
         return two - one
 
     def _payloads(self, zero: ZeroSettings, replay: Replay) -> Payloads:
-        once = zero.reduces_once
+        once, sums = zero.reduces_once, self._sums.sliced
         groups, copies = self._groups, self._copies
-        return expected_payloads(self._model, groups, zero, copies, once=once, replay=replay)
+        return expected_payloads(
+            self._model, groups, zero, copies, once=once, replay=replay, sums=sums
+        )
 
     def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:
             return {}
-        work = GroupWork(self._tp.size, self._micro_batch().tokens, share, len(self._groups))
+        tokens, groups = self._micro_batch().tokens, len(self._groups)
+        work = GroupWork(self._tp.size, tokens, share, groups, self._sums.sharded)
         return tensor_volumes(self._model, zero, work)
 
     def _traffic(self, payloads: Payloads, volumes: Volumes) -> StepTraffic:

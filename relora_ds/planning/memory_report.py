@@ -13,7 +13,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import meta_model, shard_over_ranks
-from relora_ds.methods.interface import Method
+from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.block_codes import BLOCK
 from relora_ds.numerics.dtypes import DTYPES
@@ -62,20 +62,22 @@ def closed_form(
 ) -> MemoryUse:
     """Expected bytes per process by component; nothing is allocated."""
     part = largest_part(architecture, method, config.train, part_of_model(config.parallel))
-    return memory_of_part(part, method, config.train, plan)
+    return memory_of_part(part, method, config, plan)
 
 
 def memory_of_part(
-    part: Llama, method: Method[Any], train: TrainConfig, plan: StoragePlan
+    part: Llama, method: Method[Any], config: RunConfig, plan: StoragePlan
 ) -> MemoryUse:
     """Expected bytes per process of a part of the model that `largest_part` returned."""
+    groups, train = method.parameter_groups(part), config.train
     return expected_memory(
         part,
         plan,
-        [group.parameters for group in method.parameter_groups(part)],
+        [group.parameters for group in groups],
         method.edited_weights(part),
         train.micro_batch_size * train.seq_length,
         train.activation_checkpointing,
+        matrix_rules(method, config.optimizer, groups),
     )
 
 
