@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.sections import OptimizerConfig
-from relora_ds.methods.interface import Method
+from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.numerics.base_weight import Precision
 from relora_ds.optim.matrix import StateTensor
 from relora_ds.optim.vector_adamw import MOMENTS
@@ -70,12 +70,8 @@ def take_inventory(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     described = method.parameter_groups(model)
     groups = [{names[id(p)]: tp_local_shape(p) for p in group.parameters} for group in described]
-    states: dict[str, Mapping[str, StateTensor]] = {}
-    for group in described:
-        rule = method.optimizer(optimizer, group)
-        if rule is not None:
-            found = {names[id(p)]: rule.state(global_shape(p)) for p in group.parameters}
-            states |= found
+    rules = matrix_rules(method, optimizer, described)
+    states = {names[id(p)]: rule.state(global_shape(p)) for p, rule in rules.items()}
     frozen = {n: tp_local_shape(p) for n, p in model.named_parameters() if not p.requires_grad}
     edited = frozenset(names[id(weight)] for weight in method.edited_weights(model))
     return Inventory(groups, frozen, edited, precision, dtype, states)

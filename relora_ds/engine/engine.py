@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,10 +22,9 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.engine.zero.state import Probe, ZeroState
 from relora_ds.engine.zero.tensor_gradients import TensorGradients, global_norm
-from relora_ds.methods.interface import Method, ParameterGroup
+from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.optim.grouped import GroupedOptimizer
-from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import method_shape
@@ -59,7 +58,7 @@ class TrainEngine:
         self._tp = tp
         groups = method.parameter_groups(model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
-        rules = [method.optimizer(config.optimizer, group) for group in groups]
+        rules = matrix_rules(method, config.optimizer, groups)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
@@ -72,7 +71,7 @@ class TrainEngine:
         self._restore_slices(exact)
         axes = method.vector_axes(model).items()
         self.clocks = {p: VectorClock(method_shape(p)[axis], axis) for p, axis in axes}
-        self.matrices = ZeroMatrices(self.layout, _by_parameter(groups, rules), self.names(), tp)
+        self.matrices = ZeroMatrices(self.layout, rules, self.names(), tp)
         if isinstance(self.optimizer, VectorAdamW):
             self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
             self.optimizer.roundings = rounding_streams(self.layout, self.names(), method.seed)
@@ -234,15 +233,3 @@ class TrainEngine:
 
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tp)
-
-
-def _by_parameter(
-    groups: Sequence[ParameterGroup], rules: Sequence[MatrixOptimizer | None]
-) -> dict[nn.Parameter, MatrixOptimizer]:
-    """The matrix-wise optimizer of every parameter that has one, in the groups' order."""
-    return {
-        parameter: rule
-        for group, rule in zip(groups, rules, strict=True)
-        if rule is not None
-        for parameter in group.parameters
-    }

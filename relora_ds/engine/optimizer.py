@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from relora_ds.config.sections import OptimizerConfig
 from relora_ds.engine.deepspeed.optimizers import cpu_adam, fused_adam
@@ -19,7 +20,7 @@ from relora_ds.optim.vector_adamw import VectorAdamW
 def build_optimizer(
     config: OptimizerConfig,
     groups: Sequence[ParameterGroup],
-    rules: Sequence[MatrixOptimizer | None],
+    rules: Mapping[nn.Parameter, MatrixOptimizer],
 ) -> torch.optim.Optimizer:
     """The configured AdamW over the method's groups, but for those with a rule of their own.
 
@@ -29,7 +30,7 @@ def build_optimizer(
     Args:
         config: names the element-wise optimizer.
         groups: what is trained.
-        rules: the matrix-wise optimizer of each group, None for an element-wise one.
+        rules: the matrix-wise optimizer of every parameter that has one; whole groups have it.
     """
     settings = {"betas": config.betas, "eps": config.eps}
     described: list[dict[str, Any]] = [
@@ -41,13 +42,16 @@ def build_optimizer(
         }
         for group in groups
     ]
-    named = {f"rule {number}": rule for number, rule in enumerate(rules) if rule is not None}
-    if not named:
+    if not rules:
         return _KINDS[config.name](described, settings)
     assert config.name == "adamw", "requirements were checked"
+    named: dict[str, MatrixOptimizer] = {}
     for number, description in enumerate(described):
-        key = f"rule {number}"
-        description["rule"] = key if key in named else None
+        rule = rules.get(description["params"][0])
+        # a name and not the rule: groups are saved, and read by a loader that knows no classes
+        description["rule"] = None if rule is None else f"rule {number}"
+        if rule is not None:
+            named[f"rule {number}"] = rule
     return GroupedOptimizer(described, named, **settings)
 
 

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from relora_ds.checkpoint.export import export_hf
+from relora_ds.checkpoint.format import layout
 from relora_ds.config.schema import RunConfig
-from relora_ds.data.batches import unigram_perplexity
+from relora_ds.data.batches import ValidationBatches, unigram_perplexity
+from relora_ds.data.source import Corpus
 from relora_ds.methods.registry import plan_phases
-from relora_ds.train.loop import Trainer
 from relora_ds.train.telemetry.plot import plot_run
 from relora_ds.train.telemetry.sinks.base import Status
 from relora_ds.train.telemetry.summary import write_summary
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: Status
+    reason: str | None
+    """Why it did not complete; None if it did."""
+    started_at: datetime
+    world_size: int
+    """Processes that took part."""
+    final: Mapping[str, Any]
+    """Last value of each metric."""
 
 
 def warn_of_missing_export(config: RunConfig) -> None:
@@ -31,39 +49,39 @@ def warn_of_missing_export(config: RunConfig) -> None:
 
 
 def write_results(
-    trainer: Trainer, status: Status, reason: str | None, started_at: datetime
+    outcome: Outcome, config: RunConfig, corpus: Corpus, valid_data: ValidationBatches | None
 ) -> None:
-    """Plot, export and summary; rank 0 only."""
-    config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    final = dict(trainer.final)
-    if trainer.valid_data is not None and trainer.corpus.valid is not None:
+    """Write plot, summary and, of a completed run, the export; on rank 0 only."""
+    output_dir, final = Path(config.output_dir), dict(outcome.final)
+    if valid_data is not None and corpus.valid is not None:
         final["data/unigram_perplexity"] = unigram_perplexity(
-            trainer.corpus.valid, config.train.seq_length, trainer.valid_data.num_sequences
+            corpus.valid, config.train.seq_length, valid_data.num_sequences
         )
     write_summary(
         output_dir / "summary.json",
-        status=status,
+        status=outcome.status,
         figures=final,
         config=config,
-        world_size=trainer.topology.world_size,
-        started_at=started_at,
-        data_fingerprints={file.prefix: file.fingerprint for file in trainer.corpus.files},
-        tokenizer_sha256=trainer.corpus.train[0].tokenizer_sha256,
-        reason=reason,
+        world_size=outcome.world_size,
+        started_at=outcome.started_at,
+        data_fingerprints={file.prefix: file.fingerprint for file in corpus.files},
+        tokenizer_sha256=corpus.train[0].tokenizer_sha256,
+        reason=outcome.reason,
     )
     metrics = output_dir / "metrics.jsonl"
     if metrics.is_file() and metrics.stat().st_size:
         plot_run(metrics, output_dir / "plots" / "loss.png")
-    if status != "completed":
+    if outcome.status != "completed":
         return
-    place = output_dir / ("hf" if _exports(config) else "checkpoints")
-    if _exports(config):
-        export_hf(output_dir / "checkpoints", place, torch.float32)
+    checkpoints, hf = output_dir / layout.CHECKPOINTS, output_dir / "hf"
+    exports = _exports(config)
+    if exports:
+        export_hf(checkpoints, hf, torch.float32)
     _logger.info(
         "done: validation perplexity %.2f (unigram %.1f), model in %s",
         final.get("eval/perplexity", float("nan")),
         final.get("data/unigram_perplexity", float("nan")),
-        place,
+        hf if exports else checkpoints,
     )
 
 

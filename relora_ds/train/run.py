@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from relora_ds.checkpoint.resume import (
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
@@ -37,7 +41,7 @@ from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
-from relora_ds.train.results import warn_of_missing_export, write_results
+from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
 from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
@@ -47,6 +51,17 @@ from relora_ds.train.transition import take_dense_weights
 
 _logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose settings, processes and data fit each other."""
+
+    config: RunConfig
+    architecture: ModelConfig
+    topology: Topology
+    zero: ZeroSettings
+    corpus: Corpus
 
 
 def run(loaded: LoadedRun) -> None:
@@ -69,9 +84,9 @@ def run(loaded: LoadedRun) -> None:
     check_requirements(loaded, zero.stage)
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
-    saved = _find_start(loaded, topology, corpus)
-    stop = StopSignal(launcher)
-    trainer = _build_trainer(loaded, topology, zero.stage, corpus, saved, stop)
+    prepared = Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
+    saved = _find_start(prepared)
+    trainer = _build_trainer(prepared, saved, StopSignal(launcher))
     if topology.is_main:
         warn_of_missing_export(loaded.config)
         for warning in (*loaded.warnings, reduction_advice(zero), version_advice()):
@@ -81,7 +96,7 @@ def run(loaded: LoadedRun) -> None:
     status, reason = "failed", None
     try:
         with recorder:
-            _train(trainer, zero, saved)
+            _train(prepared, trainer, saved)
         status = "completed"
     except PreemptedError as error:
         status, reason = "preempted", str(error)
@@ -92,20 +107,22 @@ def run(loaded: LoadedRun) -> None:
     finally:
         trainer.telemetry.close(status)
         if topology.is_main:
-            write_results(trainer, status, reason, started_at)
+            outcome = Outcome(status, reason, started_at, topology.world_size, trainer.final)
+            write_results(outcome, loaded.config, corpus, trainer.valid_data)
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()
 
 
-def _find_start(loaded: LoadedRun, topology: Topology, corpus: Corpus) -> SavedRun | None:
+def _find_start(prepared: Prepared) -> SavedRun | None:
     """The checkpoint to resume from, which belongs to this run, or a clean output directory."""
-    saved = find_saved_run(loaded.config, topology.is_main)
+    config, topology = prepared.config, prepared.topology
+    saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, loaded.config, loaded.architecture, corpus.fingerprints())
+        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
-    output_dir = Path(loaded.config.output_dir)
+    output_dir = Path(config.output_dir)
     if topology.is_main:
         moved = set_aside_earlier_run(output_dir)
         configure_logging(output_dir, topology.rank)
@@ -118,15 +135,9 @@ def _find_start(loaded: LoadedRun, topology: Topology, corpus: Corpus) -> SavedR
     return None
 
 
-def _build_trainer(
-    loaded: LoadedRun,
-    topology: Topology,
-    stage: int,
-    corpus: Corpus,
-    saved: SavedRun | None,
-    stop: StopSignal,
-) -> Trainer:
-    config, train = loaded.config, loaded.config.train
+def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal) -> Trainer:
+    config, train, corpus = prepared.config, prepared.config.train, prepared.corpus
+    topology = prepared.topology
     state = saved.record.trainer if saved else None
     output_dir = Path(config.output_dir)
     place = (train.micro_batch_size, topology.dp_rank, topology.dp_size)
@@ -148,9 +159,9 @@ def _build_trainer(
     )
     return Trainer(
         config=config,
-        architecture=loaded.architecture,
+        architecture=prepared.architecture,
         topology=topology,
-        zero_stage=stage,
+        zero_stage=prepared.zero.stage,
         corpus=corpus,
         train_data=train_data,
         valid_data=valid_data,
@@ -163,63 +174,61 @@ def _build_trainer(
     )
 
 
-def _train(trainer: Trainer, zero: ZeroSettings, saved: SavedRun | None) -> None:
+def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None:
     """All phases that are left, each with an engine of its own."""
-    phases = phases_left(trainer.config, saved)
-    completed, device = saved.record.trainer.step if saved else 0, trainer.topology.device
-    weights: DenseWeights = _initial_weights(trainer) if saved is None else None
+    config, architecture = prepared.config, prepared.architecture
+    topology, stage = prepared.topology, prepared.zero.stage
+    phases = phases_left(config, saved)
+    completed = saved.record.trainer.step if saved else 0
+    weights: DenseWeights = _initial_weights(config, architecture) if saved is None else None
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
-            engine = _build_engine(trainer, phase, zero, weights)
+            engine = _build_engine(prepared, phase, weights)
             with torch.no_grad():
                 session = phase.method.start(engine.state, engine.model)
             if number == 0 and saved is not None:
-                restore_phase(saved, engine, session, trainer.topology, trainer.zero_stage)
-        meter = _build_meter(trainer, engine)
+                restore_phase(saved, engine, session, topology, stage)
+        meter = _build_meter(config.train, engine, topology.world_size)
         trainer.run_phase(phase, engine, session, meter, completed)
-        plan = storage_plan(trainer.config, trainer.zero_stage, trainer.topology.dp_size, device)
-        expected = closed_form(trainer.config, trainer.architecture, phase.method, plan)
+        plan = storage_plan(config, stage, topology.dp_size, topology.device)
+        expected = closed_form(config, architecture, phase.method, plan)
         trainer.final |= memory_metrics(engine.memory.measured, expected)
         completed = phase.last_step
         if number + 1 < len(phases):
             with recorder.phase("setup"):
                 weights = take_dense_weights(
-                    engine,
-                    trainer.architecture,
-                    phase.method,
-                    trainer.config.train,
-                    trainer.topology.tp,
+                    engine, architecture, phase.method, config.train, topology.tp
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
 
 
-def _initial_weights(trainer: Trainer) -> Mapping[str, torch.Tensor] | None:
+def _initial_weights(
+    config: RunConfig, architecture: ModelConfig
+) -> Mapping[str, torch.Tensor] | None:
     """Dense weights to start from, each read on access; or None for the seed's random draw."""
-    path = trainer.config.train.init_from
+    path = config.train.init_from
     if path is None:
         return None
     model = DenseModel(Path(path))
-    if model.architecture.model_dump() != trainer.architecture.model_dump():
+    if model.architecture.model_dump() != architecture.model_dump():
         raise CheckpointError(
             f"train.init_from: the model in {path} has another architecture than "
-            f"{trainer.config.model}; use the same one"
+            f"{config.model}; use the same one"
         )
     return model.weights()
 
 
-def _build_engine(
-    trainer: Trainer, phase: Phase, zero: ZeroSettings, weights: DenseWeights
-) -> TrainEngine:
+def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
-    file = trainer.corpus.valid or trainer.corpus.train[0]
-    count = min(_PROBE_TOKENS, trainer.config.train.seq_length)
+    config, file = prepared.config, prepared.corpus.valid or prepared.corpus.train[0]
+    count = min(_PROBE_TOKENS, config.train.seq_length)
     engine = build_engine(
-        trainer.architecture,
+        prepared.architecture,
         phase.method,
-        trainer.config,
-        zero,
-        trainer.topology,
+        config,
+        prepared.zero,
+        prepared.topology,
         weights,
         torch.from_numpy(file.window(0, count)).unsqueeze(0),
     )
@@ -233,13 +242,12 @@ def _build_engine(
     return engine
 
 
-def _build_meter(trainer: Trainer, engine: TrainEngine) -> ThroughputMeter:
-    train = trainer.config.train
+def _build_meter(train: TrainConfig, engine: TrainEngine, processes: int) -> ThroughputMeter:
     device = engine.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return ThroughputMeter(
-        trainer.tokens_per_step,
+        train.global_batch_size * train.seq_length,
         flops_per_token(engine.model, train.seq_length),
         peak_flops(name, train.precision),
-        num_devices=trainer.topology.world_size,
+        num_devices=processes,
     )

@@ -8,11 +8,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from relora_ds.checkpoint.export import export_hf
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.config.load import load_run_config
+from relora_ds.errors import CheckpointError
 from relora_ds.parallel.topology import Topology
+from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
 from relora_ds.train.run import run
-from tests.contract.toy import toy
+from tests.contract.toy import OpaqueToy, toy
 
 Run = tuple[str, list[str]]
 """Run file and overrides."""
@@ -26,6 +31,23 @@ def train(topology: Topology, runs: Sequence[Run]) -> list[dict[int, dict[str, A
             loaded = load_run_config(path, overrides)
             run(loaded)
             found.append(lines(Path(loaded.config.output_dir)))
+    return found
+
+
+def train_opaque(topology: Topology, path: str, overrides: list[str], data: str) -> dict[str, Any]:
+    """A run of a method without dense weights: what it ended with, and what is made of it."""
+    with toy(OpaqueToy):
+        loaded = load_run_config(path, overrides)
+        run(loaded)
+        output_dir = Path(loaded.config.output_dir)
+        found: dict[str, Any] = {"score": evaluate_checkpoint(output_dir, data, None, 4)}
+        try:
+            export_hf(output_dir / "checkpoints", output_dir / "hf", torch.float32)
+        except CheckpointError as error:
+            found["refusal"] = str(error)
+    found["summary"] = json.loads((output_dir / "summary.json").read_text())
+    found["exported"] = (output_dir / "hf").exists()
+    found["log"] = (output_dir / "logs" / "rank_0.log").read_text()
     return found
 
 

@@ -164,3 +164,20 @@ def test_other_processes_continue_it(
     reference = losses(request.getfixturevalue("one_process")["0"][0])[HALF:]
     for lines in run_ranks(cases.train, processes, runs=runs):
         assert losses(lines) == pytest.approx(reference, rel=1e-5)
+
+
+def test_without_dense_weights_a_run_ends_without_an_export(
+    description: tuple[Path, str], tiny_corpus: Any
+) -> None:
+    folder, path = description
+    overrides = [f"output_dir={folder}/opaque", "eval.batches=null"]
+    found = run_ranks(
+        cases.train_opaque, 1, path=path, overrides=overrides, data=str(tiny_corpus.valid)
+    )
+    assert found["summary"]["status"] == "completed"
+    final = found["summary"]["final"]
+    assert found["score"]["loss"] == pytest.approx(final["eval/loss"], rel=1e-5)
+    assert "has no dense weights" in found["refusal"]
+    assert not found["exported"]
+    before_training, _, _ = found["log"].partition("trained and")
+    assert "ends without a Hugging Face export" in before_training

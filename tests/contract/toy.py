@@ -23,6 +23,7 @@ from relora_ds.methods.interface import Event, Method, ParameterGroup, Session
 from relora_ds.methods.registry import registered as registered_method
 from relora_ds.methods.train_state import TrainState
 from relora_ds.optim.matrix import MatrixOptimizer, MatrixUpdate, Needs, StateTensor, Steps, Sum
+from relora_ds.parallel.linear import Projection
 from relora_ds.randomness import Stream
 
 BETA = 0.9
@@ -96,6 +97,15 @@ class Toy(Method[ToySettings]):
         return ToySession(self, state, model)
 
 
+class OpaqueToy(Toy):
+    """Toy training by a method that has no dense equivalent to export."""
+
+    has_dense_weight = False
+
+    def dense_weight(self, layer: Projection) -> torch.Tensor | None:
+        return None
+
+
 class ToySession(Session[Toy]):
     """Reports an event now and then, so that processes are compared."""
 
@@ -104,9 +114,9 @@ class ToySession(Session[Toy]):
 
 
 @contextmanager
-def toy() -> Iterator[None]:
+def toy(method: type[Toy] = Toy) -> Iterator[None]:
     """The method is registered within the block, as a package of its own would do it."""
     with ExitStack() as stack:
         stack.enter_context(registered_settings(ToySettings))
-        stack.enter_context(registered_method("toy", Toy))
+        stack.enter_context(registered_method("toy", method))
         yield
