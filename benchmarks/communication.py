@@ -324,7 +324,7 @@ def _alone(
 def _calls(
     kind: Traffic, volume: Volume, group: ProcessGroup, device: torch.device
 ) -> list[Callable[[], Any]]:
-    """As many calls as were counted, each with their mean payload."""
+    """Repeat as many calls as were counted, each with their mean payload."""
     dtype = getattr(torch, kind.dtype, torch.uint8)
     size = -(-volume.payload // (volume.calls * dtype.itemsize * kind.size))
     whole = torch.zeros(max(1, size) * kind.size, dtype=dtype, device=device)

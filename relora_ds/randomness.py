@@ -91,7 +91,8 @@ class Stream:
         return quarters.to(torch.int32).bitwise_and_(0xFFFF)
 
     def uniform_at(self, index: torch.Tensor) -> torch.Tensor:
-        """The same elements by index, int64 of any shape; fp32 of that shape on its device."""
+        """Elements of the stream at given indices, int64 of any shape: fp32 of that shape on its
+        device."""
         return _shift_right(self._words_at(index), 40).to(torch.float32).mul_(2.0**-24)
 
     def uniform_rows(self, rows: torch.Tensor, width: int, start: int, stop: int) -> torch.Tensor:

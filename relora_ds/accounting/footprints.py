@@ -210,7 +210,7 @@ class _Rehearsal:
         )
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As the model runs it: within the backward pass again, if the layer is recomputed."""
+        """Run the layer as the model does: twice, if it is recomputed in the backward pass."""
         if not self._layer.recomputed:
             return self._layer.product(x)
         out = checkpoint(self._layer.product, x, use_reentrant=False, preserve_rng_state=False)

@@ -115,8 +115,10 @@ def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Vol
 
 
 def _of_loss(model: nn.Module, tokens: int) -> Exchange:
-    """Of one micro-batch's softmax over the vocabulary, in fp32: by chunk a maximum, and the sum
-    with the target's logit."""
+    """Exchange of one micro-batch's softmax over the vocabulary, in fp32.
+
+    Every chunk exchanges a maximum, and the sum together with the target's logit.
+    """
     # the head holds as many words as the embedding does
     words = tp_local_shape(_embedding(model).weight)[0]
     chunks = -(-tokens // chunk_rows(words))
@@ -124,8 +126,8 @@ def _of_loss(model: nn.Module, tokens: int) -> Exchange:
 
 
 def _of_blocks(model: nn.Module, tokens: int) -> Iterator[Exchange]:
-    """Of one micro-batch where blocks, embedding and head are entered and left, in the working
-    type."""
+    """Exchanges of one micro-batch, in the working type, where blocks, embedding and head are
+    entered and left."""
     modules, embedding = list(model.modules()), _embedding(model)
     activation = tokens * global_shape(embedding.weight)[1]
     blocks = 2 * sum(isinstance(module, Attention) for module in modules)

@@ -43,7 +43,7 @@ from relora_ds.parallel.shape import global_shape, shard_of
 from relora_ds.parallel.zero import ZeroSettings
 
 SUM_BYTES = 4
-"""Of an element that a matrix-wise optimizer adds up."""
+"""Bytes of an element that a matrix-wise optimizer adds up."""
 _NORM_BYTES = 4
 _NORM_BYTES_STAGE_3 = 8
 _FLAG_BYTES = 1

@@ -47,7 +47,7 @@ class Inventory:
 
     @property
     def trained(self) -> dict[str, torch.Size]:
-        """Of all groups."""
+        """Shapes of all trained parameters by name, over all groups."""
         return {name: shape for group in self.groups for name, shape in group.items()}
 
 

@@ -17,7 +17,7 @@ class SourceFile(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
     path: str
-    """As it was named on the command line."""
+    """The path as it was named on the command line."""
     bytes: int
     """Size of the file."""
 

@@ -136,7 +136,7 @@ def train_tokenizer(
 
 
 def _without_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """The same model, set not to put a space before a text."""
+    """The tokenizer, set not to put a space before a text."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
     proto.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -74,7 +74,8 @@ class Projection(nn.Module):
         raise NotImplementedError
 
     def inner_dims(self) -> dict[str, int]:
-        """The same for parameters that are cut along the inner dimension of a low-rank product."""
+        """The dimension r of each parameter that is sharded along it, the inner dimension of a low-rank
+        product."""
         return {}
 
     def shards(self) -> dict[str, TPShard]:

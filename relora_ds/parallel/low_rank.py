@@ -71,7 +71,8 @@ class LowRankProjection(Projection):
         return partial
 
     def inner_exchange(self) -> InnerExchange:
-        """Of (T, r) tensors, whose parts (T, r / N) this rank forms where the factor is cut."""
+        """The exchange of (T, r) tensors, of which this rank forms parts (T, r / N) where a factor is
+        sharded along r."""
         if not self.shards_inner:
             return InnerExchange(_as_it_is, _as_it_is)
         tp = self.spec.tp

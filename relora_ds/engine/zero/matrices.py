@@ -190,7 +190,7 @@ class ZeroMatrices(MatrixExchange):
 
 
 STATE_PREFIX = "optimizer"
-"""Of matrix-wise state in a checkpoint; the names of the parameter and of the tensor follow."""
+"""First part of a name of matrix-wise state in a checkpoint; parameter and tensor follow."""
 
 
 def _gather(part: torch.Tensor, owner: int, group: ProcessGroup) -> list[torch.Tensor] | None:

@@ -184,7 +184,10 @@ def _low_rank(
     columns: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same without G: dv[k] = sum over tokens of dy[:, i_k] * x[:, j_k]."""
+    """Gradient of the values without the dense one.
+
+    dv[k] = sum over tokens of dy[:, i_k] * x[:, j_k].
+    """
     grad_a = (grad @ lora_b).mul_(scale).t() @ rows
     grad_b = (grad.t() @ (rows @ lora_a.t())).mul_(scale)
     # the kernel knows fp32 and fp64 only, and wants both operands' tokens to be contiguous

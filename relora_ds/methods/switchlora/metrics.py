@@ -81,7 +81,7 @@ class UpdateRank:
         self.layer = layer.spec.name
         """Full name of the projection."""
         self.key = f"{layer.spec.name}.{self.ENTRY}"
-        """Of `reference` in a saved state."""
+        """Key of `reference` in a saved state."""
         self._layer = layer
         rows, cols = tp_local_shape(layer.weight)
         width = min(_SKETCH, cols)

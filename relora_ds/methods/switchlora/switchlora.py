@@ -326,5 +326,5 @@ class SwitchLoRASession(Session[SwitchLoRA]):
 
 
 def _lengths(switched: _Switched) -> int:
-    """Of a row of A and a column of B together."""
+    """Length of a row of A and a column of B together."""
     return switched.layer.spec.in_features + switched.layer.spec.out_features
