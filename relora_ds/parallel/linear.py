@@ -74,8 +74,7 @@ class Projection(nn.Module):
         raise NotImplementedError
 
     def inner_dims(self) -> dict[str, int]:
-        """The dimension r of each parameter that is sharded along it, the inner dimension of a low-rank
-        product."""
+        """The dimension of each parameter that is the r of a low-rank product and sharded."""
         return {}
 
     def shards(self) -> dict[str, TPShard]:
