@@ -71,7 +71,7 @@ class LowRankProjection(Projection):
         return partial
 
     def inner_exchange(self) -> InnerExchange:
-        """The exchange of (T, r) tensors; this rank forms parts (T, r / N) where a factor is sharded
+        """The exchange of (T, r) tensors; this rank has parts (T, r / N) where a factor is sharded
         along r."""
         if not self.shards_inner:
             return InnerExchange(_as_it_is, _as_it_is)
