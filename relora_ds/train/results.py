@@ -14,7 +14,7 @@ from relora_ds.data.batches import unigram_perplexity
 from relora_ds.methods.registry import plan_phases
 from relora_ds.train.loop import Trainer
 from relora_ds.train.telemetry.plot import plot_run
-from relora_ds.train.telemetry.sink import Status
+from relora_ds.train.telemetry.sinks.base import Status
 from relora_ds.train.telemetry.summary import write_summary
 
 _logger = logging.getLogger(__name__)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from relora_ds.methods.adapter import adapter_layers
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA, SwitchLoRASession

@@ -12,7 +12,7 @@ import numpy as np
 
 from relora_ds.errors import ConfigError
 from relora_ds.train.telemetry.atomic import write_atomically
-from relora_ds.train.telemetry.sink import read_metrics
+from relora_ds.train.telemetry.sinks.base import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ import relora_ds
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ReloraError
 from relora_ds.train.telemetry.atomic import write_atomically
-from relora_ds.train.telemetry.sink import Metrics, Status, finite_or_none
+from relora_ds.train.telemetry.sinks.base import Metrics, Status, finite_or_none
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.config.schema import RunConfig
-from relora_ds.train.telemetry.console import build_console
-from relora_ds.train.telemetry.sink import Metrics, MetricsFile, Sink, Status
-from relora_ds.train.telemetry.tensorboard_sink import TensorBoardSink, require_tensorboard
-from relora_ds.train.telemetry.wandb_sink import WandbSink, effective_mode
+from relora_ds.train.telemetry.sinks.base import Metrics, MetricsFile, Sink, Status
+from relora_ds.train.telemetry.sinks.console import build_console
+from relora_ds.train.telemetry.sinks.tensorboard import TensorBoardSink, require_tensorboard
+from relora_ds.train.telemetry.sinks.wandb import WandbSink, effective_mode
 
 _logger = logging.getLogger(__name__)
 

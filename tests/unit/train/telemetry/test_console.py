@@ -9,7 +9,7 @@ import sys
 import pytest
 import rich.console
 
-from relora_ds.train.telemetry.console import (
+from relora_ds.train.telemetry.sinks.console import (
     BarConsole,
     PlainConsole,
     RemainingTime,

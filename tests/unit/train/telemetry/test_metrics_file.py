@@ -11,7 +11,7 @@ import pytest
 
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.train.telemetry.atomic import write_atomically
-from relora_ds.train.telemetry.sink import MetricsFile, read_metrics
+from relora_ds.train.telemetry.sinks.base import MetricsFile, read_metrics
 
 
 def _log_steps(path: Path, steps: range, resume_step: int = 0, offset: float = 0.0) -> None:

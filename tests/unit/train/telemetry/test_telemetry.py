@@ -14,7 +14,7 @@ import pytest
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError, ReloraError
-from relora_ds.train.telemetry.sink import Metrics, Status
+from relora_ds.train.telemetry.sinks.base import Metrics, Status
 from relora_ds.train.telemetry.telemetry import Telemetry
 
 MakeConfig = Callable[..., RunConfig]

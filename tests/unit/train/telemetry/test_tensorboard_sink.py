@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relora_ds.errors import ConfigError
-from relora_ds.train.telemetry.tensorboard_sink import TensorBoardSink
+from relora_ds.train.telemetry.sinks.tensorboard import TensorBoardSink
 
 
 def _scalars(directory: Path, name: str) -> list[tuple[int, float]]:

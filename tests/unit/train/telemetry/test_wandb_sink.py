@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from relora_ds.config.sections import WandbConfig
-from relora_ds.train.telemetry.wandb_sink import WandbSink, effective_mode
+from relora_ds.train.telemetry.sinks.wandb import WandbSink, effective_mode
 
 wandb = pytest.importorskip("wandb")
 
@@ -73,6 +73,7 @@ def test_offline_records_below_the_output_directory_without_credentials(
     sink.log(20, {"train/loss": float("nan")})
     sink.close("preempted")
     sink.close("preempted")
+    wandb.teardown()  # its process may still be writing when the run is finished
     recorded = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{sink.run_id}.wandb"))
     assert len(recorded) == 1
     content = b"".join(f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())

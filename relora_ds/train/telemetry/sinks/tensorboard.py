@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from relora_ds.errors import ConfigError
-from relora_ds.train.telemetry.sink import Metrics, Status
+from relora_ds.train.telemetry.sinks.base import Metrics, Status
 
 
 def require_tensorboard() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from relora_ds.train.telemetry.sink import Metrics, Sink, Status
+from relora_ds.train.telemetry.sinks.base import Metrics, Sink, Status
 
 _logger = logging.getLogger(__name__)
 
