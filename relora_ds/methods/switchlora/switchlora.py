@@ -97,12 +97,13 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         super().__init__(method, state, model)
         self.config = method.config
         allocate, writes = self._storage()
-        self._layers = {
+        self.layers = {
             name: self._prepare_layer(layer, allocate, writes)
             for name, layer in adapter_layers(model).items()
         }
+        """Projections by name, with their candidates and what is in use of them."""
         self._ahead: tuple[int, list[_Work]] | None = None
-        first = next(iter(self._layers.values()))
+        first = next(iter(self.layers.values()))
         self._pairs = PairCensus(first.selection.num_slots)
         self._pairs.note(first.state.slots)
         self._rank = UpdateRank(first.layer, method.seed)
@@ -175,9 +176,9 @@ class SwitchLoRASession(Session[SwitchLoRA]):
     def _plan(self, step: int, ahead: int) -> list[_Work]:
         """The event before update number `step` + 1, when `step` - `ahead` are completed."""
         expected = self.config.expected_switches(step, self.method.steps)
-        counts = switch_counts(expected, len(self._layers), self.method.seed, step)
+        counts = switch_counts(expected, len(self.layers), self.method.seed, step)
         work = []
-        for switched, count in zip(self._layers.values(), counts, strict=True):
+        for switched, count in zip(self.layers.values(), counts, strict=True):
             if not count:
                 continue
             layer = switched.layer
@@ -248,18 +249,18 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         return edit
 
     def _note(self, work: Sequence[_Work]) -> None:
-        first = next(iter(self._layers.values()))
+        first = next(iter(self.layers.values()))
         if any(item.switched is first for item in work):
             self._pairs.note(first.state.slots)
         # the counterpart of a row of A, n long, is a column of B, m long
         reset = sum(len(item.plan.vectors[0]) * _lengths(item.switched) for item in work)
-        elements = sum(self.config.rank * _lengths(each) for each in self._layers.values())
+        elements = sum(self.config.rank * _lengths(each) for each in self.layers.values())
         self._metrics.note_switches(sum(item.plan.count for item in work), reset / elements)
 
     def report(self) -> Report:
         visited = sum(
             pool.stored + int((pool.places()[held] < 0).sum())
-            for switched in self._layers.values()
+            for switched in self.layers.values()
             for pool, held in zip(switched.pools, switched.state.slots, strict=True)
         )
         happened = self._metrics.events > 0
@@ -278,7 +279,7 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         One that differs elsewhere shows in the factor that it enters.
         """
         found = {}
-        for name, switched in self._layers.items():
+        for name, switched in self.layers.items():
             for side, held, pool in zip(_SIDES, switched.state.slots, switched.pools, strict=True):
                 found[f"{name}.{side} (slots)"] = torch.from_numpy(held)
                 found[f"{name}.{side} (places)"] = pool.places()
@@ -289,13 +290,13 @@ class SwitchLoRASession(Session[SwitchLoRA]):
 
     def state_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {
-            "cursors": {name: list(s.state.cursors) for name, s in self._layers.items()},
+            "cursors": {name: list(s.state.cursors) for name, s in self.layers.items()},
             "switched_vectors": self._metrics.switched,
             "pairs": SavedTensor(self._pairs.tensor()),
             # of the rows of its weight
             self._rank.key: SavedTensor(self._rank.reference, f"{self._rank.layer}.weight"),
         }
-        for name, switched in self._layers.items():
+        for name, switched in self.layers.items():
             shape = tp_local_shape(switched.layer.weight)
             for side, slots, pool, length in zip(
                 _SIDES, switched.state.slots, switched.pools, shape[::-1], strict=True
@@ -314,7 +315,7 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         self._metrics.switched = state["switched_vectors"]
         self._pairs.load(state["pairs"])
         self._rank.reference.copy_(state[self._rank.key])
-        for name, switched in self._layers.items():
+        for name, switched in self.layers.items():
             first, second = state["cursors"][name]
             switched.state.cursors = first, second
             for side, held, pool in zip(_SIDES, switched.state.slots, switched.pools, strict=True):

@@ -6,7 +6,7 @@ weight may have an authoritative store of the engine's beside its working values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,13 +80,28 @@ class MemoryWeights(Weights):
 
 
 class MemoryMoments(Moments):
-    """Moments from a dictionary; order statistics from `torch.kthvalue`."""
+    """Moments from a dictionary; order statistics from `torch.kthvalue`.
+
+    Args:
+        stored: of what is trained.
+        restarted: takes the parameters whose steps were reset, in order.
+        clocks: of parameters that have one; a parameter without counts as one vector.
+        completed: updates that the optimizer has made.
+    """
 
     def __init__(
-        self, stored: dict[nn.Parameter, StoredMoments], restarted: list[nn.Parameter]
+        self,
+        stored: dict[nn.Parameter, StoredMoments],
+        restarted: list[nn.Parameter],
+        clocks: Mapping[nn.Parameter, VectorClock] | None = None,
+        completed: Callable[[], int] = lambda: 0,
     ) -> None:
         self.stored = stored
-        self._restarted = restarted
+        self._restarted, self._clocks, self._completed = (
+            restarted,
+            {} if clocks is None else clocks,
+            completed,
+        )
 
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         if parameter not in self.stored:
@@ -116,7 +131,11 @@ class MemoryMoments(Moments):
 
     def restart(self, parameter: nn.Parameter) -> int:
         self._restarted.append(parameter)
-        return 1
+        clock = self._clocks.get(parameter)
+        if clock is None:
+            return 1
+        clock.restart(self._completed())
+        return clock.count
 
 
 class MemoryVectors(Vectors):
@@ -148,7 +167,7 @@ class MemoryVectors(Vectors):
         return [*found, *(part for _, part in stored)]
 
     def write(self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor) -> None:
-        self._rows(parameter.data, parameter)[index] = values
+        self._rows(parameter.data, parameter)[index] = values.to(parameter.dtype)
 
     def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
         moments, clock = self._stored[parameter], self.clocks[parameter]
@@ -210,10 +229,14 @@ class MemoryState(TrainState):
         self.probe_output: Callable[[], torch.Tensor | None] = lambda: None
         self.completed = 0
         """Updates that the optimizer has made."""
+
+        def completed() -> int:
+            return self.completed
+
         super().__init__(
             MemoryWeights(self.bases),
-            moments or MemoryMoments(self.stored, self.restarted),
-            MemoryVectors(self.clocks, self.stored, lambda: self.completed),
+            moments or MemoryMoments(self.stored, self.restarted, self.clocks, completed),
+            MemoryVectors(self.clocks, self.stored, completed),
             MemoryHost(),
         )
 

@@ -138,7 +138,7 @@ def test_bf16_alone_drifts() -> None:
 def vectors_of(run: Run) -> Counter[bytes]:
     """Every vector of the pools and of the factors."""
     found: Counter[bytes] = Counter()
-    for switched in run.session._layers.values():
+    for switched in run.session.layers.values():
         layer, slots = switched.layer, range(switched.selection.num_slots)
         for pool, held, rows in zip(
             switched.pools,
@@ -167,11 +167,11 @@ def test_counterparts_alone_are_reset() -> None:
     run = Run()
     for step in range(1, 60):
         run.move(step)
-        slots = {n: [s.copy() for s in x.state.slots] for n, x in run.session._layers.items()}
+        slots = {n: [s.copy() for s in x.state.slots] for n, x in run.session.layers.items()}
         before = {p: StoredMoments(m.exp_avg.clone(), m.exp_avg_sq.clone()) for p, m in _items(run)}
         born = {p: c.ages(step).clone() for p, c in run.state.clocks.items()}
         run.switch(step)
-        for name, switched in run.session._layers.items():
+        for name, switched in run.session.layers.items():
             layer = switched.layer
             rows, cols = (
                 torch.from_numpy((old != new).nonzero()[0])
@@ -239,7 +239,7 @@ def test_initial_distributions() -> None:
     assert isinstance(layer, AdapterLinear)
     model = nn.ModuleDict({"q": layer})
     state = memory_state(model, "working")
-    pools = method.start(state, model)._layers["q"].pools
+    pools = method.start(state, model).layers["q"].pools
     gain = 1 / math.sqrt(3)
     std_a = (math.sqrt(rows) * rank / cols**1.5) ** 0.25 * math.sqrt(gain)
     std_b = (rank / math.sqrt(rows * cols)) ** 0.25 * math.sqrt(gain)
@@ -352,7 +352,7 @@ def test_a_lost_switch_is_refused() -> None:
     for layer in run.layers:
         layer.weight.data.fill_(1.0)
         layer.lora_B.data.mul_(1e-12)
-    for switched in run.session._layers.values():
+    for switched in run.session.layers.values():
         for pool in switched.pools:
             width = pool._width
             pool._draw = lambda slots, width=width: torch.full((len(slots), width), 1e-12)
@@ -364,7 +364,7 @@ def test_candidates_are_drawn_by_layer_and_side() -> None:
     run = Run()
     drawn = [
         pool.take(torch.tensor([0]).numpy())[0, :12]
-        for switched in run.session._layers.values()
+        for switched in run.session.layers.values()
         for pool in switched.pools
     ]
     assert len({tuple(v.div(v.abs().max()).tolist()) for v in drawn}) == len(drawn)
