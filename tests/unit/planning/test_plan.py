@@ -173,6 +173,7 @@ def test_a_model_larger_than_a_node_talks_between_nodes(per_node: int, near: flo
     assert sum(inner) == pytest.approx(traffic.tensor_payload)  # a ring of two sends all of it
 
 
+@pytest.mark.slow
 def test_the_smallest_tensor_size_that_fits_is_suggested() -> None:
     loaded = small("train.gradient_reduction=micro_batch")
     roomy = plan(loaded, Cluster(gpus=2))

@@ -21,7 +21,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart_tensor2", pytest.param("llama_60m_sltrain_tensor2", marks=pytest.mark.slow)],
+)
 def test_the_json_is_the_recorded_one(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
