@@ -283,10 +283,10 @@ def _expected(
     trained = method.parameter_groups(model)
     groups = [group.parameters for group in trained]
     sums = matrix_sums(model, matrix_rules(method, config.optimizer, trained))
-    once, copies = zero.reduces_once, topology.dp_size
+    copies = topology.dp_size
     name = "world" if tp.size == 1 else "dp"
     moved = expected_payloads(
-        model, groups, zero, copies, once=once, group=name, tp_size=tp.size, sums=sums.sliced
+        model, groups, zero, copies, group=name, tp_size=tp.size, sums=sums.sliced
     )
     if tp.size == 1:
         return moved

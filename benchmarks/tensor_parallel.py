@@ -37,7 +37,7 @@ def main() -> None:
     add_run(parser)
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage of both ways")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind")
-    parsed = parser.parse_args()
+    parsed = parser.parse_intermixed_args()
     loaded = load_run_config(parsed.run, parsed.overrides)
     figures = benchmark_tensor(loaded.config, loaded.architecture, parsed.stage, parsed.repeats)
     if figures is not None:

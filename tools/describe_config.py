@@ -12,9 +12,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from relora_ds.config.base import Section
+from relora_ds.config.keys import section_models
 from relora_ds.config.schema import RunConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -46,12 +47,12 @@ def describe() -> str:
     return "\n".join([_INTRO, *_section(RunConfig, "", "The run")])
 
 
-def _section(model: type[BaseModel], prefix: str, title: str) -> Iterator[str]:
+def _section(model: type[Section], prefix: str, title: str) -> Iterator[str]:
     """A heading, the model's meaning and a table of its plain keys; then its sections."""
     yield f"##{'#' * max(0, prefix.count('.') - 1)} {title}\n\n{_text(model.__doc__)}\n"
     plain, nested = [], []
     for name, field in model.model_fields.items():
-        models = list(_models(field.annotation))
+        models = section_models(field)
         if models:
             nested.append((name, field, models))
         else:
@@ -69,19 +70,10 @@ def _section(model: type[BaseModel], prefix: str, title: str) -> Iterator[str]:
             yield from _section(section, f"{prefix}{name}.", title)
 
 
-def _variant(model: type[BaseModel]) -> str:
+def _variant(model: type[Section]) -> str:
     """What tells a section from the others that may stand in its place; empty if none may."""
     tags = [(name, field) for name, field in model.model_fields.items() if _is_tag(field)]
     return "".join(f".{name}: {get_args(field.annotation)[0]}" for name, field in tags)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a value may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Annotated, Union, UnionType):
-        for argument in get_args(annotation):
-            yield from _models(argument)
 
 
 def _is_tag(field: FieldInfo) -> bool:

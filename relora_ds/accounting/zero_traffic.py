@@ -63,7 +63,6 @@ def expected_payloads(
     zero: ZeroSettings,
     dp_size: int,
     *,
-    once: bool = False,
     group: str = "world",
     tp_size: int = 1,
     replay: Replay | None = None,
@@ -76,7 +75,6 @@ def expected_payloads(
         groups: its trained parameters by optimizer group.
         zero: how the step is shared over processes.
         dp_size: data-parallel processes.
-        once: gradients are reduced once per update at every stage.
         group: the recorder's name of the processes' group.
         tp_size: processes that share a copy of the model.
         replay: what `gathered` returned for them, where it is known already.
@@ -87,9 +85,9 @@ def expected_payloads(
     """
     if zero.stage < 3:
         elements = [sum(p.numel() for p in parameters) for parameters in groups]
-        moved = step_payloads(elements, zero, dp_size, once=once, group=group)
+        moved = step_payloads(elements, zero, dp_size, group=group)
     else:
-        moved = _stage3_payloads(groups, zero, dp_size, once, group)
+        moved = _stage3_payloads(groups, zero, dp_size, group)
     if zero.stage == 3 and dp_size > 1:
         found = replay or gathered(model, zero.gathering, dp_size, zero.accumulation, tp_size)
         moved |= _gather_payloads(found, zero, (group, dp_size))
@@ -132,7 +130,6 @@ def _stage3_payloads(
     groups: Sequence[Sequence[nn.Parameter]],
     zero: ZeroSettings,
     dp_size: int,
-    once: bool,
     group: str,
 ) -> Payloads:
     for key, value, replayed in _not_replayed(zero):
@@ -142,7 +139,7 @@ def _stage3_payloads(
                 "remove it, or measure with benchmarks/communication.py"
             )
     sizes = [[-(-p.numel() // dp_size) for p in parameters] for parameters in groups]
-    reduced = dp_size * sum(map(sum, sizes)) * (1 if once else zero.accumulation)
+    reduced = dp_size * sum(map(sum, sizes)) * (1 if zero.reduces_once else zero.accumulation)
     norms = sum(_sub_groups(each, zero.sub_group) for each in sizes)
     gradients, size = dtype_name(zero.gradient_dtype), zero.gradient_dtype.itemsize
     found = {
@@ -193,7 +190,6 @@ def step_payloads(
     zero: ZeroSettings,
     dp_size: int,
     *,
-    once: bool = False,
     group: str = "world",
 ) -> Payloads:
     """What one update moves at stages 0 to 2, where numbers of elements are enough to know it.
@@ -202,7 +198,6 @@ def step_payloads(
         group_elements: trained elements per optimizer group.
         zero: how the step is shared over processes.
         dp_size: data-parallel processes.
-        once: gradients are reduced once per update at stage 2 as well.
         group: the recorder's name of the processes' group.
 
     Raises:
@@ -217,7 +212,7 @@ def step_payloads(
         if payload:
             moved[Traffic(operation, group, dp_size, dtype, phase)] = payload
 
-    reductions = zero.accumulation if stage == 2 and not once else 1
+    reductions = zero.accumulation if stage == 2 and not zero.reduces_once else 1
     payload = reductions * sum(group_elements) * zero.gradient_dtype.itemsize
     add(_reduction(zero), dtype_name(zero.gradient_dtype), "backward", payload)
     if stage == 0:

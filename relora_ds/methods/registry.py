@@ -16,7 +16,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.full import Full
-from relora_ds.methods.interface import Method
+from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.methods.lora import LoRA
 from relora_ds.methods.low_rank import LowRank
 from relora_ds.methods.relora.relora import ReLoRA
@@ -25,7 +25,6 @@ from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.numerics.dtypes import DTYPES
-from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.shape import global_shape
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -112,21 +111,17 @@ def check_requirements(run: LoadedRun, zero_stage: int) -> None:
     findings: list[Finding] = []
     for phase in plan_phases(run.config):
         findings += phase.method.requirements.unmet(phase.name, run.config, zero_stage)
-        findings += unmet_by_rules(phase.name, run.config, _rules(phase.method, run))
+        findings += unmet_by_rules(phase.name, run.config, _matrices(phase.method, run))
     problems = run.document.report(findings)
     if problems:
         raise ConfigError(problems)
 
 
-def _rules(method: Method[Any], run: LoadedRun) -> list[tuple[MatrixOptimizer, list[torch.Size]]]:
-    """The matrix-wise optimizers of a method, with the global shapes that they update."""
+def _matrices(method: Method[Any], run: LoadedRun) -> list[torch.Size]:
+    """Global shapes of what a method updates matrix by matrix."""
     model = meta_model(run.architecture, method, run.config.train)
-    found = []
-    for group in method.parameter_groups(model):
-        rule = method.optimizer(run.config.optimizer, group)
-        if rule is not None:
-            found.append((rule, [global_shape(parameter) for parameter in group.parameters]))
-    return found
+    rules = matrix_rules(method, run.config.optimizer, method.parameter_groups(model))
+    return [global_shape(parameter) for parameter in rules]
 
 
 def _schedule(config: RunConfig, steps: int) -> Schedule:

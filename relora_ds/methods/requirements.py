@@ -9,7 +9,6 @@ import torch
 
 from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
-from relora_ds.optim.matrix import MatrixOptimizer
 
 _STAGES = frozenset(range(4))
 
@@ -61,17 +60,15 @@ class Requirements:
             )
 
 
-def unmet_by_rules(
-    name: str, config: RunConfig, rules: Sequence[tuple[MatrixOptimizer, Sequence[torch.Size]]]
-) -> Iterator[Finding]:
+def unmet_by_rules(name: str, config: RunConfig, shapes: Sequence[torch.Size]) -> Iterator[Finding]:
     """What a run or a method does not offer to matrix-wise optimizers.
 
     Args:
         name: the method's, for the messages.
         config: the run.
-        rules: each with the global shapes of the parameters that it updates.
+        shapes: global shapes of the parameters that have one.
     """
-    if not rules:
+    if not shapes:
         return
     if config.optimizer.name != "adamw":
         yield Finding(
@@ -85,7 +82,7 @@ def unmet_by_rules(
             f"is true, but method {name} updates some parameters matrix by matrix, after all "
             "gradients are complete: write false",
         )
-    odd = [shape for _, shapes in rules for shape in shapes if len(shape) != 2]
+    odd = [shape for shape in shapes if len(shape) != 2]
     if odd:
         yield Finding(
             ("method", "name"),

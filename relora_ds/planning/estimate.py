@@ -161,11 +161,8 @@ class PhaseEstimator:
         return two - one
 
     def _payloads(self, zero: ZeroSettings, replay: Replay) -> Payloads:
-        once, sums = zero.reduces_once, self._sums.sliced
-        groups, copies = self._groups, self._copies
-        return expected_payloads(
-            self._model, groups, zero, copies, once=once, replay=replay, sums=sums
-        )
+        groups, copies, sums = self._groups, self._copies, self._sums.sliced
+        return expected_payloads(self._model, groups, zero, copies, replay=replay, sums=sums)
 
     def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:

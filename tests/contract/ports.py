@@ -193,6 +193,7 @@ def host_memory_is_shared_and_collected(subject: Subject) -> None:
     tensor = host.tensor((2, stop - start), torch.float32)
     assert tensor.shape == (2, stop - start)
     assert not tensor.any()
+    subject.total(torch.zeros(1))  # the writer waits until everybody has looked
     assert host.node_bytes >= held + tensor.numel() * 4
     whole = pattern(torch.Size([2, length]), 9)
     if host.is_writer:

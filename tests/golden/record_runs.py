@@ -32,6 +32,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 PROJECT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -143,8 +145,10 @@ def outcome(output: Path) -> dict[str, Any]:
         if "train/loss" in line
     }
     digest = hashlib.sha256()
+    # tensor by tensor: the order of a file's metadata is not reproducible
     for file in sorted((output / "hf").glob("*.safetensors")):
-        digest.update(file.read_bytes())
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(name.encode() + tensor.tobytes())
     return {"metrics": metrics, "weights": digest.hexdigest()}
 
 

@@ -53,8 +53,7 @@ def expectation(run: Training) -> tuple[list[list[torch.nn.Parameter]], dict[Any
     """Parameters of every group, and payloads of an update by kind of collective."""
     meta = meta_model(run.architecture, run.method, run.config.train)
     groups = [group.parameters for group in run.method.parameter_groups(meta)]
-    once = run.config.train.gradient_reduction == "step"
-    return groups, expected_payloads(meta, groups, run.zero, run.topology.dp_size, once=once)
+    return groups, expected_payloads(meta, groups, run.zero, run.topology.dp_size)
 
 
 def record(

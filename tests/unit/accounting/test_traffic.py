@@ -84,5 +84,6 @@ def test_options_that_are_not_replayed_are_refused_by_name() -> None:
 
 
 def test_one_reduction_makes_stage_2_move_what_stage_1_does() -> None:
-    once = step_payloads(GROUPS, settings(2, bf16=True, steps=9), 4, once=True)
+    held_back = replace(settings(2, bf16=True, steps=9), reduces_once=True)
+    once = step_payloads(GROUPS, held_back, 4)
     assert once == step_payloads(GROUPS, settings(1, bf16=True, steps=9), 4)
