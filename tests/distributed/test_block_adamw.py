@@ -45,7 +45,6 @@ def test_restarts_reset_every_moment(figures: dict[str, Any], stage: int) -> Non
     assert figures[f"relora/{stage}"]["resets"] == [1.0, 1.0]
 
 
-@pytest.mark.slow
 def test_resume_is_bit_exact(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     tiny_run["optimizer"]["name"] = "adamw8bit"
     tiny_run["method"]["reset"] = {"mode": "random", "fraction": 0.9}

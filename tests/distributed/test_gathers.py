@@ -28,7 +28,6 @@ def test_recorded_bytes_equal_the_closed_form(figures: dict[str, Any], case: str
     check(figures[case])
 
 
-@pytest.mark.slow
 def test_the_other_precisions_and_accumulations() -> None:
     figures = run_ranks(cases.methods, 2, cases=REST)
     assert figures.keys() == set(map(name_of, REST))

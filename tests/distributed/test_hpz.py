@@ -10,7 +10,7 @@ from tests.distributed.cases import hpz
 from tests.distributed.cases.hpz import NODE
 from tests.harness.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 CASES = ["/".join(case) for case in hpz.CASES]
 

@@ -70,7 +70,6 @@ def test_clipping_is_per_parameter(figures: dict[str, Any]) -> None:
     assert clipped["losses"] == pytest.approx(clipped["plain"]["losses"], rel=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("masters", [True, False])
 def test_resume_is_bit_exact(masters: bool, tiny_run: dict[str, Any], tmp_path: Path) -> None:
     tiny_run["train"] |= {"per_layer_update": True, "steps": 8, "precision": "bf16"}

@@ -10,7 +10,7 @@ from tests.distributed.cases import reshape
 from tests.distributed.cases.reshape import TARGETS
 from tests.harness.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 PAIRS = [(size, case) for size, targets in TARGETS.items() for case in targets]
 
 

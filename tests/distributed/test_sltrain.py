@@ -43,7 +43,7 @@ def test_bf16_follows_and_keeps_its_indices(figures: dict[str, Any]) -> None:
         assert found["losses"] == pytest.approx(figures["reference"], rel=2e-2)
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_resume_is_bit_exact_and_the_export_is_dense(
     tiny_run: dict[str, Any], tmp_path: Path, stage: int
 ) -> None:

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.distributed
 FIGURES = ("train/loss", "train/lr", "train/grad_norm", "eval/loss")
 
 
-@pytest.mark.slow
 def test_stage_3_resumes_bit_exactly_and_exports(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 100_000}
     Path(tiny_run["deepspeed"]).write_text(json.dumps({"zero_optimization": zero}))

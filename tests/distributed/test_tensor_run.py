@@ -20,7 +20,6 @@ def losses(output_dir: Path) -> dict[int, float]:
     return {step: line["train/loss"] for step, line in metrics(output_dir).items()}
 
 
-@pytest.mark.slow
 def test_a_shared_model_is_continued_by_one_process_and_back(
     tiny_run: dict[str, Any], tmp_path: Path
 ) -> None:
