@@ -253,7 +253,7 @@ def test_the_tool_prints_both_forms() -> None:
     assert found["cluster"]["gpu_memory"] == 40e9
     assert set(found["phases"]) == {"full", "relora"}
     cut = run("--gpus", "2", "parallel.tensor=2")
-    assert "alike on every" in cut.stdout
+    assert "alike on all GPUs of a copy" in cut.stdout
     assert "with each tensor-parallel size" in cut.stdout
     wrong = run("--gpus", "2", "--gpu-memory", "much")
     assert wrong.returncode == 2
