@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from relora_ds.config.load import load_run_config
-from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import (
@@ -30,18 +29,9 @@ from relora_ds.model.llama import Llama
 from relora_ds.parallel.shape import global_shape
 from relora_ds.parallel.tensor import TensorParallel
 from tests.contract.toy import Toy, toy
+from tests.harness.build import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURE = ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    max_position_embeddings=32,
-)
 SETTINGS: dict[str, dict[str, Any]] = {"full": {}, "toy": {}}
 NAMES = [*sorted(METHODS), "toy"]
 
@@ -77,8 +67,8 @@ def method_of(name: str) -> Method[Any]:
 
 def build(name: str) -> tuple[Method[Any], Llama]:
     config, method = run_config(name), method_of(name)
-    source = InitialWeights(ARCHITECTURE, config.train.seed)
-    model = build_model(ARCHITECTURE, method, config.train, source, torch.device("cpu"))
+    source = InitialWeights(TINY, config.train.seed)
+    model = build_model(TINY, method, config.train, source, torch.device("cpu"))
     return method, model
 
 
@@ -89,10 +79,10 @@ def test_the_dense_model_computes_what_the_methods_model_does(name: str) -> None
     train = run_config(name).train
     values = {key: value.detach() for key, value in model.state_dict(keep_vars=True).items()}
     values = {key: values[key] for key, _ in model.named_parameters()}
-    weights = dense_weights(ARCHITECTURE, method, train, values)
+    weights = dense_weights(TINY, method, train, values)
     full = method_of("full")
     device = torch.device("cpu")
-    dense = build_model(ARCHITECTURE, full, train, lambda key, shape: weights[key], device)
+    dense = build_model(TINY, full, train, lambda key, shape: weights[key], device)
     tokens = torch.arange(12).view(1, 12)
     with torch.no_grad():
         torch.testing.assert_close(model.logits(tokens), dense.logits(tokens), atol=2e-5, rtol=1e-5)
@@ -116,7 +106,7 @@ def test_groups_hold_everything_trained_once(name: str) -> None:
 def test_a_description_needs_no_memory(name: str) -> None:
     """Planning asks a model on the meta device and gets the same answers."""
     method, model = build(name)
-    bare = meta_model(ARCHITECTURE, method, run_config(name).train)
+    bare = meta_model(TINY, method, run_config(name).train)
     shapes = [(key, p.shape, p.requires_grad) for key, p in model.named_parameters()]
     assert [(key, p.shape, p.requires_grad) for key, p in bare.named_parameters()] == shapes
     assert all(p.is_meta for p in bare.parameters())
@@ -129,9 +119,9 @@ def test_a_description_needs_no_memory(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_tile_every_parameter(name: str, plan: Any) -> None:
     method, train = method_of(name), run_config(name).train
-    whole = meta_model(ARCHITECTURE, method, train)
+    whole = meta_model(TINY, method, train)
     ranks = [
-        sharded_meta_model(ARCHITECTURE, method, train, TensorParallel(rank, 2, plan=plan))
+        sharded_meta_model(TINY, method, train, TensorParallel(rank, 2, plan=plan))
         for rank in range(2)
     ]
     shards = [shards_of(model) for model in ranks]
