@@ -26,6 +26,7 @@ from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.shape import global_shape
+from relora_ds.parallel.zero import ZeroSettings
 
 METHODS: dict[str, type[Method[Any]]] = {
     "full": Full,
@@ -98,20 +99,20 @@ def plan_phases(config: RunConfig) -> list[Phase]:
     return phases
 
 
-def check_requirements(run: LoadedRun, zero_stage: int) -> None:
+def check_requirements(run: LoadedRun, zero: ZeroSettings) -> None:
     """Make sure, before anything is built, that a run offers what its methods need.
 
     Args:
         run: the checked run description.
-        zero_stage: of its DeepSpeed file.
+        zero: its ZeRO settings.
 
     Raises:
         ConfigError: it does not; names every key concerned.
     """
     findings: list[Finding] = []
     for phase in plan_phases(run.config):
-        findings += phase.method.requirements.unmet(phase.name, run.config, zero_stage)
-        findings += unmet_by_rules(phase.name, run.config, _matrices(phase.method, run))
+        findings += phase.method.requirements.unmet(phase.name, run.config, zero.stage)
+        findings += unmet_by_rules(phase.name, run.config, zero, _matrices(phase.method, run))
     problems = run.document.report(findings)
     if problems:
         raise ConfigError(problems)

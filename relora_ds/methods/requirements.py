@@ -9,6 +9,7 @@ import torch
 
 from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
+from relora_ds.parallel.zero import ZeroSettings
 
 _STAGES = frozenset(range(4))
 
@@ -60,12 +61,15 @@ class Requirements:
             )
 
 
-def unmet_by_rules(name: str, config: RunConfig, shapes: Sequence[torch.Size]) -> Iterator[Finding]:
+def unmet_by_rules(
+    name: str, config: RunConfig, zero: ZeroSettings, shapes: Sequence[torch.Size]
+) -> Iterator[Finding]:
     """What a run or a method does not offer to matrix-wise optimizers.
 
     Args:
         name: the method's, for the messages.
         config: the run.
+        zero: its ZeRO settings.
         shapes: global shapes of the parameters that have one.
     """
     if not shapes:
@@ -81,6 +85,13 @@ def unmet_by_rules(name: str, config: RunConfig, shapes: Sequence[torch.Size]) -
             ("train", "per_layer_update"),
             f"is true, but method {name} updates some parameters matrix by matrix, after all "
             "gradients are complete: write false",
+        )
+    if zero.offloads_optimizer:
+        yield Finding(
+            ("deepspeed",),
+            f"is {config.deepspeed} with offload_optimizer, but method {name} updates some "
+            "parameters matrix by matrix, with sums that processes exchange on their devices: "
+            "remove offload_optimizer",
         )
     odd = [shape for shape in shapes if len(shape) != 2]
     if odd:

@@ -93,7 +93,7 @@ def _dry_run(loaded: LoadedRun) -> None:
     copies = max(1, int(os.environ.get("WORLD_SIZE", "1")) // loaded.config.parallel.tensor)
     check_processes(loaded, copies)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
-    check_requirements(loaded, zero.stage)
+    check_requirements(loaded, zero)
     if _rank() == 0:
         console = Console()
         for warning in loaded.warnings:

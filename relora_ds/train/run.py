@@ -81,7 +81,7 @@ def run(loaded: LoadedRun) -> None:
     configure_logging(output_dir, topology.rank)
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
-    check_requirements(loaded, zero.stage)
+    check_requirements(loaded, zero)
     corpus = open_corpus(loaded.config.data)
     corpus.check_vocabulary(loaded.architecture.vocab_size)
     prepared = Prepared(loaded.config, loaded.architecture, topology, zero, corpus)

@@ -28,6 +28,7 @@ from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.shape import global_shape
 from relora_ds.parallel.tensor import TensorParallel
+from relora_ds.parallel.zero import ZeroSettings
 from tests.contract.toy import Toy, toy
 from tests.harness.build import TINY
 
@@ -169,7 +170,7 @@ def test_requirements_are_checked_before_anything_is_built(
     run.write_text(text.replace("name: full", "name: toy"))
     loaded = load_run_config(run, ["parallel.tensor=2"])
     with pytest.raises(ConfigError) as caught:
-        check_requirements(loaded, 3)
+        check_requirements(loaded, ZeroSettings(3))
     problems = caught.value.problems
     for key in ("deepspeed: ", "parallel.tensor", "optimizer.name"):
         assert any(key in problem for problem in problems), problems
@@ -179,5 +180,8 @@ def test_requirements_are_checked_before_anything_is_built(
     other = load_run_config(run, ["optimizer.name=adamw8bit"])
     monkeypatch.setattr(Toy, "requirements", Requirements())
     with pytest.raises(ConfigError, match=r"optimizer\.name.*adamw8bit.*matrix by matrix"):
-        check_requirements(other, 2)
-    check_requirements(load_run_config(run), 2)
+        check_requirements(other, ZeroSettings(2))
+    plain = load_run_config(run)
+    with pytest.raises(ConfigError, match=r"deepspeed.*offload_optimizer.*matrix by matrix"):
+        check_requirements(plain, ZeroSettings(2, offloads_optimizer=True))
+    check_requirements(plain, ZeroSettings(2))
