@@ -50,8 +50,8 @@ class GroupedOptimizer(VectorAdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every tensor that has a gradient.
 
-        A matrix that is spread over several tensors of a group is updated once all of them have
-        gradients; ranks must step the same groups in the same order.
+        The matrices of one group are updated together. Ranks step the same groups in the same
+        order, also where their slices are empty.
         """
         assert closure is None, "a closure would run between ZeRO's reduction and the update"
         for group in self.param_groups:
