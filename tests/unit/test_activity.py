@@ -25,10 +25,10 @@ def test_names_nest_and_end_with_their_blocks() -> None:
 
 def test_an_error_remembers_the_innermost_block_it_left() -> None:
     activity.at_step(3)
-    with pytest.raises(NotADirectoryError) as caught, activity.doing("save"), activity.doing("record"):
+    with pytest.raises(NotADirectoryError) as caught, activity.doing("a"), activity.doing("b"):
         raise NotADirectoryError
     assert activity.current() == "step 3: start"
-    assert activity.origin(caught.value) == "step 3: save: record"
+    assert activity.origin(caught.value) == "step 3: a: b"
 
 
 def test_an_error_that_was_handled_leaves_no_trace() -> None:
