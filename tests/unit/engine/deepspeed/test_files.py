@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._utils import _rebuild_tensor_v2
 
 from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
 from relora_ds.engine.deepspeed.files import open_shard, read_shard, shard_files
@@ -43,7 +44,7 @@ class Rebuilt:
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._memory, 0, self._shape, self._stride, False, {})
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _rebuild_tensor_v2, arguments
 
 
 def itself() -> list[Any]:
@@ -123,11 +124,12 @@ def golden() -> Path:
 
 def rezip(path: Path, compression: int, twice: bool = False) -> None:
     with zipfile.ZipFile(golden()) as source, zipfile.ZipFile(path, "w", compression) as target:
-        for record in source.infolist():
-            target.writestr(record.filename, source.read(record))
+        names = source.namelist()
+        for name in names:
+            target.writestr(name, source.read(name))
         if twice:
             with pytest.warns(UserWarning, match="Duplicate name"):
-                target.writestr(record.filename, b"")
+                target.writestr(names[-1], b"")
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
