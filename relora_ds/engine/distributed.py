@@ -1,8 +1,8 @@
 """Starting and stopping the process group, under any launcher or none, and waits on the host.
 
 Two kinds of waiting must not be mixed. A collective of a step runs on the devices and is bounded by
-`train.timeout_minutes`. Work of one process alone (verifying, hashing, exporting, plotting) may take
-longer than that, and must not sit in a device's queue: `barrier`, `broadcast_object`,
+`train.timeout_minutes`. Work of one process alone (verifying, hashing, exporting, plotting) may
+take longer than that, and must not sit in a device's queue: `barrier`, `broadcast_object`,
 `gather_objects` and `any_rank` run on a group of their own, on the host.
 """
 
