@@ -138,7 +138,8 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def _open_host_group() -> None:
     """Create the group of `barrier` and its like: of all processes, on their hosts."""
     global _host
-    _host = torch.distributed.new_group(backend="gloo", timeout=_HOST_LIMIT)
+    # of all processes, so this one is a member
+    _host = cast(ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_HOST_LIMIT))
 
 
 def _host_group() -> ProcessGroup:
