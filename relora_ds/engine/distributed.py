@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
 from relora_ds.parallel.topology import Topology
 
@@ -36,7 +37,11 @@ def start(timeout_minutes: float) -> Topology:
 
     Returns:
         This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
+
+    Raises:
+        ConfigError: this machine has GPUs that torch cannot use.
     """
+    check_accelerator()
     if "RANK" not in os.environ:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
