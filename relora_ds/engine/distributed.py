@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 import torch
 from torch.distributed import ProcessGroup
 
+from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
 from relora_ds.parallel.topology import Topology
 
@@ -48,7 +49,11 @@ def start(timeout_minutes: float) -> Topology:
 
     Returns:
         This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
+
+    Raises:
+        ConfigError: this machine has GPUs that torch cannot use.
     """
+    check_accelerator()
     if "RANK" not in os.environ:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
