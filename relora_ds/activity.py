@@ -39,8 +39,11 @@ def at_step(step: int | None) -> None:
 
 
 def current() -> str:
-    """Where the process is, as "step 12: save: shards"; "start" before anything was named."""
-    where = ": ".join(_stack) or "start"
+    """Where the process is, as "step 12: save: shards".
+
+    Where nothing is named it is "start" before training and "step 12: between its parts" within.
+    """
+    where = ": ".join(_stack) or ("start" if _step is None else "between its parts")
     return where if _step is None else f"step {_step}: {where}"
 
 

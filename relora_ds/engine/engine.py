@@ -12,6 +12,7 @@ from torch import nn
 
 from relora_ds.accounting.memory_meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
+from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.optimizer import build_optimizer
@@ -157,10 +158,11 @@ class TrainEngine:
         losses, norm = [], None
         with self._one_reduction() if self._reduces_once else nullcontext():
             for tokens in micro_batches:
-                with recorder.phase("forward"), self.memory.forward():
-                    loss = self._engine(tokens.to(self.device, non_blocking=True))
-                with recorder.phase("backward"):
-                    self._engine.backward(loss)
+                with doing("micro-batch"):
+                    with recorder.phase("forward"), self.memory.forward():
+                        loss = self._engine(tokens.to(self.device, non_blocking=True))
+                    with recorder.phase("backward"):
+                        self._engine.backward(loss)
                 losses.append(loss.detach().float())
                 self.memory.after_backward()
                 if not self._reduces_once:
@@ -179,7 +181,7 @@ class TrainEngine:
             The gradient norm, where DeepSpeed is not going to know it.
         """
         norm = None
-        with recorder.phase("step"):
+        with recorder.phase("step"), doing("optimizer"):
             if at_boundary:
                 self._shares.complete()
                 if not self._engine.reports_norm:

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from relora_ds.engine.deepspeed.files import model_file
+from relora_ds.engine.distributed import barrier
 from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import STRETCH, VectorAdamW
@@ -159,7 +160,7 @@ class PerLayerEngine:
                 "optimizer": self._optimizer.state_dict(),
             }
             torch.save(saved, folder / _MODEL_FILE)
-        torch.distributed.barrier()
+        barrier()
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
         """Restore what `save_checkpoint` wrote.

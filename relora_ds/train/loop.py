@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from relora_ds.accounting.recorder import recorder
+from relora_ds.activity import at_step, doing
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
@@ -79,6 +80,7 @@ class Trainer:
         """
         losses: list[torch.Tensor] = []
         for step in range(completed, phase.last_step):
+            at_step(step + 1)
             recorder.begin_step()
             rates = self._learning_rates(phase, step)
             engine.set_learning_rates(rates)
@@ -108,9 +110,11 @@ class Trainer:
                 if metrics:
                     self._report(done, metrics)
                 if saves:
-                    self.save(phase, engine, session, done)
+                    with doing("save"):
+                        self.save(phase, engine, session, done)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
+        at_step(None)
 
     def _update(
         self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int
@@ -182,7 +186,7 @@ class Trainer:
         if self.valid_data is None:
             return {}
         assert isinstance(engine.model, Llama)
-        with recorder.phase("eval"):
+        with recorder.phase("eval"), doing("evaluate"):
             loss, _ = validation_loss(engine.model, self.valid_data, engine.device)
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
