@@ -6,11 +6,14 @@ that watches for a stuck run does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _stack: list[str] = []
 _step: int | None = None
+_unlimited = 0
+_moved_at = time.monotonic()
 
 
 @contextmanager
@@ -22,6 +25,7 @@ def doing(what: str) -> Iterator[None]:
     """
     depth = len(_stack)
     _stack.append(what)
+    moved()
     try:
         yield
     except BaseException as error:
@@ -30,12 +34,41 @@ def doing(what: str) -> Iterator[None]:
         raise
     finally:
         del _stack[depth:]
+        moved()
 
 
 def at_step(step: int | None) -> None:
     """Remember which update is under way, counted from 1; None outside of training."""
     global _step
     _step = step
+    moved()
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """Say that the work inside is a host's and may take any time, as a save or an export does.
+
+    A step else waits for other ranks and for devices, and must not stand still for longer than a
+    collective may take.
+    """
+    global _unlimited
+    _unlimited += 1
+    try:
+        yield
+    finally:
+        _unlimited -= 1
+        moved()
+
+
+def moved() -> None:
+    """Note that the work goes on. Entering and leaving an activity, and a new step, do so too."""
+    global _moved_at
+    _moved_at = time.monotonic()
+
+
+def stalled_s() -> float:
+    """For how long a step has stood still; 0 outside of steps and in unlimited work."""
+    return 0.0 if _step is None or _unlimited else time.monotonic() - _moved_at
 
 
 def current() -> str:
