@@ -172,6 +172,13 @@ class CheckpointConfig(Section):
     """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
     checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
     `previous_N`. A path: that `step_N`."""
+    asynchronous: bool = False
+    """Write checkpoints in the background from a copy of the state in host memory, while training
+    goes on; one at a time. The last one of a run is always waited for."""
+    on_save_error: Literal["fail", "warn"] = "fail"
+    """What happens when a checkpoint cannot be saved, as on a full disk. `fail`: the run ends with
+    exit code 4. `warn`: it warns, counts `checkpoint/failed` and tries again when the next one is
+    due. The last checkpoint of a run always fails."""
     allow_change: tuple[str, ...] = ()
     """Keys whose value may differ from the resumed checkpoint's, such as `train.steps`."""
 

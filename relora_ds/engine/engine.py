@@ -215,12 +215,18 @@ class TrainEngine:
         self.bases, self.clocks = {}, {}
         gc.collect()
 
-    def save(self, directory: str, tag: str) -> None:
-        """DeepSpeed's own shards of model and optimizer, frozen weights always included."""
-        self._engine.save_checkpoint(directory, tag)
+    def shards(self) -> dict[str, Any]:
+        """What `load` reads, as this rank holds it: model and optimizer, frozen weights included.
+
+        A collective call; nothing is written.
+
+        Returns:
+            By name of the file; the tensors are live.
+        """
+        return self._engine.shards()
 
     def load(self, directory: str, tag: str) -> None:
-        """Restore what `save` wrote, into the same layout."""
+        """Restore what was written of `shards`, into the same layout."""
         self._engine.load_checkpoint(directory, tag)
         for parameter in self.model.parameters():
             self.layout.drop_copies(parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from relora_ds.checkpoint.resume import (
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
@@ -39,7 +39,12 @@ from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
+from relora_ds.planning.memory_report import (
+    closed_form,
+    memory_metrics,
+    saved_bytes,
+    storage_plan,
+)
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
 from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
@@ -91,6 +96,7 @@ def run(loaded: LoadedRun) -> None:
         raise
     except DivergenceError as error:
         status, reason = "diverged", str(error)
+        trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
         trainer.telemetry.close(status)
@@ -184,7 +190,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         valid_data=valid_data,
         telemetry=telemetry,
         checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
+            output_dir / layout.CHECKPOINTS, config.checkpoint, topology
         ),
         stop=stop,
         final={},
@@ -198,6 +204,7 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
     with doing("start"):
+        _make_room(prepared, trainer, saved, phases)
         weights: DenseWeights = _initial_weights(config, architecture) if saved is None else None
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
@@ -221,6 +228,27 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
+
+
+def _make_room(
+    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
+) -> None:
+    """Make sure before training that its checkpoints can be saved. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be.
+    """
+    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    if saved is not None:
+        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
+        if moved is not None:
+            _logger.info("moved checkpoints that this run does not continue to %s", moved)
+    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    largest = max(
+        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        for phase in phases
+    )
+    trainer.checkpoints.check_room(largest)
 
 
 def _initial_weights(
