@@ -235,9 +235,7 @@ class Trainer:
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)
-            ended = self.checkpoints.save(
-                engine, record, tensors, self.corpus.tokenizer, last=last
-            )
+            ended = self.checkpoints.save(engine, record, tensors, self.corpus.tokenizer, last=last)
         self._note_saves(done, ended)
         if last:
             self.final |= self.save_figures

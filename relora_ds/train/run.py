@@ -31,6 +31,7 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
+from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.assemble import DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
@@ -130,6 +131,7 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
     """Say on the main process what a user should know before training, and write `run.yaml`."""
     if not prepared.topology.is_main:
         return
+    _logger.info("running on %s", describe_machine())
     warn_of_missing_export(loaded.config)
     for warning in (*loaded.warnings, reduction_advice(prepared.zero), version_advice()):
         if warning is not None:
@@ -189,9 +191,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint, topology
-        ),
+        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
         final={},
     )

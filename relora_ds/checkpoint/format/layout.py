@@ -40,9 +40,6 @@ TOKENIZER = "tokenizer.model"
 MANIFEST = "manifest.json"
 STATES = "state-*.safetensors"
 """Pattern of the files that `state` names."""
-SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-"""DeepSpeed drops them beside its shards. At stage 1 they silently omit the frozen weights, and
-nobody should run code out of a checkpoint: `tools/export_hf.py` converts."""
 
 _STEP = re.compile(r"step_(\d+)")
 _STAGING = ".tmp"
@@ -82,11 +79,6 @@ def unfinished(directory: Path) -> list[Path]:
 def going(directory: Path) -> list[Path]:
     """Checkpoints in a directory whose removal was not finished, or that gave way to another."""
     return sorted(directory.glob("step_*.stale"))
-
-
-def original(path: Path) -> Path:
-    """The checkpoint that `staging` or `stale` made this name of."""
-    return path.with_name(path.name.removesuffix(_STAGING).removesuffix(".stale"))
 
 
 def state(number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 
@@ -44,7 +44,7 @@ class Pickled:
 
     def write(self, file: OutputFile) -> None:
         """Append it as `torch.save` does."""
-        torch.save(self.value, file)
+        torch.save(self.value, cast(IO[bytes], file))
 
     def values(self) -> object:
         """The value."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
 
 from relora_ds.activity import doing
@@ -17,7 +16,7 @@ from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import encode_manifest, is_complete
 from relora_ds.checkpoint.saving.task import Files
 from relora_ds.checkpoint.store import list_checkpoints, named_by_latest
-from relora_ds.files.durable import sync_directory, write_file
+from relora_ds.files.durable import remove, sync_directory, write_file
 
 _logger = logging.getLogger(__name__)
 
@@ -62,8 +61,11 @@ def publish(staging: Path, final: Path, files: Files) -> None:
         sync_directory(final.parent)
     with doing("save: latest"):
         os.replace(pointer, final.parent / layout.LATEST)
-        sync_directory(final.parent)
-    if aside == layout.stale(final):
+        try:
+            sync_directory(final.parent)
+        except OSError as error:  # everybody sees the new name by now: the save did not fail
+            _logger.warning("%s may be forgotten if the machine stops (%s)", final, error.strerror)
+    if aside is not None and aside == layout.stale(final):
         discard(aside)
 
 
@@ -103,18 +105,6 @@ def discard(checkpoint: Path) -> None:
         remove(going)
     except OSError as error:
         _logger.warning("%s cannot be removed (%s)", checkpoint, error.strerror)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory, if there is one.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _make_room(final: Path) -> Path | None:

@@ -11,7 +11,6 @@ from relora_ds.errors import CheckpointError
 from relora_ds.files.durable import write_file
 from relora_ds.parallel.topology import Topology
 
-
 _NOT_SHARED = "is another directory on this node than on that of rank 0"
 _SHARE = "name an output_dir on storage that all nodes share"
 
@@ -33,7 +32,9 @@ def fewest(counts: list[int | None]) -> int | None:
     return min((count for count in counts if count is not None), default=None)
 
 
-def check_room(directory: Path, needed: int, agreement: Agreement, topology: Topology) -> int | None:
+def check_room(
+    directory: Path, needed: int, agreement: Agreement, topology: Topology
+) -> int | None:
     """Make sure that every node can write a checkpoint. A collective call.
 
     Args:

@@ -293,7 +293,9 @@ class CheckpointStore:
             self._give_up(flight, problems)
             return None
         if flight.stage == "write":
-            files = {n: w for part in outcomes if isinstance(part, Mapping) for n, w in part.items()}
+            files = {
+                n: w for part in outcomes if isinstance(part, Mapping) for n, w in part.items()
+            }
             self._publish(flight, files)
             return None
         if waited is not None:

@@ -18,7 +18,7 @@ Files = Mapping[str, Written]
 """What was written, by name of the file."""
 
 
-class Cancelled(Exception):
+class CancelledError(Exception):
     """Another rank has failed: going on would be in vain."""
 
 
@@ -70,7 +70,7 @@ class Task:
         error = self._future.exception()
         if error is None:
             return self._future.result()
-        return None if isinstance(error, Cancelled) else Problem.of(error, self._rank)
+        return None if isinstance(error, CancelledError) else Problem.of(error, self._rank)
 
 
 def write_contents(contents: Contents, directory: Path, cancelled: threading.Event) -> Files:
@@ -78,12 +78,12 @@ def write_contents(contents: Contents, directory: Path, cancelled: threading.Eve
 
     Raises:
         OSError: a file cannot be written.
-        Cancelled: `cancelled` was set.
+        CancelledError: `cancelled` was set.
     """
 
     def look() -> None:
         if cancelled.is_set():
-            raise Cancelled
+            raise CancelledError
 
     written = {}
     for name, content in contents.items():
