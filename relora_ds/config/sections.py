@@ -30,6 +30,11 @@ class DataConfig(Section):
     """Token file prefix of the validation set."""
     tokenizer: Free[str | None] = None
     """SentencePiece model that produced the token files; copied into checkpoints and exports."""
+    verify: Free[Literal["whole", "ends"]] = "whole"
+    """How token files are checked against what was recorded of them before training. `whole`: every
+    byte is hashed and every id looked at, shared out over the processes of each host. `ends`: sizes
+    and the first and last MiB only, for files that take too long; an altered token in between goes
+    unnoticed. Files without a record are always read whole."""
     builtin_vocab_size: Annotated[int, Field(ge=512, le=32000)] = 2048
     """Vocabulary of the tokenizer trained on the builtin corpus."""
     cache_dir: Free[str | None] = None

@@ -79,6 +79,13 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, in the order of their ranks, on every rank."""
+    box: list[T] = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all processes, in place."""
     torch.distributed.all_reduce(value)

@@ -30,6 +30,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
@@ -116,6 +117,9 @@ def _prepare(loaded: LoadedRun) -> Prepared:
     check_requirements(loaded, zero)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
@@ -136,7 +140,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
