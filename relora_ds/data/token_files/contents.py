@@ -89,7 +89,7 @@ def read_blocks(
         for start in range(0, _size(prefix + suffix), BLOCK_BYTES)
     ][part::parts]
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return list(pool.map(lambda block: _read_block(prefix, *block, dtype), blocks))
+        return list(pool.map(lambda block: _read_block(prefix, block[0], block[1], dtype), blocks))
 
 
 def join_reports(parts: Sequence[Sequence[BlockReport]]) -> Contents:
@@ -152,7 +152,7 @@ def _read_block(prefix: str, suffix: str, start: int, dtype: np.dtype) -> BlockR
     size = smallest = largest = 0
     with open_regular(prefix + suffix) as stream:
         stream.seek(start)
-        while size < BLOCK_BYTES and (count := stream.readinto(piece)):  # type: ignore[attr-defined]
+        while size < BLOCK_BYTES and (count := stream.readinto(piece)):
             read = memoryview(piece)[:count]
             digest.update(read)
             size += count
