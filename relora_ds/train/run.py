@@ -39,6 +39,7 @@ from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
+from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
@@ -116,6 +117,7 @@ def _prepare(loaded: LoadedRun) -> Prepared:
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
+    check_attention(loaded.config.train, loaded.architecture, topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
     with doing("verify the data"):
