@@ -195,10 +195,11 @@ def precisions_agree(train: TrainConfig) -> Iterator[Finding]:
             ("train", "base_precision"),
             f"is {train.base_precision}, but train.precision is fp32: write auto or fp32",
         )
-    if train.precision == "fp32" and train.attention == "flash":
+    if train.precision == "fp32" and train.attention in ("flash", "fa4", "cudnn"):
         yield Finding(
             ("train", "attention"),
-            "is flash, which needs train.precision bf16, but that is fp32: write auto or sdpa",
+            f"is {train.attention}, which needs train.precision bf16, but that is fp32: "
+            "write auto or sdpa",
         )
 
 

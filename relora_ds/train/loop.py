@@ -95,8 +95,7 @@ class Trainer:
             losses.append(loss)
             done = step + 1
             meter.step()
-            with recorder.phase("checkpoint"):
-                self._note_saves(done, self.checkpoints.poll())
+            self._ask_for_saves(done)
             event = metrics.get("method/event")
             stopping = self.stop.agreed()
             last = done == self.config.train.steps
@@ -239,6 +238,11 @@ class Trainer:
         self._note_saves(done, ended)
         if last:
             self.final |= self.save_figures
+
+    def _ask_for_saves(self, done: int) -> None:
+        """Report the save in the background if it has ended."""
+        with recorder.phase("checkpoint"):
+            self._note_saves(done, self.checkpoints.poll())
 
     def _note_saves(self, done: int, ended: list[SaveResult]) -> None:
         """Report saves that ended, successfully or not."""

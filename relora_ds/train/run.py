@@ -30,14 +30,16 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
-from relora_ds.engine.assemble import DenseWeights, build_engine
+from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
+from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import (
@@ -121,8 +123,12 @@ def _prepare(loaded: LoadedRun) -> Prepared:
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
+    check_attention(loaded.config.train, loaded.architecture, topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
@@ -144,7 +150,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
@@ -205,7 +212,10 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     completed = saved.record.trainer.step if saved else 0
     with doing("start"):
         _make_room(prepared, trainer, saved, phases)
-        weights: DenseWeights = _initial_weights(config, architecture) if saved is None else None
+    weights: DenseWeights = AwaitedState()
+    if saved is None:
+        with doing("start"):
+            weights = _initial_weights(config, architecture)
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
             with doing("build"):
