@@ -12,6 +12,7 @@ from torch import nn
 
 from relora_ds.accounting.memory_meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
+from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.optimizer import build_optimizer
@@ -157,10 +158,11 @@ class TrainEngine:
         losses, norm = [], None
         with self._one_reduction() if self._reduces_once else nullcontext():
             for tokens in micro_batches:
-                with recorder.phase("forward"), self.memory.forward():
-                    loss = self._engine(tokens.to(self.device, non_blocking=True))
-                with recorder.phase("backward"):
-                    self._engine.backward(loss)
+                with doing("micro-batch"):
+                    with recorder.phase("forward"), self.memory.forward():
+                        loss = self._engine(tokens.to(self.device, non_blocking=True))
+                    with recorder.phase("backward"):
+                        self._engine.backward(loss)
                 losses.append(loss.detach().float())
                 self.memory.after_backward()
                 if not self._reduces_once:
@@ -179,7 +181,7 @@ class TrainEngine:
             The gradient norm, where DeepSpeed is not going to know it.
         """
         norm = None
-        with recorder.phase("step"):
+        with recorder.phase("step"), doing("optimizer"):
             if at_boundary:
                 self._shares.complete()
                 if not self._engine.reports_norm:
@@ -213,12 +215,18 @@ class TrainEngine:
         self.bases, self.clocks = {}, {}
         gc.collect()
 
-    def save(self, directory: str, tag: str) -> None:
-        """DeepSpeed's own shards of model and optimizer, frozen weights always included."""
-        self._engine.save_checkpoint(directory, tag)
+    def shards(self) -> dict[str, Any]:
+        """What `load` reads, as this rank holds it: model and optimizer, frozen weights included.
+
+        A collective call; nothing is written.
+
+        Returns:
+            By name of the file; the tensors are live.
+        """
+        return self._engine.shards()
 
     def load(self, directory: str, tag: str) -> None:
-        """Restore what `save` wrote, into the same layout."""
+        """Restore what was written of `shards`, into the same layout."""
         self._engine.load_checkpoint(directory, tag)
         for parameter in self.model.parameters():
             self.layout.drop_copies(parameter)

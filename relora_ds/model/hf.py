@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.files.tensors import write_safetensors
 from relora_ds.model.hf_tokenizer import write_tokenizer
 from relora_ds.model.init import dense_shapes
 
@@ -212,7 +212,7 @@ def _write_weights(
     total = size = 0
 
     def flush() -> None:
-        save_file(pending, directory / f"shard-{len(shards)}", metadata=_METADATA)
+        write_safetensors(directory / f"shard-{len(shards)}", pending, _METADATA)
         shards.append(list(pending))
         pending.clear()
 
@@ -221,7 +221,7 @@ def _write_weights(
         if pending and size + grown > shard_bytes:
             flush()
             size = 0
-        # a copy of its own: safetensors refuses tensors that share a storage, as flat buffers do
+        # a copy of its own: the caller may fill the same buffer with the next tensor
         pending[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
         total, size = total + grown, size + grown
     flush()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from relora_ds.activity import doing
 from relora_ds.checkpoint.export import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.config.schema import RunConfig
@@ -76,7 +77,8 @@ def write_results(
     checkpoints, hf = output_dir / layout.CHECKPOINTS, output_dir / "hf"
     exports = _exports(config)
     if exports:
-        export_hf(checkpoints, hf, torch.float32)
+        with doing("export"):
+            export_hf(checkpoints, hf, torch.float32)
     _logger.info(
         "done: validation perplexity %.2f (unigram %.1f), model in %s",
         final.get("eval/perplexity", float("nan")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
+from relora_ds.activity import doing
 from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.resume import (
@@ -22,23 +23,31 @@ from relora_ds.checkpoint.resume import (
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
-from relora_ds.engine.assemble import DenseWeights, build_engine
+from relora_ds.engine.accelerator import describe_machine
+from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
+from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
+from relora_ds.planning.memory_report import (
+    closed_form,
+    memory_metrics,
+    saved_bytes,
+    storage_plan,
+)
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
 from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
@@ -72,27 +81,14 @@ def run(loaded: LoadedRun) -> None:
     """
     started_at = datetime.now(UTC)
     launcher = LauncherWatch()
-    topology = distributed.start(loaded.config.train.timeout_minutes)
-    topology = share_models(topology, loaded.config)
-    for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
-        if group is not None:
-            recorder.name_group(group, name)
-    output_dir = Path(loaded.config.output_dir)
-    configure_logging(output_dir, topology.rank)
-    check_processes(loaded, topology.dp_size)
-    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
-    check_requirements(loaded, zero)
-    corpus = open_corpus(loaded.config.data)
-    corpus.check_vocabulary(loaded.architecture.vocab_size)
-    prepared = Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
-    saved = _find_start(prepared)
-    trainer = _build_trainer(prepared, saved, StopSignal(launcher))
-    if topology.is_main:
-        warn_of_missing_export(loaded.config)
-        for warning in (*loaded.warnings, reduction_advice(zero), version_advice()):
-            if warning is not None:
-                _logger.warning(warning)
-        (output_dir / "run.yaml").write_text(dump_run_config(loaded.config))
+    with doing("start"):
+        prepared = _prepare(loaded)
+    with doing("resume"):
+        saved = _find_start(prepared)
+    with doing("start"):
+        trainer = _build_trainer(prepared, saved, StopSignal(launcher))
+        _announce(loaded, prepared)
+    topology = prepared.topology
     status, reason = "failed", None
     try:
         with recorder:
@@ -103,15 +99,50 @@ def run(loaded: LoadedRun) -> None:
         raise
     except DivergenceError as error:
         status, reason = "diverged", str(error)
+        trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
         trainer.telemetry.close(status)
         if topology.is_main:
             outcome = Outcome(status, reason, started_at, topology.world_size, trainer.final)
-            write_results(outcome, loaded.config, corpus, trainer.valid_data)
+            with doing("results"):
+                write_results(outcome, loaded.config, prepared.corpus, trainer.valid_data)
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()
+
+
+def _prepare(loaded: LoadedRun) -> Prepared:
+    """Join the other processes, and make sure that settings, processes and data fit each other."""
+    topology = distributed.start(loaded.config.train.timeout_minutes)
+    topology = share_models(topology, loaded.config)
+    for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
+        if group is not None:
+            recorder.name_group(group, name)
+    configure_logging(Path(loaded.config.output_dir), topology.rank)
+    check_processes(loaded, topology.dp_size)
+    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
+    check_requirements(loaded, zero)
+    check_attention(loaded.config.train, loaded.architecture, topology.device)
+    with doing("corpus"):
+        corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
+        corpus.check_vocabulary(loaded.architecture.vocab_size)
+    return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
+
+
+def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
+    """Say on the main process what a user should know before training, and write `run.yaml`."""
+    if not prepared.topology.is_main:
+        return
+    _logger.info("running on %s", describe_machine())
+    warn_of_missing_export(loaded.config)
+    for warning in (*loaded.warnings, reduction_advice(prepared.zero), version_advice()):
+        if warning is not None:
+            _logger.warning(warning)
+    (Path(loaded.config.output_dir) / "run.yaml").write_text(dump_run_config(loaded.config))
 
 
 def _find_start(prepared: Prepared) -> SavedRun | None:
@@ -119,7 +150,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
@@ -166,9 +198,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
-        ),
+        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
         final={},
     )
@@ -180,14 +210,21 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     topology, stage = prepared.topology, prepared.zero.stage
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
-    weights: DenseWeights = _initial_weights(config, architecture) if saved is None else None
+    with doing("start"):
+        _make_room(prepared, trainer, saved, phases)
+    weights: DenseWeights = AwaitedState()
+    if saved is None:
+        with doing("start"):
+            weights = _initial_weights(config, architecture)
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
-            engine = _build_engine(prepared, phase, weights)
-            with torch.no_grad():
-                session = phase.method.start(engine.state, engine.model)
+            with doing("build"):
+                engine = _build_engine(prepared, phase, weights)
+                with torch.no_grad():
+                    session = phase.method.start(engine.state, engine.model)
             if number == 0 and saved is not None:
-                restore_phase(saved, engine, session, topology, stage)
+                with doing("resume"):
+                    restore_phase(saved, engine, session, topology, stage)
         meter = _build_meter(config.train, engine, topology.world_size)
         trainer.run_phase(phase, engine, session, meter, completed)
         plan = storage_plan(config, stage, topology.dp_size, topology.device)
@@ -195,12 +232,33 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
         trainer.final |= memory_metrics(engine.memory.measured, expected)
         completed = phase.last_step
         if number + 1 < len(phases):
-            with recorder.phase("setup"):
+            with recorder.phase("setup"), doing("transition"):
                 weights = take_dense_weights(
                     engine, architecture, phase.method, config.train, topology.tp
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
+
+
+def _make_room(
+    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
+) -> None:
+    """Make sure before training that its checkpoints can be saved. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be.
+    """
+    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    if saved is not None:
+        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
+        if moved is not None:
+            _logger.info("moved checkpoints that this run does not continue to %s", moved)
+    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    largest = max(
+        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        for phase in phases
+    )
+    trainer.checkpoints.check_room(largest)
 
 
 def _initial_weights(

@@ -20,14 +20,14 @@ def test_names_nest_and_end_with_their_blocks() -> None:
     activity.at_step(12)
     with activity.doing("save"), activity.doing("shards"):
         assert activity.current() == "step 12: save: shards"
-    assert activity.current() == "step 12: start"
+    assert activity.current() == "step 12: between its parts"
 
 
 def test_an_error_remembers_the_innermost_block_it_left() -> None:
     activity.at_step(3)
     with pytest.raises(NotADirectoryError) as caught, activity.doing("a"), activity.doing("b"):
         raise NotADirectoryError
-    assert activity.current() == "step 3: start"
+    assert activity.current() == "step 3: between its parts"
     assert activity.origin(caught.value) == "step 3: a: b"
 
 

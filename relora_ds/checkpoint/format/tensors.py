@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from relora_ds.errors import CheckpointError
+from relora_ds.files.tensors import write_safetensors
 
 
 def split_tensors(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -20,8 +21,12 @@ def split_tensors(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors of any device and layout."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    """Write tensors of any device and layout; the same tensors give the same bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_safetensors(path, tensors)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

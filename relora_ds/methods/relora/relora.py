@@ -8,6 +8,7 @@ import time
 import torch
 from torch import nn
 
+from relora_ds.activity import doing
 from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import (
@@ -68,6 +69,11 @@ class ReLoRASession(Session[ReLoRA]):
     def after_step(self, step: int) -> Event | None:
         if not self.method.is_merge_step(step):
             return None
+        with doing("merge"):
+            return self._merge(step)
+
+    def _merge(self, step: int) -> Event:
+        """Merge and restart every adapter, after `step` updates."""
         state, config = self.state, self.method.config
         number = step // config.merge_every
         layers = adapter_layers(self.model)

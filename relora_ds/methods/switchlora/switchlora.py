@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from relora_ds.activity import doing
 from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.methods.adapter import (
     AdapterLinear,
@@ -151,8 +152,13 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         return draw, span
 
     def before_step(self, step: int) -> Event | None:
-        if step < 1:
-            return None
+        if step >= 1:
+            with doing("switch"):
+                self._event(step)
+        return None
+
+    def _event(self, step: int) -> None:
+        """Switch what is due after `step` updates, and prepare the next event."""
         started, moved = time.perf_counter(), self.state.bytes_moved
         if self._ahead is not None and self._ahead[0] == step:
             work = self._ahead[1]
@@ -171,7 +177,6 @@ class SwitchLoRASession(Session[SwitchLoRA]):
                 self._ahead = step + 1, self._plan(step + 1, ahead=1)
         self._metrics.seconds += time.perf_counter() - started
         self._metrics.bytes += self.state.bytes_moved - moved
-        return None
 
     def _plan(self, step: int, ahead: int) -> list[_Work]:
         """The event before update number `step` + 1, when `step` - `ahead` are completed."""

@@ -155,3 +155,17 @@ def test_damaged_files_are_named(tmp_path, plain):
     index.unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000])
+def test_equal_models_give_equal_files_that_colleagues_can_read(tmp_path, plain, shard_bytes):
+    for name in ("one", "two"):
+        weights = drawn(plain).items()
+        write_hf(tmp_path / name, plain, weights, None, torch.bfloat16, shard_bytes)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    for name in files:
+        first, second = tmp_path / "one" / name, tmp_path / "two" / name
+        assert first.read_bytes() == second.read_bytes()
+        assert stat.S_IMODE(first.stat().st_mode) == stat.S_IMODE(
+            (tmp_path / "one" / "config.json").stat().st_mode
+        )
