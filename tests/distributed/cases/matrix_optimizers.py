@@ -115,9 +115,10 @@ def plain(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         with torch.no_grad():
             for name, role in moved.items():
                 weight = named[name]
-                assert weight.grad is not None
+                grad = weight.grad
+                assert grad is not None
                 weight *= 1 - rates[role] * DECAY
-                weight -= rates[role] * updates[name].direction(weight.grad)
+                weight -= rates[role] * updates[name].direction(grad)
         losses.append(float(loss))
     return losses, {name: p.detach() for name, p in named.items()}
 
