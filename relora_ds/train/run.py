@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,14 @@ from relora_ds.checkpoint.resume import (
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
@@ -38,9 +39,15 @@ from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
+from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
+from relora_ds.planning.memory_report import (
+    closed_form,
+    memory_metrics,
+    saved_bytes,
+    storage_plan,
+)
 from relora_ds.train.lifetime.lifetime import Lifetime
 from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.loop import Trainer
@@ -96,6 +103,8 @@ def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
     except BaseException as error:
         reason = lifetime.report(error)  # first of all: what follows may fail or hang
         status = "diverged" if isinstance(error, DivergenceError) else "failed"
+        if isinstance(error, DivergenceError):
+            trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
         at_step(None)
@@ -126,8 +135,12 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
+    check_attention(loaded.config.train, loaded.architecture, topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
@@ -149,7 +162,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
@@ -196,9 +210,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
-        ),
+        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
         final={},
     )
@@ -210,6 +222,8 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     topology, stage = prepared.topology, prepared.zero.stage
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
+    with doing("start"):
+        _make_room(prepared, trainer, saved, phases)
     weights: DenseWeights = AwaitedState()
     if saved is None:
         with doing("start"):
@@ -237,6 +251,27 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
+
+
+def _make_room(
+    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
+) -> None:
+    """Make sure before training that its checkpoints can be saved. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be.
+    """
+    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    if saved is not None:
+        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
+        if moved is not None:
+            _logger.info("moved checkpoints that this run does not continue to %s", moved)
+    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    largest = max(
+        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        for phase in phases
+    )
+    trainer.checkpoints.check_room(largest)
 
 
 def _initial_weights(

@@ -24,6 +24,8 @@ from relora_ds.errors import (
     CheckpointError,
     CollectiveTimeoutError,
     ConfigError,
+    DesyncError,
+    DivergenceError,
     PreemptedError,
     ReloraError,
 )
@@ -67,6 +69,7 @@ class Lifetime:
         self._ends_because_of_another = False
         self._last_line: str | None = None
         self._told, self._may_leave = threading.Event(), threading.Event()
+        self._fails_itself = threading.Event()
 
     @property
     def requests(self) -> StopRequests:
@@ -156,8 +159,13 @@ class Lifetime:
         failure = self._cause_of(error)
         self._reason = failure.message if failure.rank == self.rank else failure.line
         mine = failure.rank == self.rank
+        if mine:
+            self._fails_itself.set()
         self._code = (failure.code or 1) if mine else failure.code_of_others
-        last = threading.Timer(_LAST_WORDS_S, self._leave, args=(self._code,))
+        # a verdict of all ranks leaves them time for a save that is under way
+        agreed = isinstance(error, DesyncError | DivergenceError) and self._watch is not None
+        words_s = max(_LAST_WORDS_S, self._watch.limit_s if agreed and self._watch else 0.0)
+        last = threading.Timer(words_s, self._leave, args=(self._code,))
         last.daemon = True
         last.start()
         if not mine:
@@ -220,6 +228,8 @@ class Lifetime:
 
     def _end_because_of(self, cause: Failure) -> None:
         """End because of another rank, or a lack of progress; called on a thread."""
+        if cause.how == "failed" and self._fails_itself.wait(_ANSWER_S):
+            return  # all ranks find the same at about the same time, and say so
         self._code = cause.code_of_others
         waits = cause.how in ("failed", "gone")
         leave_at = time.monotonic() + (_PRECEDENCE_S if waits else 0.0)
