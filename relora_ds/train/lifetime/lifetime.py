@@ -162,12 +162,13 @@ class Lifetime:
         if mine:
             self._fails_itself.set()
         self._code = (failure.code or 1) if mine else failure.code_of_others
-        # a verdict of all ranks leaves them time for a save that is under way
-        agreed = isinstance(error, DesyncError | DivergenceError) and self._watch is not None
-        words_s = max(_LAST_WORDS_S, self._watch.limit_s if agreed and self._watch else 0.0)
-        last = threading.Timer(words_s, self._leave, args=(self._code,))
-        last.daemon = True
-        last.start()
+        if self._watch is not None:
+            # a verdict of all ranks leaves them time for a save that is under way
+            agreed = isinstance(error, DesyncError | DivergenceError)
+            words_s = max(_LAST_WORDS_S, self._watch.limit_s if agreed else 0.0)
+            last = threading.Timer(words_s, self._leave, args=(self._code,))
+            last.daemon = True
+            last.start()
         if not mine:
             self._told.wait(_ANSWER_S)  # the thread that watches says it
             self._ends_because_of_another = True
