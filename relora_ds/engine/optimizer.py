@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ def build_optimizer(
         if rule is not None:
             named[f"rule {number}"] = rule
     return GroupedOptimizer(described, named, **settings)
+
+
+@contextmanager
+def unapplied(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, a step of the optimizer changes nothing: neither what it steps nor its state.
+
+    What drives it does the rest of a step: it lets go of the gradients and begins a new update.
+    """
+    optimizer.step = lambda *args, **settings: None  # hides the method of the class
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
