@@ -13,15 +13,14 @@ set -euo pipefail
 
 [ "$#" -gt 0 ] || fail "usage: bash launch/single_node.sh RUN.yaml [key=value ...]"
 
-processes_here() {
-  if [ "${DS_ACCELERATOR:-}" = cpu ]; then echo 2; else nvidia-smi -L | wc -l; fi
-}
+if [ "$gpus" -gt 0 ]; then processes="${PROCESSES:-$gpus}"; else processes="${PROCESSES:-2}"; fi
 
 # called by supervise
 # shellcheck disable=SC2317,SC2329
 on_nodes() { bash -c "$1"; }
 
+slots "$processes"
 code=0
-supervise deepspeed -q --num_gpus "${PROCESSES:-$(processes_here)}" \
+supervise deepspeed -q "${launcher_slots[@]}" \
   --master_port "${MASTER_PORT:-29500}" launch/pretrain.py "--launch-id=$launch_id" "$@" || code=$?
 exit "$code"

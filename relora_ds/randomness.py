@@ -7,6 +7,9 @@ needs, and a resumed run needs no generator state.
 
 The generator is a keyed hash: the 128-bit key is BLAKE2b of the first four coordinates, the element
 index is hashed by two rounds of the SplitMix64 finaliser (Steele, Lea and Flood, OOPSLA 2014).
+
+From a word to a number every step is one that IEEE 754 defines exactly, so that processors, GPUs
+and the C kernels of `numerics.draws` agree bit for bit. No library's logarithm or cosine is asked.
 """
 
 from __future__ import annotations
@@ -23,6 +26,22 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 SHORTS_PER_WORD = 4
+# Coefficients of fdlibm (Sun Microsystems), highest power first
+_ROOT_HALF = 0x3FE6A09E00000000  # bits of sqrt(1/2), rounded down
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_LOG_EVEN = (1.531383769920937332e-01, 2.222219843214978396e-01, 3.999999999940941908e-01)
+_LOG_ODD = (
+    1.479819860511658591e-01,
+    1.818357216161805012e-01,
+    2.857142874366239149e-01,
+    6.666666666666735130e-01,
+)
+_QUARTER_HIGH, _QUARTER_LOW = 1.57079632673412561417e00, 6.07710050650619224932e-11  # of a turn
+_COS_LOW = (2.48015872894767294178e-05, -1.38888888888741095749e-03, 4.16666666666666019037e-02)
+_COS_HIGH = (-1.13596475577881948265e-11, 2.08757232129817482790e-09, -2.75573143513906633035e-07)
+_SIN_LOW = (2.75573137070700676789e-06, -1.98412698298579493134e-04)
+_SIN_HIGH = (1.58969099521155010221e-10, -2.50507602534068634195e-08)
+_SIN_THIRD, _SIN_FIRST = 8.33333333332248946124e-03, -1.66666666666666324348e-01
 _CHUNK = 1 << 22  # elements hashed at once; bounds the int64 temporaries to 32 MiB each
 
 
@@ -40,6 +59,51 @@ def _finalise(words: torch.Tensor) -> torch.Tensor:
     words = (words ^ _shift_right(words, 30)) * _signed(_MIX_1)
     words = (words ^ _shift_right(words, 27)) * _signed(_MIX_2)
     return words ^ _shift_right(words, 31)
+
+
+def _polynomial(x: torch.Tensor, *coefficients: float) -> torch.Tensor:
+    """Horner's scheme, highest power first. Products and sums stay apart: fused ones round once."""
+    value = x * coefficients[0]
+    for coefficient in coefficients[1:-1]:
+        value.add_(coefficient).mul_(x)
+    return value.add_(coefficients[-1])
+
+
+def _log(x: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of positive normal fp64 numbers, to 1 ulp, by the scheme of fdlibm."""
+    # x = 2**k (1 + f) with 1 + f between the roots of 1/2 and 2
+    bits = x.view(torch.int64) + (0x3FF0000000000000 - _ROOT_HALF)
+    k = _shift_right(bits, 52).double().sub_(1023.0)
+    f = bits.bitwise_and_((1 << 52) - 1).add_(_ROOT_HALF).view(torch.float64).sub_(1.0)
+    half_square = (f * f).mul_(0.5)
+    s = f / (f + 2.0)
+    z = s * s
+    w = z * z
+    even = _polynomial(w, *_LOG_EVEN).mul_(w)
+    odd = _polynomial(w, *_LOG_ODD).mul_(z)
+    tail = even.add_(odd).add_(half_square).mul_(s)
+    out = (k * _LN2_LOW).add_(tail).sub_(half_square)
+    return out.add_(f).add_(k.mul_(_LN2_HIGH))
+
+
+def _cosine(turn: torch.Tensor) -> torch.Tensor:
+    """cos(2 pi (turn + 1/2) / 2**32) of int64 numbers below 2**32: fp64, to 1 ulp of fdlibm's."""
+    quarter = (turn + (1 << 29)) >> 30
+    n = quarter.double()
+    y = turn.double().add_(0.5).mul_(2.0 * math.pi * 2.0**-32)
+    y.sub_(n * _QUARTER_HIGH).sub_(n * _QUARTER_LOW)
+    z = y * y
+    w = z * z
+    half = z * 0.5
+    rest = 1.0 - half
+    high = _polynomial(z, *_COS_HIGH).mul_(w.square())
+    cosine = _polynomial(z, *_COS_LOW).mul_(z).add_(high).mul_(z)
+    cosine = (1.0 - rest).sub_(half).add_(cosine).add_(rest)
+    high = _polynomial(z, *_SIN_HIGH).mul_(z * w)
+    sine = _polynomial(z, *_SIN_LOW).mul_(z).add_(high).add_(_SIN_THIRD)
+    sine = sine.mul_(z).add_(_SIN_FIRST).mul_(z.mul_(y)).add_(y)
+    value = torch.where((quarter & 1).bool(), sine, cosine)
+    return torch.where((quarter + 1 & 2).bool(), -value, value)
 
 
 @dataclass(frozen=True)
@@ -115,9 +179,8 @@ class Stream:
             part = out[at : at + _CHUNK]
             words = self.words(start + at, part.numel(), device)
             # 32 bits each, offset by a half so that the logarithm never sees zero
-            radius = (_shift_right(words, 32).double() + 0.5).mul_(2.0**-32).log_().mul_(-2.0)
-            angle = ((words & 0xFFFFFFFF).double() + 0.5).mul_(2.0 * math.pi * 2.0**-32)
-            part.copy_(radius.sqrt_().mul_(angle.cos_()))
+            radius = _log((_shift_right(words, 32).double() + 0.5).mul_(2.0**-32)).mul_(-2.0)
+            part.copy_(radius.sqrt_().mul_(_cosine(words & 0xFFFFFFFF)))
         return out
 
     def permutation(self, size: int) -> Permutation:

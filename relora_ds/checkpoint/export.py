@@ -67,7 +67,9 @@ class DenseModel:
         saved = self._source
         if isinstance(saved, SavedRun) and not saved.method.has_dense_weight:
             values = WorkingValues(saved.state())
-            return filled_model(self.architecture, saved.method, train, values, device)
+            return filled_model(
+                self.architecture, saved.method, train, lambda name, _: values[name], device
+            )
         weights, full = self.weights(), Full(FullConfig(name="full"), seed=0, steps=1)
         return build_model(
             self.architecture, full, train, lambda name, shape: weights[name], device

@@ -91,8 +91,23 @@ def batch_divides_over_processes(train: TrainConfig, processes: int) -> Iterator
             ("train", "global_batch_size"),
             f"is {total}, but must be a multiple of {micro * processes} = train.micro_batch_size "
             f"({micro}) x data-parallel processes ({processes}): "
-            f"write {multiples_near(total, micro * processes)}, or change the other two",
+            f"write {multiples_near(total, micro * processes)}, or {_same_batch(train, processes)}",
         )
+
+
+def _same_batch(train: TrainConfig, processes: int) -> str:
+    """What to set so that `processes`, or fewer, share the global batch as it is."""
+    total = train.global_batch_size
+    fitting = _largest_divisor(total, processes)
+    micro = _largest_divisor(total // fitting, train.micro_batch_size)
+    keep = f"train.micro_batch_size={micro} for the same batch"
+    if fitting == processes:
+        return f"set {keep}"
+    return f"start {fitting} data-parallel processes with {keep}"
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    return next(each for each in range(min(limit, value), 0, -1) if value % each == 0)
 
 
 def warmup_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,22 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.partition import DenseSlices, build_partitioner
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.handover import restore_masters
-from relora_ds.methods.build import DenseSource, build_model
+from relora_ds.methods.build import DenseSource, build_model, filled_model, marks
 from relora_ds.methods.interface import Method
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
 from relora_ds.parallel.zero import ZeroSettings
 
-DenseWeights = Mapping[str, torch.Tensor] | DenseSlices | None
-"""Uncut weights by name, this rank's slices of them, or None for the seed's random draw."""
+
+@dataclass(frozen=True)
+class AwaitedState:
+    """In place of weights: a checkpoint is going to bring all values, none is to be drawn."""
+
+
+DenseWeights = Mapping[str, torch.Tensor] | DenseSlices | AwaitedState | None
+"""Uncut weights by name, this rank's slices of them, a state that is yet to be loaded, or None for
+the seed's random draw."""
 
 
 def build_engine(
@@ -46,19 +54,16 @@ def build_engine(
         probe_tokens: (B, S) int64; methods report drift with the model's output on them.
         prepare: called with the filled model before it is handed to DeepSpeed.
     """
-    source: DenseSource
-    slices = whole = None
-    if isinstance(weights, DenseSlices):
-        source, slices = weights.rest, weights
-    elif weights is not None:
-        source, whole = (lambda name, shape: weights[name]), weights
-    else:
-        source = InitialWeights(architecture, config.train.seed)
-    tp = topology.tp
+    slices = weights if isinstance(weights, DenseSlices) else None
+    whole = weights if isinstance(weights, Mapping) else None
+    tp, device = topology.tp, topology.device
     partitioner = build_partitioner(zero, slices, whole or (), tp)
-    model = build_model(
-        architecture, method, config.train, source, topology.device, partitioner, tp
-    )
+    what = architecture, method, config.train
+    if isinstance(weights, AwaitedState):
+        model = filled_model(*what, marks, device, partitioner, tp)
+    else:
+        source = _dense_source(architecture, config, weights, device)
+        model = build_model(*what, source, device, partitioner, tp)
     if prepare is not None:
         prepare(model)
     exact = None if partitioner is None else partitioner.finish()
@@ -67,6 +72,20 @@ def build_engine(
     if partitioner is None and whole is not None:
         restore_masters(engine, whole)
     return engine
+
+
+def _dense_source(
+    architecture: ModelConfig,
+    config: RunConfig,
+    weights: Mapping[str, torch.Tensor] | DenseSlices | None,
+    device: torch.device,
+) -> DenseSource:
+    if isinstance(weights, DenseSlices):
+        return weights.rest
+    if weights is not None:
+        return lambda name, shape: weights[name]
+    initial = InitialWeights(architecture, config.train.seed)
+    return lambda name, shape: initial(name, shape, device)
 
 
 class _Probe:

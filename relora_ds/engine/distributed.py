@@ -1,18 +1,31 @@
-"""Starting and stopping the process group, under any launcher or none."""
+"""Starting and stopping the process group, under any launcher or none, and waits on the host.
+
+Two kinds of waiting must not be mixed. A collective of a step runs on the devices and is bounded by
+`train.timeout_minutes`. Work of one process alone (verifying, hashing, exporting, plotting) may
+take longer than that, and must not sit in a device's queue: `barrier`, `broadcast_object`,
+`gather_objects` and `any_rank` run on a group of their own, on the host.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
+from torch.distributed import ProcessGroup
 
+from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
 from relora_ds.parallel.topology import Topology
 
 T = TypeVar("T")
+
+_HOST_LIMIT = timedelta(days=1)
+"""Until a wait on the host fails by itself: beyond any work, short of for ever."""
+
+_host: ProcessGroup | None = None
 
 # gloo raises plain RuntimeError with the words of the operating system
 _SIGNS_OF_LOSS = (
@@ -36,7 +49,11 @@ def start(timeout_minutes: float) -> Topology:
 
     Returns:
         This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
+
+    Raises:
+        ConfigError: this machine has GPUs that torch cannot use.
     """
+    check_accelerator()
     if "RANK" not in os.environ:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -44,14 +61,17 @@ def start(timeout_minutes: float) -> Topology:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     join_process_group(timedelta(minutes=timeout_minutes))
+    _open_host_group()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
 
 def stop() -> None:
     """Leave the process group; gloo aborts at interpreter exit if nobody does."""
+    global _host
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _host = None
 
 
 def lost_peers(error: RuntimeError) -> bool:
@@ -68,15 +88,44 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait for every process."""
-    torch.distributed.barrier()
+    """Wait for every process, however long one of them works on its host.
+
+    Runs on the host and leaves the device's queue alone, so a process may hash, export or plot for
+    an hour while the others wait here. No limit of a device's collective applies. A process that is
+    lost ends the wait at once where its connection breaks; one that is stopped or out of reach is
+    noticed by whoever watches the processes (`train.lifetime.deadline`), or after a day.
+    """
+    torch.distributed.barrier(group=_host_group())
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value on every rank."""
+    """Rank 0's value on every rank. Waits for rank 0 like `barrier`.
+
+    Args:
+        value: anything that can be pickled; of other ranks it is ignored.
+    """
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=_host_group())
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value on every rank, in the order of ranks. Waits for all like `barrier`.
+
+    Args:
+        value: anything that can be pickled; small, for every rank holds all of them.
+    """
+    values: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=_host_group())
+    return cast(list[T], values)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Waits for all like `barrier`."""
+    found = torch.tensor([int(flag)])
+    operation = torch.distributed.ReduceOp.MAX
+    torch.distributed.all_reduce(found, op=operation, group=_host_group())
+    return bool(found.item())
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -89,6 +138,18 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes, in place."""
     torch.distributed.all_reduce(value)
     return value
+
+
+def _open_host_group() -> None:
+    """Create the group of `barrier` and its like: of all processes, on their hosts."""
+    global _host
+    # of all processes, so this one is a member
+    _host = cast(ProcessGroup, torch.distributed.new_group(backend="gloo", timeout=_HOST_LIMIT))
+
+
+def _host_group() -> ProcessGroup:
+    assert _host is not None, "distributed.start comes first"
+    return _host
 
 
 def _describe_single_process() -> None:

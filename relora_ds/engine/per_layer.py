@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from relora_ds.engine.deepspeed.files import model_file
+from relora_ds.engine.deepspeed.files import model_file, read_shard
+from relora_ds.engine.distributed import barrier
 from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import STRETCH, VectorAdamW
@@ -159,7 +160,7 @@ class PerLayerEngine:
                 "optimizer": self._optimizer.state_dict(),
             }
             torch.save(saved, folder / _MODEL_FILE)
-        torch.distributed.barrier()
+        barrier()
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
         """Restore what `save_checkpoint` wrote.
@@ -168,7 +169,7 @@ class PerLayerEngine:
             CheckpointError: it was not written with per-layer updates.
         """
         path = Path(directory) / tag / _MODEL_FILE
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        saved = read_shard(path)
         if "masters" not in saved:
             raise CheckpointError(
                 f"{path}: was written without train.per_layer_update; resume it as it was"

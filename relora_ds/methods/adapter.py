@@ -13,6 +13,7 @@ from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.numerics.draws import draw_uniform
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
 from relora_ds.parallel.shape import global_shape, method_shape, shard_of
@@ -135,7 +136,7 @@ def draw_factors(
             return torch.zeros(method_shape(parameter), device=device)
         shape, shard = global_shape(parameter), shard_of(parameter)
         stream = Stream(seed, factor, layer.spec.name, event)
-        draw = stream.uniform(0, shape.numel(), device).view(shape)
+        draw = draw_uniform(stream, 0, shape.numel(), device).view(shape)
         draw = draw.mul_(2.0).sub_(1.0).mul_(bound)
         return draw if shard is None or shard.inner else shard.part(draw)
 
@@ -185,8 +186,10 @@ class AdapterMethod(Method[AdapterT]):
         layer.lora_B.copy_(lora_b)
         if layer.scaling is not None:
             layer.scaling.fill_(1.0)
-        # the wrapped projection computes what the dense weight did
-        layer.weight.copy_(dense - layer.merge_scale() * (lora_b @ lora_a))
+        layer.weight.copy_(dense)
+        if self.config.init != "kaiming":  # where B is zero nothing is to be absorbed
+            # the wrapped projection computes what the dense weight did
+            layer.weight.sub_(layer.merge_scale() * (lora_b @ lora_a))
 
     def dense_weight(self, layer: Projection) -> torch.Tensor:
         assert isinstance(layer, AdapterLinear)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 DenseSource = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Value of a parameter of the dense model: (name, shape) -> fp32 tensor on any device."""
+
+_MARKS = 251  # a prime: no stride of a layout is a multiple of it
 
 Cut = Callable[[str, nn.Parameter], None]
 """What leaves a process with its own part of a parameter: (name, filled parameter)."""
@@ -90,9 +94,8 @@ def build_model(
     model = meta_model(architecture, method, train, tp)
     projections = projection_layers(model)
     outside = {id(parameter): name for name, parameter in _outside_of(model, projections)}
-    made: dict[int, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        fresh = _allocate(module, name, device, made)
+
+    def fill(name: str, module: nn.Module, fresh: _Fresh) -> None:
         for _, parameter, placeholder in fresh:
             if placeholder in outside:
                 value = source(outside[placeholder], tuple(parameter.shape))
@@ -101,6 +104,68 @@ def build_model(
             spec = module.spec
             dense = source(f"{name}.weight", (spec.out_features, spec.in_features))
             method.initialize(module, dense.to(device, torch.float32))
+
+    return _grow(model, device, fill, cut, tp)
+
+
+@torch.no_grad()
+def filled_model(
+    architecture: ModelConfig,
+    method: Method[Any],
+    train: TrainConfig,
+    values: DenseSource,
+    device: torch.device,
+    cut: Cut | None = None,
+    tp: TensorParallel = SINGLE,
+) -> Llama:
+    """The method's own model in fp32 on `device`, with given values of its parameters: nothing is
+    drawn.
+
+    Args:
+        values: of every parameter of the method's model, whole, asked for one by one.
+        cut: called with every parameter as soon as it has its value; may replace its data. Under
+            tensor parallelism it gets this rank's part.
+        tp: processes that share the model.
+    """
+
+    def fill(name: str, module: nn.Module, fresh: _Fresh) -> None:
+        if isinstance(module, Projection):
+            method.lay_out(module)
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, key, buffer.to(device))
+        for full_name, parameter, _ in fresh:
+            parameter.copy_(values(full_name, tuple(parameter.shape)))
+
+    return _grow(meta_model(architecture, method, train, tp), device, fill, cut, tp)
+
+
+def marks(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Values for a parameter that is going to be restored: fp32 of its shape.
+
+    They cost no draw, are exact in bf16, and differ from place to place and from parameter to
+    parameter, so that a layout can be verified by value.
+    """
+    first, count = zlib.crc32(name.encode()), math.prod(shape)
+    cycle = torch.arange(first, first + _MARKS).remainder_(_MARKS).float().div_(256.0)
+    return cycle.repeat(-(-count // _MARKS))[:count].view(shape)
+
+
+_Fresh = list[tuple[str, nn.Parameter, int]]
+"""Full name, parameter and identity of its placeholder, of parameters that just got memory."""
+
+
+def _grow(
+    model: Llama,
+    device: torch.device,
+    fill: Callable[[str, nn.Module, _Fresh], None],
+    cut: Cut | None,
+    tp: TensorParallel,
+) -> Llama:
+    """Give a model without memory its parameters, module by module: allocated, filled, cut."""
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        fresh = _allocate(module, name, device, made)
+        fill(name, module, fresh)
         if tp.size > 1:
             shard_over_ranks(module)
         if cut is not None:
@@ -109,40 +174,15 @@ def build_model(
     return model
 
 
-@torch.no_grad()
-def filled_model(
-    architecture: ModelConfig,
-    method: Method[Any],
-    train: TrainConfig,
-    values: Mapping[str, torch.Tensor],
-    device: torch.device,
-) -> Llama:
-    """The method's own model in fp32 on `device`, with given values of its parameters.
-
-    Args:
-        values: of every parameter by name, read one by one.
-    """
-    model = meta_model(architecture, method, train)
-    made: dict[int, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Projection):
-            method.lay_out(module)
-            for key, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, key, buffer.to(device))
-        for full_name, parameter, _ in _allocate(module, name, device, made):
-            parameter.copy_(values[full_name])
-    return model
-
-
 def _allocate(
     module: nn.Module, name: str, device: torch.device, made: dict[int, nn.Parameter]
-) -> list[tuple[str, nn.Parameter, int]]:
+) -> _Fresh:
     """Give the parameters of this very module memory; one that is shared gets it once.
 
     Returns:
-        Full name, parameter and identity of its placeholder, of those that are new.
+        Those that are new.
     """
-    fresh = []
+    fresh: _Fresh = []
     for key, placeholder in list(module.named_parameters(recurse=False)):
         parameter = made.get(id(placeholder))
         if parameter is None:

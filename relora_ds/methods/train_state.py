@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from relora_ds.numerics.base_weight import WeightEdit
+from relora_ds.numerics.draws import draw_uniform
 from relora_ds.parallel.shape import TPShard
 from relora_ds.randomness import Stream
 
@@ -41,7 +42,7 @@ class MomentShard:
         """The stream's values for these elements, by their place in the global parameter; fp32."""
         count, device = self.exp_avg.numel(), self.exp_avg.device
         if self.shard is None:
-            return stream.uniform(self.start, count, device)
+            return draw_uniform(stream, self.start, count, device)
         return stream.uniform_at(self.shard.flat_index(self.start, count).to(device))
 
 

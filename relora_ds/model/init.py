@@ -23,6 +23,7 @@ from functools import cached_property
 import torch
 
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.numerics.draws import draw_normal
 from relora_ds.randomness import Stream
 
 
@@ -61,7 +62,7 @@ class InitialWeights:
             KeyError: the dense model has no parameter `name`.
         """
         if len(self._shapes[name]) > 1:
-            values = Stream(self.seed, "init", name).normal(start, count, device)
+            values = draw_normal(Stream(self.seed, "init", name), start, count, device)
             return values.mul_(self.config.initializer_range)
         value = 0.0 if name.endswith(".bias") else 1.0
         return torch.full((count,), value, dtype=torch.float32, device=device)

@@ -39,8 +39,8 @@ def load_kernels(source: Path) -> ctypes.CDLL | None:
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
             _logger.warning(
-                "the optimizer's kernel %s cannot be compiled, its updates take several times as "
-                "long: install a C compiler or set CC (%s)",
+                "the kernel %s cannot be compiled, what it computes takes several times as long: "
+                "install a C compiler or set CC (%s)",
                 source.stem,
                 reason.strip().partition("\n")[0],
             )

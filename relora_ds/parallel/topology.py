@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 
@@ -52,6 +53,20 @@ def part_of_model(parallel: ParallelConfig, rank: int = 0) -> TensorParallel:
     return TensorParallel(rank, size, plan=plan, sequence=parallel.sequence and size > 1)
 
 
+def copies_of_model(processes: int, tensor: int) -> int:
+    """How many copies of the model the processes hold, `tensor` of them sharing one.
+
+    Raises:
+        ConfigError: the number of processes is not a multiple of `tensor`.
+    """
+    if processes % tensor:
+        raise ConfigError(
+            f"parallel.tensor is {tensor}, but must divide the number of processes ({processes}): "
+            f"start a multiple of {tensor}, or set parallel.tensor={gcd(tensor, processes)}"
+        )
+    return processes // tensor
+
+
 def share_models(topology: Topology, config: RunConfig) -> Topology:
     """The topology with every `parallel.tensor` neighbours sharing one copy of the model.
 
@@ -59,11 +74,7 @@ def share_models(topology: Topology, config: RunConfig) -> Topology:
         ConfigError: the number of processes is not a multiple of it.
     """
     size = config.parallel.tensor
-    if topology.world_size % size:
-        raise ConfigError(
-            f"parallel.tensor is {size}, but must divide the number of processes "
-            f"({topology.world_size}): start a multiple of {size}, or change it"
-        )
+    copies_of_model(topology.world_size, size)
     parallel, timeout = config.parallel, config.train.timeout_minutes
     tp = join_tensor_group(size, parallel.low_rank_plan, parallel.sequence, timeout)
     return replace(topology, tp=tp)

@@ -87,10 +87,12 @@ def _leave(code: int) -> NoReturn:
 def _dry_run(loaded: LoadedRun) -> None:
     from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
     from relora_ds.methods.registry import check_requirements
+    from relora_ds.parallel.topology import copies_of_model
     from relora_ds.planning.dry_run import dry_run
 
     # a single process speaks for one copy of the model, however many will share it
-    copies = max(1, int(os.environ.get("WORLD_SIZE", "1")) // loaded.config.parallel.tensor)
+    processes, tensor = int(os.environ.get("WORLD_SIZE", "1")), loaded.config.parallel.tensor
+    copies = 1 if processes == 1 else copies_of_model(processes, tensor)
     check_processes(loaded, copies)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
     check_requirements(loaded, zero)

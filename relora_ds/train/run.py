@@ -31,7 +31,8 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.engine import distributed
-from relora_ds.engine.assemble import DenseWeights, build_engine
+from relora_ds.engine.accelerator import describe_machine
+from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.engine import TrainEngine
@@ -124,6 +125,7 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
     """Say on the main process what a user should know before training, and write `run.yaml`."""
     if not prepared.topology.is_main:
         return
+    _logger.info("running on %s", describe_machine())
     warn_of_missing_export(loaded.config)
     for warning in (*loaded.warnings, reduction_advice(prepared.zero), version_advice()):
         if warning is not None:
@@ -197,8 +199,10 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     topology, stage = prepared.topology, prepared.zero.stage
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
-    with doing("start"):
-        weights: DenseWeights = _initial_weights(config, architecture) if saved is None else None
+    weights: DenseWeights = AwaitedState()
+    if saved is None:
+        with doing("start"):
+            weights = _initial_weights(config, architecture)
     for number, phase in enumerate(phases):
         with recorder.phase("setup"):
             with doing("build"):

@@ -48,3 +48,10 @@ def test_a_script_has_its_exit_code_and_its_output() -> None:
     code, output = run(["no/such/run.yaml"], processes=2)
     assert code == 2
     assert output.count("no/such/run.yaml") == 1
+
+
+def test_waiting_for_work_on_a_host_has_not_the_limit_of_a_collective() -> None:
+    found = run_ranks(cases.slow_host_work, 2, timeout_minutes=0.02, work_s=2.5)
+    assert found["everywhere"] == [(0, "done"), (1, "done")]
+    assert found["asked"] == [True, True, False]
+    assert found["bounded"] == [False, True]

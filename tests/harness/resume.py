@@ -14,6 +14,7 @@ from relora_ds.checkpoint.method_state import unwrap
 from relora_ds.checkpoint.restore import load_side_tensors, side_slices, side_tensors
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
+from relora_ds.engine.assemble import AwaitedState
 from relora_ds.parallel.topology import Topology
 from tests.harness.build import Training, batches
 from tests.harness.runs import SMALL_BUCKETS, SWITCH_RATES, SWITCH_SEED
@@ -79,7 +80,7 @@ def interrupted(
     saved = save(run, directory)
     expected, weights = _train(run, tokens[_BREAK_AT:], _BREAK_AT)
     run.destroy()
-    run = Training(config, topology, zero)
+    run = Training(config, topology, zero, weights=AwaitedState())
     load(run, saved)
     found, again = _train(run, tokens[_BREAK_AT:], _BREAK_AT)
     run.destroy()

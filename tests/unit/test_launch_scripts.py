@@ -65,7 +65,8 @@ def _checkout(root: Path) -> Path:
     """What `launch/environment.sh` needs of a checkout; its pip writes down its arguments."""
     (root / "launch").mkdir(parents=True)
     shutil.copy(ROOT / "launch" / "environment.sh", root / "launch")
-    (root / "requirements.txt").write_text("torch==1\n")
+    (root / "requirements.txt").write_text("torch>=1\n")
+    (root / "launch" / "constraints.txt").write_text("torch==1\n")
     (root / "pyproject.toml").write_text("[project]\n")
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "bin" / "activate").touch()
@@ -92,11 +93,12 @@ def _installations(root: Path, log: Path) -> tuple[list[str], str]:
 def test_the_environment_is_set_up_once_for_requirements_and_project(tmp_path: Path) -> None:
     root, log = _checkout(tmp_path / "checkout"), tmp_path / "pip"
     installed, path = _installations(root, log)
-    assert [line.split()[-1] for line in installed] == ["torch==1", "requirements.txt", "."]
+    assert [line.split()[-1] for line in installed] == ["torch", "requirements.txt", "."]
+    assert all("-c launch/constraints.txt" in line for line in installed)
     assert "--no-deps --no-build-isolation -e ." in installed[-1]
     assert path == f"{root}:/elsewhere"
     assert _installations(root, log) == ([], path)
-    for name in ("requirements.txt", "pyproject.toml"):
+    for name in ("requirements.txt", "pyproject.toml", "launch/constraints.txt"):
         with (root / name).open("a") as file:
             file.write("# changed\n")
         assert len(_installations(root, log)[0]) == 3, name

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -25,22 +26,43 @@ DECLARED = [
 ]
 
 
-def _pins() -> dict[str, str]:
-    """Version by canonical name of every line of requirements.txt."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in found}
+def _lines(name: str) -> list[Requirement]:
+    """The requirements of a file that pip reads."""
+    lines = (ROOT / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-def test_every_pin_is_declared_and_within_its_range() -> None:
-    pins = _pins()
-    declared: dict[str, list[Requirement]] = {}
-    for requirement in DECLARED:
-        declared.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    assert pins.keys() <= declared.keys()
-    for name, version in pins.items():
-        for requirement in declared[name]:
-            assert requirement.specifier.contains(version), f"{requirement} excludes {version}"
+def _ranges(requirements: list[Requirement]) -> dict[str, set[str]]:
+    """Ranges and their markers by canonical name, extras left out."""
+    found: dict[str, set[str]] = {}
+    for requirement in requirements:
+        text = f"{requirement.specifier}; {requirement.marker}"
+        found.setdefault(canonicalize_name(requirement.name), set()).add(text)
+    return found
+
+
+def test_requirements_and_project_declare_the_same_ranges() -> None:
+    listed, declared = _ranges(_lines("requirements.txt")), _ranges(DECLARED)
+    assert listed.keys() <= declared.keys()
+    assert {name: declared[name] for name in listed} == listed
+    dependencies = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+    assert _ranges(dependencies).keys() <= listed.keys()
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_there_is_one_pin_per_requirement_and_it_is_within_the_range(python: str) -> None:
+    here = {"python_version": python}
+    pins: dict[str, str] = {}
+    for pin in _lines("launch/constraints.txt"):
+        if pin.marker is None or pin.marker.evaluate(here):
+            name = canonicalize_name(pin.name)
+            assert name not in pins, f"{name} is pinned twice"
+            pins[name] = str(pin.specifier).removeprefix("==")
+    wanted = [r for r in _lines("requirements.txt") if not r.marker or r.marker.evaluate(here)]
+    assert pins.keys() == {canonicalize_name(r.name) for r in wanted}
+    for requirement in wanted:
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} excludes {version}"
 
 
 def _imported(path: Path) -> Iterator[str]:

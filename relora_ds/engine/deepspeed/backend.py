@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
 from relora_ds.engine.deepspeed.layouts import build_layout
 from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
 from relora_ds.engine.zero.layout import Layout
@@ -46,6 +47,7 @@ class DeepSpeedBackend:
             dist_init_required=False,
             mpu=None if tp.size == 1 else ModelParallelUnit(),
         )[0]
+        self._engine.checkpoint_engine = TensorFiles()
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         optimizer.state.clear()
         name_hpz_group()

@@ -17,6 +17,7 @@ from relora_ds.methods.sltrain.sparse_linear import (
 )
 from relora_ds.methods.sltrain.support import column_type, draw_support, support_size
 from relora_ds.methods.train_state import TrainState
+from relora_ds.numerics.draws import draw_uniform
 from relora_ds.parallel.footprint import Exchange, Footprint, UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection
@@ -151,7 +152,8 @@ class SLTrain(Method[SLTrainConfig]):
         assert isinstance(layer, SparseLowRankLinear)
         device, bound = dense.device, 1.0 / math.sqrt(layer.spec.in_features)
         for purpose, parameter in (("lora_A", layer.lora_A), ("values", layer.values)):
-            draw = Stream(self.seed, purpose, layer.spec.name).uniform(0, parameter.numel(), device)
+            stream = Stream(self.seed, purpose, layer.spec.name)
+            draw = draw_uniform(stream, 0, parameter.numel(), device)
             parameter.copy_(draw.mul_(2.0).sub_(1.0).mul_(bound).view_as(parameter))
         layer.lora_B.zero_()
         row_starts, columns = self._support(layer)

@@ -16,6 +16,7 @@ import torch
 
 import relora_ds
 from relora_ds.config.schema import RunConfig
+from relora_ds.engine.accelerator import driver_version
 from relora_ds.errors import ReloraError
 from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.sinks.base import Metrics, Status, finite_or_none
@@ -104,6 +105,8 @@ def _hardware(world_size: int) -> dict[str, str | int | None]:
     """This host: accelerators are counted on it, processes over the whole run."""
     on_cuda = torch.cuda.is_available()
     return {
+        "cuda": torch.version.cuda,
+        "driver": driver_version(),
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         "devices_per_host": torch.cuda.device_count() if on_cuda else 0,
         "world_size": world_size,

@@ -47,3 +47,28 @@ def surroundings(topology: Topology) -> tuple[torch.dtype, int, str, bool, int]:
     mess = os.environ.get("MESS", "")
     size = torch.distributed.get_world_size()
     return torch.get_default_dtype(), torch.initial_seed(), mess, counted, size
+
+
+def slow_host_work(topology: Topology, timeout_minutes: float, work_s: float) -> dict[str, object]:
+    """Rank 0 works on its host, longer than a collective may take, while the others wait."""
+    distributed.stop()
+    distributed.start(timeout_minutes)
+    if topology.is_main:
+        time.sleep(work_s)
+    distributed.barrier()
+    said = distributed.broadcast_object("done" if topology.is_main else "not asked")
+    everywhere = distributed.gather_objects((topology.rank, said))
+    asked = [distributed.any_rank(topology.rank == asked) for asked in (0, 1, 2)]
+    try:  # the limit is one of collectives all the same
+        if topology.is_main:
+            time.sleep(work_s)
+        else:
+            torch.distributed.barrier()
+        bounded = False
+    except RuntimeError as error:
+        bounded = distributed.lost_peers(error)
+    return {
+        "everywhere": everywhere,
+        "asked": asked,
+        "bounded": distributed.gather_objects(bounded),
+    }

@@ -178,8 +178,11 @@ def test_the_batch_is_checked_against_the_processes(run_file: Path) -> None:
     (problem,) = error.value.problems
     assert problem.startswith(f"{run_file}:20: train.global_batch_size: is 16")
     assert (
-        "12 = train.micro_batch_size (4) x data-parallel processes (3): write 12 or 24" in problem
-    )
+        "12 = train.micro_batch_size (4) x data-parallel processes (3): write 12 or 24, "
+        "or start 2 data-parallel processes with train.micro_batch_size=4 for the same batch"
+    ) in problem
+    with pytest.raises(ConfigError, match=r"or set train\.micro_batch_size=2 for the"):
+        check_processes(run, 8)
 
 
 def test_nearest_multiples() -> None:

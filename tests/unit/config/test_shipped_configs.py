@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from relora_ds.accounting.flops import parameter_counts
 from relora_ds.config.architecture import read_model_config
-from relora_ds.config.load import dump_run_config, load_run_config
+from relora_ds.config.load import LoadedRun, dump_run_config, load_run_config
 from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.methods.build import meta_model
@@ -95,6 +96,38 @@ def test_a_dry_run_passes(
     monkeypatch.chdir(ROOT)
     assert main([str(path.relative_to(ROOT)), "--dry-run"]) == 0
     assert "steps 1 to" in capsys.readouterr().out
+
+
+# what an error proposes to set, and to start
+_SETTING = re.compile(r"[a-z_]+\.[a-z_]+=\d+")
+_START = re.compile(r"start (\d+) data-parallel processes with")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 64])
+def test_a_dry_run_on_any_number_of_processes_passes_or_says_what_to_set(
+    processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    checked: list[LoadedRun] = []
+    # its tables have a test of their own and take a second each
+    monkeypatch.setattr("relora_ds.planning.dry_run.dry_run", lambda run, *_: checked.append(run))
+
+    def dry_run_on(started: str, *arguments: str) -> str:
+        """What it reports; nothing where the run is valid."""
+        checked.clear()
+        monkeypatch.setenv("WORLD_SIZE", started)
+        code = main([*arguments, "--dry-run"])
+        assert code == (0 if checked else 2)
+        return capsys.readouterr().err
+
+    for path in RUNS:
+        run = str(path.relative_to(ROOT))
+        errors = dry_run_on(str(processes), run)
+        if errors:
+            assert len(errors.splitlines()) == 1, errors
+            (setting,) = _SETTING.findall(errors)
+            start = _START.search(errors)
+            assert dry_run_on(start[1] if start else str(processes), run, setting) == "", errors
 
 
 @pytest.mark.parametrize("name", ["llama_1b_switchlora", "llama_7b_switchlora"])

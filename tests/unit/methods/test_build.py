@@ -12,12 +12,14 @@ from relora_ds.config.methods.catalogue import MethodConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
-from relora_ds.methods.build import build_model, dense_weights, meta_model
+from relora_ds.methods.build import build_model, dense_weights, filled_model, marks, meta_model
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.methods.registry import METHODS
 from relora_ds.model.init import dense_shapes
 from relora_ds.model.llama import Llama
+from relora_ds.numerics import draws
 from relora_ds.parallel.linear import DenseLinear
+from relora_ds.randomness import Stream
 
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(steps=10, seq_length=8, micro_batch_size=1, global_batch_size=1)
@@ -221,3 +223,32 @@ def test_weights_may_be_bf16(architecture: ModelConfig, method: Method[Any]) -> 
         assert value.dtype == torch.float32
         if name in rounded and "_proj" not in name:
             assert torch.equal(value, rounded[name].float())
+
+
+def test_a_model_that_awaits_its_state_draws_no_value(
+    architecture: ModelConfig, method: Method[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(architecture, method)
+
+    def refuse(*_: Any) -> torch.Tensor:
+        raise AssertionError("a value was drawn")
+
+    for place, name in ((draws, "_draw"), (Stream, "_words_at")):
+        monkeypatch.setattr(place, name, refuse)
+    model = filled_model(architecture, method, TRAIN, marks, CPU)
+    values = parameters_of(model)
+    assert {n: v.shape for n, v in values.items()} == {
+        n: v.shape for n, v in parameters_of(built).items()
+    }
+    # what a layout is verified with: exact in bf16, no two neighbours alike, no two parameters
+    for value in values.values():
+        assert torch.equal(value.bfloat16().float(), value)
+        flat = value.flatten()
+        assert bool((flat[1:] != flat[:-1]).all())
+    assert len({float(value.flatten()[0]) for value in values.values()}) > 0.8 * len(values)
+    # the structure is there: where the sparse values lie follows from the seed
+    for (name, found), (other, expected) in zip(
+        model.named_buffers(), built.named_buffers(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(found, expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relora_ds.config.methods.low_rank import LowRankConfig
-from relora_ds.methods.low_rank import FactorLinear, LowRank
+from relora_ds.methods.low_rank import FactorLinear, LowRank, split_spectrum
 from relora_ds.parallel.linear import LinearSpec
 
 Spec = Callable[..., LinearSpec]
@@ -74,3 +74,14 @@ def test_computes_its_product(spec: Spec, bias: bool) -> None:
     torch.testing.assert_close(layer(x), expected)
     names = {"lora_A", "lora_B"} | ({"bias"} if bias else set())
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == names
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(20, 12), (12, 20)])
+def test_a_matrix_of_lower_rank_is_met_exactly(rows: int, cols: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    dense = torch.randn(rows, 2, generator=generator) @ torch.randn(2, cols, generator=generator)
+    left, right = split_spectrum(dense, 5)
+    torch.testing.assert_close(left @ right, dense, rtol=1e-5, atol=1e-5)
+    left, right = split_spectrum(torch.zeros(rows, cols), 5)
+    assert not left.any()
+    assert not right.any()

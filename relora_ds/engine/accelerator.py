@@ -1,0 +1,88 @@
+"""The GPUs of this machine, their driver, and whether this build of torch can use them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from relora_ds.errors import ConfigError
+
+_KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+_PATIENCE_S = 20  # nvidia-smi takes seconds where the driver must be loaded first
+_OLDER_BUILD = "https://download.pytorch.org/whl/cu126"
+
+
+def check_accelerator() -> None:
+    """Refuse a machine whose GPUs torch cannot use: a run on its CPU is not what was meant.
+
+    ``DS_ACCELERATOR=cpu`` says that it is meant.
+
+    Raises:
+        ConfigError: ``nvidia-smi -L`` lists GPUs and torch sees none.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or torch.cuda.is_available():
+        return
+    listed = sum(line.startswith("GPU ") for line in _nvidia_smi("-L").splitlines())
+    if listed:
+        raise ConfigError(
+            f"nvidia-smi lists {listed} GPUs (driver {driver_version() or 'unknown'}), but "
+            f"{_why_none()}. DS_ACCELERATOR=cpu trains on the CPU"
+        )
+
+
+@cache
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver, such as ``580.95.05``, or None where there is none."""
+    try:
+        found = re.search(r"\b\d{3}\.[\d.]+\b", _KERNEL_MODULE.read_text())
+    except OSError:
+        found = None
+    if found:
+        return found.group()
+    # a sandbox may have the device without the kernel's files
+    answer = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split()
+    return answer[0] if answer else None
+
+
+def describe_machine() -> str:
+    """One line: this process's device, torch with what it was built for, and the driver."""
+    on_cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_cuda else f"CPU ({platform.machine()})"
+    line = f"{device}, torch {torch.__version__}"
+    if torch.version.cuda:
+        line += f", CUDA {torch.version.cuda}, driver {driver_version() or 'none'}"
+    return line
+
+
+def _why_none() -> str:
+    """Why torch sees no GPU, and the remedy."""
+    built = f"torch {torch.__version__}"
+    remedy = f"a build that this driver can run (TORCH_INDEX_URL={_OLDER_BUILD} for launch scripts)"
+    if torch.version.cuda is None:
+        return f"{built} is a build for CPUs: install {remedy}"
+    built += f" for CUDA {torch.version.cuda}"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"]
+        return f"{built} sees none with CUDA_VISIBLE_DEVICES={hidden!r}: unset it, or take {remedy}"
+    return f"{built} sees none: that driver is too old for it. Update it, or install {remedy}"
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; empty where it is missing, fails or hangs."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=_PATIENCE_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
