@@ -37,7 +37,6 @@ from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
 
-
 Admit = Callable[[torch.Tensor], bool]
 """Asked on every rank between the last backward pass of an update and the update, which is applied
 only if all answer yes; they must answer alike.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from relora_ds.engine.distributed import gather_objects
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.numerics.base_weight import BaseWeight
@@ -51,9 +52,7 @@ class FiniteCheck:
         if not int(found):
             return None
         own = [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]
-        everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(everyone, own)
-        return _describe(everyone)
+        return _describe(gather_objects(own))
 
     def _held(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every floating-point tensor of the state on this rank, by name; views, not copies."""
@@ -70,7 +69,10 @@ class FiniteCheck:
                 for key, tensor in self._bases[parameter].tensors().items():
                     if tensor.is_floating_point():
                         yield f"{name} ({key})", tensor
-        for name, tensor in {**self._matrices.side_tensors(), **self._matrices.side_slices()}.items():
+        for name, tensor in {
+            **self._matrices.side_tensors(),
+            **self._matrices.side_slices(),
+        }.items():
             if tensor.is_floating_point():
                 yield name, tensor
 

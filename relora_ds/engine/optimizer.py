@@ -62,11 +62,11 @@ def unapplied(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     What drives it does the rest of a step: it lets go of the gradients and begins a new update.
     """
-    optimizer.step = lambda *args, **settings: None  # hides the method of the class
+    vars(optimizer)["step"] = lambda *args, **settings: None  # hides the method of the class
     try:
         yield
     finally:
-        del optimizer.step
+        del vars(optimizer)["step"]
 
 
 def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

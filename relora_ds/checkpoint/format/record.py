@@ -41,11 +41,11 @@ class GuardState(Section):
     """Times that the run went back to a checkpoint."""
     events: NonNegativeInt = 0
     """Batches that were skipped and rollbacks, together."""
-    left_out: list[NonNegativeInt] = []
+    left_out: tuple[NonNegativeInt, ...] = ()
     """Steps, from 0, whose batches are not trained on."""
-    losses: list[float] = []
+    losses: tuple[float, ...] = ()
     """Last losses, oldest first; as many as a spike is measured by."""
-    norms: list[float] = []
+    norms: tuple[float, ...] = ()
     """Gradient norms of the same updates."""
 
 

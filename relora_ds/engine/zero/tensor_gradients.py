@@ -57,9 +57,7 @@ def global_norm(parameters: Sequence[nn.Parameter], tp: TensorParallel) -> torch
 
 
 @torch.no_grad()
-def square_sums_of_slices(
-    layout: Layout, tp: TensorParallel, device: torch.device
-) -> torch.Tensor:
+def square_sums_of_slices(layout: Layout, tp: TensorParallel, device: torch.device) -> torch.Tensor:
     """Squared norms of the gradients that this rank holds slices of, before an update.
 
     Args:

@@ -37,8 +37,12 @@ class Place:
 
     def digest(self) -> int:
         """56 bits of all of it."""
-        text = repr(astuple(self)).encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=_BYTES).digest(), "little")
+        return int(digest_of(repr(astuple(self)).encode()), 16)
+
+
+def digest_of(content: bytes) -> str:
+    """56 bits of any content, in hexadecimal."""
+    return hashlib.blake2b(content, digest_size=_BYTES).hexdigest()
 
 
 class Agreement:

@@ -1,4 +1,4 @@
-"""logs/bad_batches.jsonl: which sequences a run did not believe, for whoever looks for the cause."""
+"""logs/bad_batches.jsonl: which sequences a run did not believe, to look for the cause."""
 
 from __future__ import annotations
 

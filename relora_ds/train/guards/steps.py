@@ -46,7 +46,9 @@ class StepGuard:
     """
 
     def __init__(self, config: GuardsConfig, state: GuardState, note: Note) -> None:
-        self._config, self._note = config, note
+        self._config = config
+        self.note = note
+        """Writes down a batch that is not believed."""
         self._spikes = SpikeDetector(config.loss_spike, state.losses, state.norms)
         self._skipped, self._rollbacks, self._events = (
             state.skipped_steps,
@@ -54,7 +56,8 @@ class StepGuard:
             state.events,
         )
         self._left_out = set(state.left_out)
-        self._found: str | None = None
+        self.found: str | None = None
+        """Why the run must go back, once that is decided."""
         self.skipped = False
         """Whether the last update was not applied."""
 
@@ -79,7 +82,7 @@ class StepGuard:
             reason = None if action == "off" else self._spikes.find(loss, norm)
         if reason is not None:
             reason = f"step {step + 1}: {reason}"
-            self._note(step, action, reason)
+            self.note(step, action, reason)
             if action in ("skip", "rollback"):
                 self._count(reason)
             _logger.warning("%s: %s", reason, action)
@@ -90,7 +93,7 @@ class StepGuard:
             self.skipped = True
             self._skipped += 1
         elif action == "rollback":
-            self._found = reason
+            self.found = reason
         else:
             raise DivergenceError(
                 f"{reason}: lower the learning rates or lengthen the warm-up, or let the run go on "
@@ -120,14 +123,14 @@ class StepGuard:
             step: the one that was decided on, from 0.
             broken: what of the weights is not finite.
         """
-        if self._found is None:
+        if self.found is None:
             return None
         if broken is not None:
-            return self.go_back(step, f"{self._found}; not finite: {broken}")
+            return self.go_back(step, f"{self.found}; not finite: {broken}")
         blamed = [step]
         if step - 1 in self._left_out:  # again, right behind what was left out: not the batch alone
             blamed += self._last_trained(step)
-        return Rewind(tuple(sorted(blamed)), self._found)
+        return Rewind(tuple(sorted(blamed)), self.found)
 
     def rescue(self, done: int, reason: str) -> Rewind:
         """What is left to do when the weights after `done` updates are not to be believed.
@@ -149,7 +152,7 @@ class StepGuard:
         blamed = self._last_trained(step)
         if not blamed:
             raise DivergenceError(f"{reason}: and no update was applied before")
-        self._note(blamed[0], "rollback", reason)
+        self.note(blamed[0], "rollback", reason)
         return Rewind(tuple(blamed), reason)
 
     def _last_trained(self, step: int) -> list[int]:
@@ -167,9 +170,9 @@ class StepGuard:
         changes = {
             "rollbacks": self._rollbacks + 1,
             "events": self._events,
-            "left_out": sorted(left_out),
+            "left_out": tuple(sorted(left_out)),
         }
-        return StepGuard(self._config, saved.model_copy(update=changes), self._note)
+        return StepGuard(self._config, saved.model_copy(update=changes), self.note)
 
     def metrics(self) -> dict[str, int]:
         """Counts so far, where there can be any."""
@@ -183,9 +186,9 @@ class StepGuard:
             skipped_steps=self._skipped,
             rollbacks=self._rollbacks,
             events=self._events,
-            left_out=sorted(self._left_out),
-            losses=list(self._spikes.losses),
-            norms=list(self._spikes.norms),
+            left_out=tuple(sorted(self._left_out)),
+            losses=tuple(self._spikes.losses),
+            norms=tuple(self._spikes.norms),
         )
 
 
