@@ -41,11 +41,11 @@ class GuardState(Section):
     """Times that the run went back to a checkpoint."""
     events: NonNegativeInt = 0
     """Batches that were skipped and rollbacks, together."""
-    left_out: tuple[NonNegativeInt, ...] = ()
+    left_out: list[NonNegativeInt] = Field(default_factory=list)
     """Steps, from 0, whose batches are not trained on."""
-    losses: tuple[float, ...] = ()
+    losses: list[float] = Field(default_factory=list)
     """Last losses, oldest first; as many as a spike is measured by."""
-    norms: tuple[float, ...] = ()
+    norms: list[float] = Field(default_factory=list)
     """Gradient norms of the same updates."""
 
 

@@ -170,7 +170,7 @@ class StepGuard:
         changes = {
             "rollbacks": self._rollbacks + 1,
             "events": self._events,
-            "left_out": tuple(sorted(left_out)),
+            "left_out": sorted(left_out),
         }
         return StepGuard(self._config, saved.model_copy(update=changes), self.note)
 
@@ -186,9 +186,9 @@ class StepGuard:
             skipped_steps=self._skipped,
             rollbacks=self._rollbacks,
             events=self._events,
-            left_out=tuple(sorted(self._left_out)),
-            losses=tuple(self._spikes.losses),
-            norms=tuple(self._spikes.norms),
+            left_out=sorted(self._left_out),
+            losses=list(self._spikes.losses),
+            norms=list(self._spikes.norms),
         )
 
 
