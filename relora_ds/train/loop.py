@@ -211,22 +211,23 @@ class Trainer:
             DivergenceError: on every rank: a loss or gradient norm since the last report is not
                 finite on any.
         """
-        moved = recorder.step_bytes()
-        metrics: dict[str, Any] = {
-            "train/lr": rates["dense"],
-            "train/adapter_lr": rates["adapter"],
-            "communication/bytes_per_step": moved.payload,
-            "communication/wire_bytes_per_step": round(moved.wire),
-            **self.guard.metrics(),
-        }
+        metrics: dict[str, Any] = {}
         if seen.steps:
             loss, norm, broken = seen.over_ranks()
             if broken is not None:
                 step, what = broken
                 self.guard.note(step, "stop", what)
                 raise DivergenceError(f"step {step + 1}: {what}: {self._remedy()}")
-            metrics = {"train/loss": loss, "train/grad_norm": norm, **metrics}
-        return metrics | meter.read()
+            metrics = {"train/loss": loss, "train/grad_norm": norm}
+        moved = recorder.step_bytes()
+        return metrics | {
+            "train/lr": rates["dense"],
+            "train/adapter_lr": rates["adapter"],
+            "communication/bytes_per_step": moved.payload,
+            "communication/wire_bytes_per_step": round(moved.wire),
+            **self.guard.metrics(),
+            **meter.read(),
+        }
 
     def _event_metrics(self, done: int, *events: Event | None) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
