@@ -4,7 +4,7 @@ believed."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,12 @@ from relora_ds.errors import (
 from relora_ds.methods.registry import Phase
 from relora_ds.parallel.topology import Topology
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
+from relora_ds.planning.memory_report import (
+    closed_form,
+    memory_metrics,
+    saved_bytes,
+    storage_plan,
+)
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
@@ -80,6 +85,7 @@ def _go_back(
     Raises:
         DivergenceError: the process resumed a checkpoint that is too late, and none is earlier.
     """
+    trainer.checkpoints.settle()  # of a step before; all ranks are here
     directory = trainer.checkpoints.directory
     saved = find_earlier(directory, rewind.steps[0], prepared.topology.is_main) or started_from
     if saved is not None and saved.record.trainer.step > rewind.steps[0]:
@@ -112,6 +118,8 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
     topology, stage = prepared.topology, prepared.zero.stage
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
+    with doing("start"):
+        _make_room(prepared, trainer, saved, phases)
     weights: DenseWeights = AwaitedState()
     if saved is None:
         with doing("start"):
@@ -144,6 +152,27 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
     return None
+
+
+def _make_room(
+    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
+) -> None:
+    """Make sure before training that its checkpoints can be saved. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be.
+    """
+    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    if saved is not None:
+        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
+        if moved is not None:
+            _logger.info("moved checkpoints that this run does not continue to %s", moved)
+    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    largest = max(
+        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        for phase in phases
+    )
+    trainer.checkpoints.check_room(largest)
 
 
 def _refuse_non_finite(engine: TrainEngine, saved: SavedRun) -> None:

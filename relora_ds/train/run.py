@@ -16,10 +16,11 @@ from relora_ds.checkpoint.resume import (
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
@@ -31,6 +32,7 @@ from relora_ds.errors import (
     ReloraError,
 )
 from relora_ds.methods.registry import check_requirements
+from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import share_models
 from relora_ds.train.guards.agreement import Agreement
 from relora_ds.train.guards.bad_batches import BadBatches
@@ -82,6 +84,7 @@ def run(loaded: LoadedRun) -> None:
         raise
     except DivergenceError as error:
         status, reason = "diverged", str(error)
+        trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
         outcome = Outcome(status, reason, started_at, prepared.topology.world_size, trainer.final)
@@ -149,8 +152,12 @@ def _prepare(loaded: LoadedRun) -> Prepared:
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
+    check_attention(loaded.config.train, loaded.architecture, topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
@@ -179,7 +186,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
         _check_export_target(prepared)
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
@@ -243,9 +251,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=_valid_data(prepared),
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
-        ),
+        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
         agreement=Agreement(),
         guard=StepGuard(config.guards, guards, bad_batches.note),
