@@ -87,9 +87,9 @@ class MetricsFile:
         """Append one line.
 
         Raises:
-            ReloraError: the line could not be written, for example because the disk is full.
+            ReloraError: the line could not be written, for example because the disk is full, or
+                was written to a file that has been removed.
         """
-        self._check_place()
         record = {"step": step} | {name: finite_or_none(value) for name, value in metrics.items()}
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -98,6 +98,7 @@ class MetricsFile:
             with contextlib.suppress(OSError):
                 self._file.close()
             raise self._unwritable(error) from error
+        self._check_place()
 
     def close(self, status: Status = "completed") -> None:
         """Close the file. `status` is not recorded here.
