@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.config.sections import GuardsConfig
@@ -25,9 +26,11 @@ METHODS = (("relora", "fp32"), ("relora", "bf16"), ("switchlora", "bf16"))
 @contextmanager
 def poisoned(run: Training, active: bool) -> Iterator[None]:
     """The model's loss is NaN inside, on this rank alone."""
-    handle = run.engine.model.register_forward_hook(
-        lambda module, tokens, loss: loss * torch.nan if active else loss
-    )
+
+    def poison(module: nn.Module, tokens: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss * torch.nan if active else loss
+
+    handle = run.engine.model.register_forward_hook(poison)
     try:
         yield
     finally:
@@ -82,7 +85,7 @@ def skipped(topology: Topology) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method, precision in METHODS:
         for stage in STAGES:
-            noted: list[tuple[int, str]] = []
+            noted: list[Any] = []
             config = GuardsConfig(non_finite="skip")
             guard = StepGuard(
                 config, GuardState(), lambda at, act, why, to=noted: to.append((at, act))
@@ -100,7 +103,7 @@ def skipped(topology: Topology) -> dict[str, Any]:
             found[f"{method}/{precision}/{stage}"] = {
                 "differing": differing,
                 "losses": losses == expected,
-                "noted": [(step, action) for step, action, _ in noted],
+                "noted": noted,
                 "remembered": guard.state().skipped_steps,
             }
     return found

@@ -18,8 +18,10 @@ Noted = list[tuple[int, str]]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("ranks") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
