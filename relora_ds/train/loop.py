@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import at_step, doing
+from relora_ds.activity import at_step, doing, moved, unlimited
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
@@ -31,7 +31,7 @@ from relora_ds.train.guards.agreement import Agreement, Place, digest_of
 from relora_ds.train.guards.losses import Seen
 from relora_ds.train.guards.steps import Rewind, StepGuard
 from relora_ds.train.guards.weights import newest_good, refuse_drift
-from relora_ds.train.stop import StopSignal
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.telemetry.memory import max_allocated_bytes
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.telemetry import Telemetry
@@ -122,7 +122,7 @@ class Trainer:
                 if doubt is not None:
                     return self.guard.rescue(done, doubt)
                 if saves:
-                    with doing("save"):
+                    with doing("save"), unlimited():
                         self.save(phase, engine, session, done, last or stopping)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
@@ -153,7 +153,7 @@ class Trainer:
             before = session.before_step(own_step)
         if not self.guard.leaves_out(step):
             admit = self.guard.admit(step)
-            loss, norm = engine.train_step(self.train_data.micro_batches(step), admit)
+            loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)), admit)
             if self.guard.found is not None:
                 return {}
             if not self.guard.skipped:
@@ -317,6 +317,13 @@ class Trainer:
             self.save_figures = {"checkpoint/failed": self.failed_saves}
             if self.topology.is_main:
                 _logger.warning("%s; training goes on", result.problem)
+
+
+def _noting(micro_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The micro-batches, each of which shows that the step goes on."""
+    for tokens in micro_batches:
+        moved()
+        yield tokens
 
 
 def _is_due(done: int, every: int) -> bool:

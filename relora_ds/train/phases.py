@@ -135,6 +135,7 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
                     restore_phase(saved, engine, session, topology, stage)
                     _refuse_non_finite(engine, saved)
         meter = _build_meter(config.train, engine, topology.world_size)
+        trainer.stop.take_over()
         rewind = trainer.run_phase(phase, engine, session, meter, completed)
         if rewind is not None:
             engine.destroy()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import doing
+from relora_ds.activity import at_step, doing
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
@@ -37,7 +37,8 @@ from relora_ds.parallel.topology import share_models
 from relora_ds.train.guards.agreement import Agreement
 from relora_ds.train.guards.bad_batches import BadBatches
 from relora_ds.train.guards.steps import StepGuard
-from relora_ds.train.launcher_watch import LauncherWatch
+from relora_ds.train.lifetime.lifetime import Lifetime
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.loop import Trainer
 from relora_ds.train.phases import Prepared, train
 from relora_ds.train.results import (
@@ -48,7 +49,6 @@ from relora_ds.train.results import (
     warn_of_missing_export,
     write_results,
 )
-from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.telemetry import Telemetry
@@ -56,23 +56,26 @@ from relora_ds.train.telemetry.telemetry import Telemetry
 _logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedRun) -> None:
+def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
     """Train, evaluate, checkpoint and export what the run file describes.
+
+    Args:
+        loaded: the run.
+        lifetime: of this process; a failure is reported there before anything is cleaned up.
 
     Raises:
         ReloraError: see the classes in `errors`; each has its exit code.
     """
     started_at = datetime.now(UTC)
-    launcher = LauncherWatch()
     with doing("start"):
-        prepared = _prepare(loaded)
+        prepared = _prepare(loaded, lifetime)
     with doing("resume"):
         saved = _find_start(prepared)
     if saved is not None and saved.record.trainer.step >= loaded.config.train.steps:
         _finish_again(prepared, saved, started_at)
         return
     with doing("start"):
-        trainer = _build_trainer(prepared, saved, StopSignal(launcher))
+        trainer = _build_trainer(prepared, saved, StopSignal(lifetime.requests))
         _announce(loaded, prepared)
     status, reason = "failed", None
     try:
@@ -82,11 +85,14 @@ def run(loaded: LoadedRun) -> None:
     except PreemptedError as error:
         status, reason = "preempted", str(error)
         raise
-    except DivergenceError as error:
-        status, reason = "diverged", str(error)
-        trainer.checkpoints.settle()  # of a step before; all ranks are here
+    except BaseException as error:
+        reason = lifetime.report(error)  # first of all: what follows may fail or hang
+        status = "diverged" if isinstance(error, DivergenceError) else "failed"
+        if isinstance(error, DivergenceError):
+            trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
+        at_step(None)
         outcome = Outcome(status, reason, started_at, prepared.topology.world_size, trainer.final)
         problems = _write_results(prepared, trainer, outcome)
         if status in ("completed", "preempted"):
@@ -141,14 +147,20 @@ def _finish_again(prepared: Prepared, saved: SavedRun, started_at: datetime) -> 
         raise problems[0]
 
 
-def _prepare(loaded: LoadedRun) -> Prepared:
+def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     """Join the other processes, and make sure that settings, processes and data fit each other."""
-    topology = distributed.start(loaded.config.train.timeout_minutes)
+    timeout_minutes = loaded.config.train.timeout_minutes
+    topology = distributed.start(timeout_minutes)
+    lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
     for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
         if group is not None:
             recorder.name_group(group, name)
-    configure_logging(Path(loaded.config.output_dir), topology.rank)
+    output_dir = Path(loaded.config.output_dir)
+    earlier_run = lifetime.hold(output_dir)
+    configure_logging(output_dir, topology.rank)
+    if earlier_run is not None:
+        _logger.warning(earlier_run)
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
