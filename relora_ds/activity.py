@@ -1,15 +1,17 @@
 """What this process is doing right now, in words, so that a failure can say where it happened.
 
 A process has one stack of activities for its main line of work. Any thread may read it: the one
-that watches for a stuck run does.
+that watches for a stuck run does. What another thread does is named for the errors that it raises.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _stack: list[str] = []
+_of_thread = threading.local()
 _step: int | None = None
 
 
@@ -20,16 +22,17 @@ def doing(what: str) -> Iterator[None]:
     Args:
         what: a few words without the step, as "merge" or "save: shards".
     """
-    depth = len(_stack)
-    _stack.append(what)
+    stack = _own_stack()
+    depth = len(stack)
+    stack.append(what)
     try:
         yield
     except BaseException as error:
         if not hasattr(error, "_activity"):  # the innermost block says most
-            error._activity = current()  # pyright: ignore[reportAttributeAccessIssue]
+            error._activity = _in_words(stack)  # pyright: ignore[reportAttributeAccessIssue]
         raise
     finally:
-        del _stack[depth:]
+        del stack[depth:]
 
 
 def at_step(step: int | None) -> None:
@@ -43,10 +46,21 @@ def current() -> str:
 
     Where nothing is named it is "start" before training and "step 12: between its parts" within.
     """
-    where = ": ".join(_stack) or ("start" if _step is None else "between its parts")
-    return where if _step is None else f"step {_step}: {where}"
+    return _in_words(_stack)
 
 
 def origin(error: BaseException) -> str:
     """Where an exception came from, in the words of `current`."""
     return getattr(error, "_activity", None) or current()
+
+
+def _own_stack() -> list[str]:
+    """Of the thread that asks."""
+    if threading.current_thread() is threading.main_thread():
+        return _stack
+    return _of_thread.__dict__.setdefault("stack", [])
+
+
+def _in_words(stack: list[str]) -> str:
+    where = ": ".join(stack) or ("start" if _step is None else "between its parts")
+    return where if _step is None else f"step {_step}: {where}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,14 @@ from relora_ds.checkpoint.resume import (
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
@@ -41,7 +42,12 @@ from relora_ds.methods.registry import Phase, check_requirements
 from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
+from relora_ds.planning.memory_report import (
+    closed_form,
+    memory_metrics,
+    saved_bytes,
+    storage_plan,
+)
 from relora_ds.train.launcher_watch import LauncherWatch
 from relora_ds.train.loop import Trainer
 from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
@@ -93,6 +99,7 @@ def run(loaded: LoadedRun) -> None:
         raise
     except DivergenceError as error:
         status, reason = "diverged", str(error)
+        trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
         trainer.telemetry.close(status)
@@ -119,6 +126,9 @@ def _prepare(loaded: LoadedRun) -> Prepared:
     check_attention(loaded.config.train, loaded.architecture, topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
@@ -140,7 +150,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
@@ -187,9 +198,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
-        ),
+        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
         final={},
     )
@@ -201,6 +210,8 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     topology, stage = prepared.topology, prepared.zero.stage
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
+    with doing("start"):
+        _make_room(prepared, trainer, saved, phases)
     weights: DenseWeights = AwaitedState()
     if saved is None:
         with doing("start"):
@@ -227,6 +238,27 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
+
+
+def _make_room(
+    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
+) -> None:
+    """Make sure before training that its checkpoints can be saved. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be.
+    """
+    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    if saved is not None:
+        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
+        if moved is not None:
+            _logger.info("moved checkpoints that this run does not continue to %s", moved)
+    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    largest = max(
+        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        for phase in phases
+    )
+    trainer.checkpoints.check_room(largest)
 
 
 def _initial_weights(

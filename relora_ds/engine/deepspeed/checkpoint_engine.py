@@ -1,4 +1,7 @@
-"""DeepSpeed's way to its own files, without its unpickling of whatever is in them."""
+"""DeepSpeed's way to its own files, without its unpickling of whatever is in them.
+
+It writes none: what would be in them is handed over, so that one place writes all of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,15 @@ class TensorFiles(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.zipfile_serialization = True  # what `open_shard` can map
+        self.collected: dict[str, Any] = {}
+        """What DeepSpeed saved since it was last emptied, by name of the file; live."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: whoever writes what was collected has a directory."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Keep what is to be in a file."""
+        self.collected[Path(path).name] = state_dict
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """What is in a file, on the CPU wherever DeepSpeed asks for it: it copies from there.
