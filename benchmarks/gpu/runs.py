@@ -194,7 +194,10 @@ class SmallRun:
     @torch.no_grad()
     def save(self, directory: Path) -> Saved:
         """Save the state of a run that may go on. A collective call."""
-        self.engine.save(str(directory), _TAG)
+        (directory / _TAG).mkdir(parents=True, exist_ok=True)
+        for name, shard in self.engine.shards().items():
+            torch.save(shard, directory / _TAG / name)
+        distributed.barrier()
         live = side_tensors(self.engine) | side_slices(self.engine)
         side = {name: tensor.clone() for name, tensor in live.items()}
         state = deepcopy(distributed.broadcast_object(unwrap(self.session.state_dict())[0]))
