@@ -30,8 +30,12 @@ if [ -e "${wheels[0]}" ]; then
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG="${CUBLAS_WORKSPACE_CONFIG:-:4096:8}"
 
-"$python" -c 'import deepspeed, megatron.core, pydantic' || {
-  echo "error: libraries are missing: bash tools/gpu_wheels.sh fetches them on a machine with a network" >&2
+# found, not imported: that takes half a minute on a cold disk, and is done once anyway
+missing="$("$python" -c 'import importlib.util, sys
+print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))' \
+  deepspeed megatron pydantic hjson sentencepiece pyarrow safetensors rich matplotlib)"
+[ -z "$missing" ] || {
+  echo "error: the libraries $missing are missing: bash tools/gpu_wheels.sh fetches what images with torch lack" >&2
   exit 2
 }
 exec "$python" tools/gpu_report.py "$verb" "$@"
