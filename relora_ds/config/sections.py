@@ -94,8 +94,31 @@ class TrainConfig(Section):
     """A collective that takes longer ends the run with exit code 7."""
 
 
+class MuonConfig(Section):
+    """Muon: momentum whose singular values are made equal before it moves a projection."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay rate mu of the momentum."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+    steps: Literal["polar_express", "keller"] = "polar_express"
+    """Newton-Schulz steps. `polar_express`: eight, whose singular values end within a few per cent
+    of each other. `keller`: the five of torch.optim.Muon."""
+    shape_factor: Literal["original", "match_rms_adamw", "spectral"] = "original"
+    """Factor on the learning rate for m outputs and n inputs. `original`: sqrt(max(1, m / n)).
+    `match_rms_adamw`: 0.2 sqrt(max(m, n)), so that AdamW's learning rates can be kept.
+    `spectral`: sqrt(m / n)."""
+
+
+class ScaleConfig(Section):
+    """SCALE: gradients normalised by column, with momentum in the head alone."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of the head's momentum."""
+
+
 class OptimizerConfig(Section):
-    """AdamW and its learning rates."""
+    """AdamW and its learning rates, or an optimizer of whole matrices beside it."""
 
     name: Literal["adamw", "adamw8bit", "torch_adamw", "fused_adam", "cpu_adam"] = "adamw"
     """Implementation. `adamw`: ours, with exact bias correction per adapter vector. `adamw8bit`:
@@ -104,6 +127,13 @@ class OptimizerConfig(Section):
     first use)."""
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
+    matrix: Literal["muon", "scale"] | None = None
+    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections.
+    `scale`: projections, embedding and head."""
+    muon: MuonConfig = MuonConfig()
+    """Settings of `matrix: muon`."""
+    scale: ScaleConfig = ScaleConfig()
+    """Settings of `matrix: scale`."""
     adapter_lr: PositiveFloat | None = None
     """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default:
     `lr`."""

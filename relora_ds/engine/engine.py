@@ -59,7 +59,7 @@ class TrainEngine:
         self._tp = tp
         groups = method.parameter_groups(model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
-        rules = matrix_rules(method, config.optimizer, groups)
+        rules = matrix_rules(method, config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model

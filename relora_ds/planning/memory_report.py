@@ -77,7 +77,7 @@ def memory_of_part(
         method.edited_weights(part),
         train.micro_batch_size * train.seq_length,
         train.activation_checkpointing,
-        matrix_rules(method, config.optimizer, groups),
+        matrix_rules(method, config.optimizer, part),
     )
 
 
