@@ -102,8 +102,9 @@ def test_going_on_from_an_older_one(tmp_path: Path, place: Place) -> None:
     paths = [place(checkpoints, step, latest=True) for step in (5, 10, 15)]
     (checkpoints / "step_99").mkdir()
     moved = abandon_later(checkpoints, paths[0], 5)
-    assert moved == tmp_path / "previous_1" / layout.CHECKPOINTS
-    assert names(moved) == ["step_10", "step_15"]
+    aside = tmp_path / "previous_1" / layout.CHECKPOINTS
+    assert moved == aside
+    assert names(aside) == ["step_10", "step_15"]
     assert latest_checkpoint(checkpoints) == paths[0]
     assert names(checkpoints) == [layout.LATEST, "step_5", "step_99"]
     assert abandon_later(checkpoints, paths[0], 5) is None
