@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import at_step, doing
+from relora_ds.activity import at_step, doing, moved, unlimited
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
@@ -28,7 +28,7 @@ from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.evaluate import perplexity, validation_loss
-from relora_ds.train.stop import StopSignal
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.telemetry.memory import max_allocated_bytes
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.telemetry import Telemetry
@@ -118,7 +118,7 @@ class Trainer:
                 if metrics:
                     self._report(done, metrics)
                 if saves:
-                    with doing("save"):
+                    with doing("save"), unlimited():
                         self.save(phase, engine, session, done, last or stopping)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
@@ -135,7 +135,7 @@ class Trainer:
         own_step = step - phase.first_step
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
-        loss, norm = engine.train_step(self.train_data.micro_batches(step))
+        loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)))
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         return loss, norm, self._event_metrics(step + 1, before, after)
@@ -255,6 +255,13 @@ class Trainer:
             self.save_figures = {"checkpoint/failed": self.failed_saves}
             if self.topology.is_main:
                 _logger.warning("%s; training goes on", result.problem)
+
+
+def _noting(micro_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The micro-batches, each of which shows that the step goes on."""
+    for tokens in micro_batches:
+        moved()
+        yield tokens
 
 
 def _is_due(done: int, every: int) -> bool:

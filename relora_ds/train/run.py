@@ -12,7 +12,7 @@ import torch
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import doing
+from relora_ds.activity import at_step, doing
 from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.resume import (
@@ -48,10 +48,10 @@ from relora_ds.planning.memory_report import (
     saved_bytes,
     storage_plan,
 )
-from relora_ds.train.launcher_watch import LauncherWatch
+from relora_ds.train.lifetime.lifetime import Lifetime
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.loop import Trainer
 from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
-from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
@@ -73,20 +73,23 @@ class Prepared:
     corpus: Corpus
 
 
-def run(loaded: LoadedRun) -> None:
+def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
     """Train, evaluate, checkpoint and export what the run file describes.
+
+    Args:
+        loaded: the run.
+        lifetime: of this process; a failure is reported there before anything is cleaned up.
 
     Raises:
         ReloraError: see the classes in `errors`; each has its exit code.
     """
     started_at = datetime.now(UTC)
-    launcher = LauncherWatch()
     with doing("start"):
-        prepared = _prepare(loaded)
+        prepared = _prepare(loaded, lifetime)
     with doing("resume"):
         saved = _find_start(prepared)
     with doing("start"):
-        trainer = _build_trainer(prepared, saved, StopSignal(launcher))
+        trainer = _build_trainer(prepared, saved, StopSignal(lifetime.requests))
         _announce(loaded, prepared)
     topology = prepared.topology
     status, reason = "failed", None
@@ -97,11 +100,14 @@ def run(loaded: LoadedRun) -> None:
     except PreemptedError as error:
         status, reason = "preempted", str(error)
         raise
-    except DivergenceError as error:
-        status, reason = "diverged", str(error)
-        trainer.checkpoints.settle()  # of a step before; all ranks are here
+    except BaseException as error:
+        reason = lifetime.report(error)  # first of all: what follows may fail or hang
+        status = "diverged" if isinstance(error, DivergenceError) else "failed"
+        if isinstance(error, DivergenceError):
+            trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
+        at_step(None)
         trainer.telemetry.close(status)
         if topology.is_main:
             outcome = Outcome(status, reason, started_at, topology.world_size, trainer.final)
@@ -112,14 +118,20 @@ def run(loaded: LoadedRun) -> None:
             distributed.barrier()
 
 
-def _prepare(loaded: LoadedRun) -> Prepared:
+def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     """Join the other processes, and make sure that settings, processes and data fit each other."""
-    topology = distributed.start(loaded.config.train.timeout_minutes)
+    timeout_minutes = loaded.config.train.timeout_minutes
+    topology = distributed.start(timeout_minutes)
+    lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
     for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
         if group is not None:
             recorder.name_group(group, name)
-    configure_logging(Path(loaded.config.output_dir), topology.rank)
+    output_dir = Path(loaded.config.output_dir)
+    earlier_run = lifetime.hold(output_dir)
+    configure_logging(output_dir, topology.rank)
+    if earlier_run is not None:
+        _logger.warning(earlier_run)
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
@@ -226,6 +238,7 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
                 with doing("resume"):
                     restore_phase(saved, engine, session, topology, stage)
         meter = _build_meter(config.train, engine, topology.world_size)
+        trainer.stop.take_over()
         trainer.run_phase(phase, engine, session, meter, completed)
         plan = storage_plan(config, stage, topology.dp_size, topology.device)
         expected = closed_form(config, architecture, phase.method, plan)
