@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
+from relora_ds.engine.device import communication_backend, take_device
 from relora_ds.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -48,21 +49,20 @@ def start(timeout_minutes: float) -> Topology:
             runs in.
 
     Returns:
-        This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
+        This process's place; it computes on GPU `local_rank`, or on the CPU where there is none or
+        ``DS_ACCELERATOR=cpu``.
 
     Raises:
-        ConfigError: this machine has GPUs that torch cannot use.
+        ConfigError: this machine has GPUs that torch cannot use, or fewer than processes.
     """
     check_accelerator()
     if "RANK" not in os.environ:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    join_process_group(timedelta(minutes=timeout_minutes))
+    device = take_device(local_rank)
+    join_process_group(timedelta(minutes=timeout_minutes), communication_backend())
     _open_host_group()
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
 
