@@ -30,9 +30,10 @@ from rich.table import Table
 from torch.distributed import ProcessGroup
 
 from relora_ds.accounting.collectives import wire_bytes
+from relora_ds.accounting.matrix_traffic import Place, matrix_traffic
 from relora_ds.accounting.recorder import Traffic, Volume, Volumes, counting_seconds, recorder
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
-from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads, matrix_sums
+from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads
 from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.config.architecture import read_model_config
 from relora_ds.config.checks import heads_divide_over_tensor
@@ -282,17 +283,19 @@ def _expected(
     model = sharded_meta_model(workload.architecture, method, config.train, tp)
     trained = method.parameter_groups(model)
     groups = [group.parameters for group in trained]
-    sums = matrix_sums(model, matrix_rules(method, config.optimizer, trained))
     copies = topology.dp_size
+    rules = matrix_rules(method, config.optimizer, model)
+    place = Place(topology.dp_rank, tp.rank)
+    matrices = matrix_traffic(model, groups, rules, zero, (copies, tp.size), place)
     name = "world" if tp.size == 1 else "dp"
     moved = expected_payloads(
-        model, groups, zero, copies, group=name, tp_size=tp.size, sums=sums.sliced
+        model, groups, zero, copies, group=name, tp_size=tp.size, matrices=matrices
     )
     if tp.size == 1:
         return moved
     share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
     tokens = workload.micro_batch_size * workload.seq_length
-    work = GroupWork(tp.size, tokens, share, len(groups), sums.sharded)
+    work = GroupWork(tp.size, tokens, share, len(groups), matrices.sharded)
     return moved | tensor_payloads(model, zero, work)
 
 

@@ -13,7 +13,7 @@ With T tokens per micro-batch, D the model's width, L layers, e bytes of an acti
 | recomputed outputs of attention, with checkpointing       | L e T D                | backward |
 | `fold`: gradients of factors that every rank holds whole  | this rank's slices     | step     |
 | norm                                                      | 4 per group, and more  | step     |
-| matrix-wise optimizers: sums about sharded matrices       | 4 each                 | step     |
+| matrix-wise optimizers: sharded matrices                  | see `matrix_traffic`   | step     |
 
 The first seven are per micro-batch, the others once per optimizer step. With sequence parallelism
 each of the (T, D) sums is an all-gather where a block is entered or a reduce-scatter where it is
@@ -29,14 +29,16 @@ import torch
 from torch import nn
 
 from relora_ds.accounting.footprints import footprints
+from relora_ds.accounting.matrix_traffic import NOTHING, GroupExchange, MatrixTraffic
 from relora_ds.accounting.recorder import Traffic, Volume, Volumes
-from relora_ds.accounting.zero_traffic import SUM_BYTES, Payloads, dtype_name, padded
+from relora_ds.accounting.zero_traffic import Payloads, dtype_name
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.model.loss import chunk_rows
 from relora_ds.parallel.footprint import Exchange, Operation, UpdateSize
 from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.ownership import padded
 from relora_ds.parallel.shape import global_shape, tp_local_shape
 from relora_ds.parallel.zero import ZeroSettings
 
@@ -56,8 +58,8 @@ class GroupWork:
     """Gradient elements in this rank's slices of the model's `partial_gradients`; see
     `shares_by_rank`."""
     optimizer_groups: int
-    sums: int = 0
-    """Elements that matrix-wise optimizers add up over the group; see `matrix_sums`."""
+    matrices: GroupExchange = NOTHING
+    """What matrix-wise optimizers exchange."""
     name: str = "tp"
     """The recorder's name of the group."""
 
@@ -110,7 +112,8 @@ def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Vol
     add("all_reduce", working, "step", Volume(1, element * work.share_elements))
     for dtype, volume in _norms(zero, work.optimizer_groups).items():
         add("all_reduce", dtype, "step", volume)
-    add("all_reduce", "float32", "step", Volume(1, SUM_BYTES * work.sums))
+    for kind, payload in MatrixTraffic.payloads(work.matrices, work.name, work.ranks).items():
+        add(kind.operation, kind.dtype, kind.phase, Volume(1, payload))
     return moved
 
 

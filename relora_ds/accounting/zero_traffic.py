@@ -20,8 +20,7 @@ At stage 3 every weight, frozen or not, is gathered about twice per micro-batch,
 layers are recomputed: `gathers` replays which. The frozen base of a low-rank method travels with
 the rest, so that stage 3 moves more than in full rank. With hpZ it travels within a node only.
 
-A matrix-wise optimizer adds up what `matrix_sums` counts, 4 bytes each, from stage 1 on over the
-processes that slice its matrices.
+What matrix-wise optimizers exchange comes on top; see `matrix_traffic`.
 
 Payload and wire bytes mean what they do in `collectives`. Events (a merge, a switch) come on top
 and are small: DeepSpeed knows nothing of them. At stage 3 the first micro-batch of a run, and the
@@ -30,25 +29,20 @@ first after an evaluation or an event's probe, is recorded anew and moves more t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from relora_ds.accounting.matrix_traffic import MatrixTraffic
 from relora_ds.accounting.recorder import StepBytes, Traffic, Volume, total
 from relora_ds.accounting.zero3_gathers import Replay, gathered
-from relora_ds.optim.matrix import MatrixOptimizer
-from relora_ds.parallel.shape import global_shape, shard_of
+from relora_ds.parallel.ownership import padded
 from relora_ds.parallel.zero import ZeroSettings
 
-SUM_BYTES = 4
-"""Bytes of an element that a matrix-wise optimizer adds up."""
 _NORM_BYTES = 4
 _NORM_BYTES_STAGE_3 = 8
 _FLAG_BYTES = 1
-# DeepSpeed aligns every rank's part of a group to the 4 bytes that NCCL wants, for 2-byte elements
-_ALIGNMENT = 2
 
 HPZ_GROUP = "hpz"
 """The recorder's name of the group that holds one copy of the weights under hpZ."""
@@ -66,7 +60,7 @@ def expected_payloads(
     group: str = "world",
     tp_size: int = 1,
     replay: Replay | None = None,
-    sums: int = 0,
+    matrices: MatrixTraffic | None = None,
 ) -> Payloads:
     """What one update moves, from its first forward pass to the end of the optimizer's step.
 
@@ -78,7 +72,7 @@ def expected_payloads(
         group: the recorder's name of the processes' group.
         tp_size: processes that share a copy of the model.
         replay: what `gathered` returned for them, where it is known already.
-        sums: elements that matrix-wise optimizers add up over them; see `matrix_sums`.
+        matrices: what matrix-wise optimizers exchange.
 
     Raises:
         ValueError: an option of stage 3 is set that makes the figure inexact.
@@ -91,39 +85,10 @@ def expected_payloads(
     if zero.stage == 3 and dp_size > 1:
         found = replay or gathered(model, zero.gathering, dp_size, zero.accumulation, tp_size)
         moved |= _gather_payloads(found, zero, (group, dp_size))
-    if zero.stage and sums:
-        kind = Traffic("all_reduce", group, dp_size, "float32", "step")
-        moved[kind] = moved.get(kind, 0) + SUM_BYTES * sums
+    if zero.stage and matrices is not None:
+        for kind, payload in matrices.payloads(matrices.sliced, group, dp_size).items():
+            moved[kind] = moved.get(kind, 0) + payload
     return moved
-
-
-class MatrixSums(NamedTuple):
-    """Elements that matrix-wise optimizers exchange in one update."""
-
-    sliced: int
-    """Over the processes that ZeRO slices optimizer states over."""
-    sharded: int
-    """Over a tensor-parallel group as well: those about matrices that it shards."""
-
-
-def matrix_sums(model: nn.Module, rules: Mapping[nn.Parameter, MatrixOptimizer]) -> MatrixSums:
-    """What the matrix-wise optimizers of a model exchange, a matrix's way to its owner included.
-
-    Args:
-        model: a `Llama`, or a tensor-parallel rank's part of one, on any device.
-        rules: the matrix-wise optimizer of every parameter that has one.
-    """
-    matrices: dict[MatrixOptimizer, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter in rules:
-            matrices.setdefault(rules[parameter], {})[name] = parameter
-    sliced = sharded = 0
-    for rule, named in matrices.items():
-        for unit in rule.units(list(named)):
-            exchanged = rule.exchanged([global_shape(named[name]) for name in unit])
-            sliced += exchanged
-            sharded += 0 if shard_of(named[unit[0]]) is None else exchanged
-    return MatrixSums(sliced, sharded)
 
 
 def _stage3_payloads(
@@ -238,12 +203,6 @@ def control_payloads(world_size: int, *, logged: bool) -> Payloads:
 def bytes_of(*payloads: Payloads) -> StepBytes:
     """Payload and ring wire bytes of everything in `payloads`."""
     return total((k, Volume(payload=size)) for moved in payloads for k, size in moved.items())
-
-
-def padded(elements: int, dp_size: int) -> int:
-    """Elements of an optimizer group after DeepSpeed padded it for partitioning."""
-    unit = _ALIGNMENT * dp_size
-    return -(-elements // unit) * unit
 
 
 def dtype_name(dtype: torch.dtype) -> str:

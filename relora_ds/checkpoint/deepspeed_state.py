@@ -10,9 +10,10 @@ import torch
 
 from relora_ds.checkpoint.inventory import Inventory, Pieces, PiecesView
 from relora_ds.engine.deepspeed.files import (
-    load_model_states,
-    load_optimizer_states,
-    load_whole_model,
+    model_file,
+    open_shard,
+    optimizer_file,
+    sliced_model_file,
 )
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import MOMENTS
@@ -34,7 +35,7 @@ class DeepSpeedShards:
         if stage == 3:
             self._read_partitions(dp_size)
             return
-        model = load_whole_model(directory, tensor_rank)
+        model = open_shard(directory / model_file(tensor_rank))
         _check_shapes(directory, inventory, {n: v.shape for n, v in model["module"].items()})
         for name in inventory.frozen:
             self._add(f"working.{name}", model["module"][name])
@@ -58,10 +59,7 @@ class DeepSpeedShards:
 
     def _read_flats(self, dp_size: int) -> None:
         """Stages 1 and 2: a group is one flat tensor, cut into one part per rank; padding last."""
-        shards = [
-            load_optimizer_states(self.directory, rank, self._tensor_rank)
-            for rank in range(dp_size)
-        ]
+        shards = [self._optimizer_states(rank) for rank in range(dp_size)]
         for number, group in enumerate(self.inventory.groups):
             whole: dict[str, Pieces] = {key: Pieces() for key in ("master", *MOMENTS)}
             for shard in shards:
@@ -81,9 +79,8 @@ class DeepSpeedShards:
 
     def _read_partitions(self, dp_size: int) -> None:
         """Stage 3: every parameter is cut by itself; a rank's parts of trained ones in sequence."""
-        models = [
-            load_model_states(self.directory, rank, self._tensor_rank) for rank in range(dp_size)
-        ]
+        names = [sliced_model_file(rank, self._tensor_rank) for rank in range(dp_size)]
+        models = [open_shard(self.directory / name) for name in names]
         saved = [*models[0]["param_shapes"], models[0]["frozen_param_shapes"] or {}]
         shapes = {name: shape for part in saved for name, shape in part.items()}
         _check_shapes(self.directory, self.inventory, shapes)
@@ -98,10 +95,14 @@ class DeepSpeedShards:
                         self._add_slice(f"{key}.{name}", PiecesView(pieces, at), shape)
                 at += slice_of(shape.numel(), 0, dp_size)[1]
 
+    def _optimizer_states(self, rank: int) -> dict[str, Any]:
+        name = optimizer_file(rank, self._tensor_rank, self.inventory.dtype)
+        return open_shard(self.directory / name)["optimizer_state_dict"]
+
     def _flats_of_rank(self, rank: int) -> dict[str, Pieces]:
         """A rank's slices of all trained parameters, of all sub-groups one after the other; of a
         sub-group without moments, which is updated matrix-wise, zeros that nobody asks for."""
-        shard = load_optimizer_states(self.directory, rank, self._tensor_rank)
+        shard = self._optimizer_states(rank)
         flats, present = {key: Pieces() for key in ("master", *MOMENTS)}, {"master"}
         for index, flat in enumerate(shard["fp32_flat_groups"]):
             flats["master"].append(flat.detach(), flat.numel())

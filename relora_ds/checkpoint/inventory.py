@@ -70,7 +70,7 @@ def take_inventory(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     described = method.parameter_groups(model)
     groups = [{names[id(p)]: tp_local_shape(p) for p in group.parameters} for group in described]
-    rules = matrix_rules(method, optimizer, described)
+    rules = matrix_rules(method, optimizer, model)
     states = {names[id(p)]: rule.state(global_shape(p)) for p, rule in rules.items()}
     frozen = {n: tp_local_shape(p) for n, p in model.named_parameters() if not p.requires_grad}
     edited = frozenset(names[id(weight)] for weight in method.edited_weights(model))

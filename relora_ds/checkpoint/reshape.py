@@ -11,11 +11,12 @@ from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.format.record import RunRecord, write_record
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
-from relora_ds.checkpoint.saved_run import open_saved_run
+from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
 from relora_ds.config.checks import batch_divides_over_processes, heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
-from relora_ds.errors import ConfigError
+from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.files.durable import describe, remedy, staged
 
 
 def reshape_checkpoint(
@@ -38,7 +39,7 @@ def reshape_checkpoint(
         ConfigError: the output exists, the batch or the heads do not divide over the processes, or
             there is no such stage.
         CheckpointError: the checkpoint is incomplete, altered, or of an optimizer whose moments are
-            not kept by element.
+            not kept by element; or the new one cannot be written.
     """
     run = open_saved_run(checkpoint)
     wanted = {"dp_size": dp_size, "zero_stage": stage, "tp_size": tp_size}
@@ -49,21 +50,28 @@ def reshape_checkpoint(
         problems.append(f"{output} exists: name a new directory")
     if problems:
         raise ConfigError(problems)
-    saved = run.state()
     staging = layout.staging(output)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write_state(saved, staging)
-    write_tensors(saved.clocks, staging / layout.side(""))
+    try:
+        with staged(output, staging) as directory:
+            _write(run, record, directory)
+            write_manifest(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be written: {describe(error)}; {remedy(error)}"
+        ) from error
+
+
+def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
+    saved = run.state()
+    write_state(saved, directory)
+    write_tensors(saved.clocks, directory / layout.side(""))
     _, tensors = split_tensors(run.method_state())
     if tensors:
-        write_tensors(tensors, staging / layout.method(""))
-    write_record(record, staging)
+        write_tensors(tensors, directory / layout.method(""))
+    write_record(record, directory)
     tokenizer = run.checkpoint / layout.TOKENIZER
     if tokenizer.is_file():
-        shutil.copyfile(tokenizer, staging / layout.TOKENIZER)
-    write_manifest(staging)
-    staging.rename(output)
+        shutil.copyfile(tokenizer, directory / layout.TOKENIZER)
 
 
 def _problems(record: RunRecord) -> Iterator[str]:

@@ -13,6 +13,8 @@ from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.restore import load_side_tensors, load_state, side_slices
 from relora_ds.checkpoint.saved_run import SavedRun, fitting
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
+from relora_ds.checkpoint.saving.recovery import recover
+from relora_ds.checkpoint.saving.retention import unused_previous
 from relora_ds.checkpoint.store import find_checkpoint, latest_checkpoint
 from relora_ds.checkpoint.tp_state import PartOfState
 from relora_ds.config.free import free_keys
@@ -21,6 +23,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine.distributed import barrier, broadcast_object
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
+from relora_ds.files.durable import describe, remedy
 from relora_ds.methods.interface import Session
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import Topology
@@ -40,11 +43,14 @@ def find_saved_run(config: RunConfig, is_main: bool) -> SavedRun | None:
     problem, checkpoint = None, None
     if is_main:
         try:
+            recover(Path(config.output_dir) / layout.CHECKPOINTS)
             checkpoint = choose_checkpoint(config)
             if checkpoint is not None:
                 verify_manifest(checkpoint)
         except CheckpointError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{describe(error)}, which a killed save left; {remedy(error)}"
     problem, checkpoint = broadcast_object((problem, checkpoint))
     if problem is not None:
         raise CheckpointError(problem)
@@ -81,10 +87,7 @@ def set_aside_earlier_run(output_dir: Path) -> Path | None:
     found = [output_dir / name for name in results if (output_dir / name).exists()]
     if not any(path.name in kept for path in found):
         return None
-    number = 1
-    while (output_dir / f"previous_{number}").exists():
-        number += 1
-    target = output_dir / f"previous_{number}"
+    target = unused_previous(output_dir)
     target.mkdir()
     for path in found:
         path.rename(target / path.name)

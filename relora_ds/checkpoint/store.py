@@ -1,117 +1,50 @@
-"""Saving and finding checkpoints: complete or absent, never half.
-
-A checkpoint is written to `step_N.tmp`, described by a manifest, renamed to `step_N`, and only then
-named in `latest`. `format.layout` says which files it consists of.
-"""
+"""Finding checkpoints: which directories are complete, and which one is the newest."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+import json
 from pathlib import Path
 
-import torch
-
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import write_manifest
-from relora_ds.checkpoint.format.record import RunRecord, write_record
-from relora_ds.checkpoint.format.tensors import write_tensors
-from relora_ds.checkpoint.restore import side_slices, side_tensors
-from relora_ds.engine.distributed import barrier
-from relora_ds.engine.engine import TrainEngine
+from relora_ds.checkpoint.format.manifest import is_complete
 from relora_ds.errors import CheckpointError
-from relora_ds.parallel.topology import Topology
 
-
-class CheckpointStore:
-    """The `checkpoints` directory of a run.
-
-    Args:
-        directory: created when the first checkpoint is saved.
-        keep: checkpoints to keep, None for all.
-        topology: which process this is: the first one writes what exists once.
-    """
-
-    def __init__(self, directory: Path, keep: int | None, topology: Topology) -> None:
-        self.directory = directory
-        self.keep = keep
-        self._topology = topology
-
-    def save(
-        self,
-        engine: TrainEngine,
-        record: RunRecord,
-        method_tensors: Mapping[str, torch.Tensor],
-        tokenizer: Path | None,
-    ) -> Path:
-        """Write a checkpoint of a state and name it in `latest`. A collective call.
-
-        Args:
-            engine: holds weights and optimizer state after `record.trainer.step` updates.
-            record: what the checkpoint says of itself.
-            method_tensors: of the method's state, as this tensor-parallel rank holds them; may be
-                live.
-            tokenizer: copied into the checkpoint.
-
-        Returns:
-            The checkpoint's directory.
-        """
-        final = self.directory / layout.checkpoint(record.trainer.step)
-        staging = layout.staging(final)
-        if self._topology.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in layout.leftovers(self.directory):  # never named, so nobody reads them
-                shutil.rmtree(path)
-        barrier()
-        engine.save(str(self.directory), staging.name)
-        self._write_tensors(engine, method_tensors, staging)
-        barrier()  # the manifest lists all of them
-        if self._topology.is_main:
-            for name in layout.SCRIPTS:
-                (self.directory / name).unlink(missing_ok=True)
-            write_record(record, staging)
-            if tokenizer is not None:
-                shutil.copyfile(tokenizer, staging / layout.TOKENIZER)
-            write_manifest(staging)
-            self._publish(staging, final)
-        barrier()
-        return final
-
-    def _write_tensors(
-        self, engine: TrainEngine, method_tensors: Mapping[str, torch.Tensor], staging: Path
-    ) -> None:
-        """Write what DeepSpeed does not, as far as this process is the one that does."""
-        topology = self._topology
-        slices = side_slices(engine)
-        if slices:
-            write_tensors(slices, staging / layout.side_of_rank(topology.rank))
-        if topology.dp_rank == 0:
-            write_tensors(side_tensors(engine), staging / layout.side(topology.tp.suffix))
-            if method_tensors:
-                write_tensors(method_tensors, staging / layout.method(topology.tp.suffix))
-
-    def _publish(self, staging: Path, final: Path) -> None:
-        stale = layout.stale(final)
-        if final.exists():  # the same step again, after resuming from an earlier one
-            final.rename(stale)
-        staging.rename(final)
-        latest = self.directory / layout.LATEST
-        pointer = layout.staging(latest)
-        pointer.write_text(final.name)
-        os.replace(pointer, latest)
-        shutil.rmtree(stale, ignore_errors=True)
-        if self.keep is not None:
-            older = [path for path in list_checkpoints(self.directory) if path != final]
-            for path in older[: max(0, len(older) + 1 - self.keep)]:
-                shutil.rmtree(path)
+_POINTER_BYTES = 100  # more than any name of a checkpoint has
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints below `directory`, oldest first."""
+    """Complete checkpoints below `directory`, oldest first; contents are not read.
+
+    An empty directory, a file, a copy under another step's name or one without a manifest is none.
+    """
     steps = {path: layout.step_of(path.name) for path in directory.glob("*")}
     found = {path: step for path, step in steps.items() if step is not None}
-    return sorted(found, key=found.__getitem__)
+    complete = [path for path, step in found.items() if is_complete(path) and _is_of(path, step)]
+    return sorted(complete, key=found.__getitem__)
+
+
+def _is_of(path: Path, step: int) -> bool:
+    """Whether a checkpoint says of itself that it is of this step."""
+    try:
+        said = json.loads((path / layout.TRAINER).read_bytes())
+        return isinstance(said, dict) and said.get("step") == step
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def named_by_latest(directory: Path) -> str | None:
+    """The checkpoint's name that `latest` holds, whether there is one or not; None if none."""
+    return read_pointer(directory / layout.LATEST)
+
+
+def read_pointer(path: Path) -> str | None:
+    """The name of a checkpoint in a file that holds one; None if it holds none."""
+    try:
+        with path.open("rb") as file:
+            name = file.read(_POINTER_BYTES).decode().strip()
+    except (OSError, ValueError):
+        return None
+    return name if layout.step_of(name) is not None else None
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -195,10 +195,11 @@ def precisions_agree(train: TrainConfig) -> Iterator[Finding]:
             ("train", "base_precision"),
             f"is {train.base_precision}, but train.precision is fp32: write auto or fp32",
         )
-    if train.precision == "fp32" and train.attention == "flash":
+    if train.precision == "fp32" and train.attention in ("flash", "fa4", "cudnn"):
         yield Finding(
             ("train", "attention"),
-            "is flash, which needs train.precision bf16, but that is fp32: write auto or sdpa",
+            f"is {train.attention}, which needs train.precision bf16, but that is fp32: "
+            "write auto or sdpa",
         )
 
 
@@ -296,6 +297,24 @@ def base_precision_has_a_use(train: TrainConfig, method: MethodSettings) -> Iter
         )
 
 
+def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
+    if optimizer.matrix is not None and not method.trains_projections:
+        yield Finding(
+            ("optimizer", "matrix"),
+            f"is {optimizer.matrix}, which updates the weights of projections, but method "
+            f"{method.name} does not train them: remove it, or use method.name=full",
+        )
+
+
+def scaled_head_is_free(optimizer: OptimizerConfig, architecture: ModelConfig) -> Iterator[Finding]:
+    if optimizer.matrix == "scale" and architecture.tie_word_embeddings:
+        yield Finding(
+            ("optimizer", "matrix"),
+            "is scale, which normalises embedding and head along different dimensions, but the "
+            "model ties them: write tie_word_embeddings: false in the model file, or use muon",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     rank_fits_projections,
     rank_divides_over_tensor,
@@ -310,5 +329,7 @@ RULES: tuple[Rule, ...] = (
     heads_divide_over_tensor,
     tensor_parallelism_is_supported,
     allowed_changes_are_keys,
+    matrices_are_trained,
+    scaled_head_is_free,
 )
 WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use,)

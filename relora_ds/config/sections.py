@@ -30,6 +30,11 @@ class DataConfig(Section):
     """Token file prefix of the validation set."""
     tokenizer: Free[str | None] = None
     """SentencePiece model that produced the token files; copied into checkpoints and exports."""
+    verify: Free[Literal["whole", "ends"]] = "whole"
+    """How token files are checked against what was recorded of them before training. `whole`: every
+    byte is hashed and every id looked at, shared out over the processes of each host. `ends`: sizes
+    and the first and last MiB only, for files that take too long; an altered token in between goes
+    unnoticed. Files without a record are always read whole."""
     builtin_vocab_size: Annotated[int, Field(ge=512, le=32000)] = 2048
     """Vocabulary of the tokenizer trained on the builtin corpus."""
     cache_dir: Free[str | None] = None
@@ -61,9 +66,13 @@ class TrainConfig(Section):
     """How a frozen base weight that a method edits is stored. `auto`: fp32 in fp32 runs, otherwise
     `bf16_residual` (bf16 plus 16 bits that restore the fp32 word exactly). `fp32`: a full-precision
     copy beside the working weight. `bf16`: lossy, edits are rounded away."""
-    attention: Free[Literal["auto", "flash", "sdpa"]] = "auto"
-    """Kernel of the attention. `auto` takes flash-attn where it can run (CUDA, bf16), torch's SDPA
-    otherwise. An explicit choice that cannot be met is an error."""
+    attention: Free[Literal["auto", "flash", "fa4", "cudnn", "sdpa", "math"]] = "auto"
+    """Kernel of the attention. `auto`: the package flash-attn where it can run (CUDA, bf16) and is
+    the faster one (before Hopper), otherwise `sdpa`. `sdpa`: torch's own, on Hopper and newer with
+    cuDNN's before flash. `flash`: flash-attn 2. `fa4`: flash-attn-4 through torch's switch, on
+    Hopper and Blackwell. `cudnn`: cuDNN's. `math`: without fusion, anywhere. A choice by name that
+    cannot be met is an error. The backward pass of `cudnn` is not deterministic; `math` always is,
+    the others where determinism is asked for, and `auto` and `sdpa` then leave cuDNN out."""
     activation_checkpointing: Free[bool] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     per_layer_update: bool = False
@@ -92,8 +101,31 @@ class TrainConfig(Section):
     """A collective that takes longer ends the run with exit code 7."""
 
 
+class MuonConfig(Section):
+    """Muon: momentum whose singular values are made equal before it moves a projection."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay rate mu of the momentum."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+    steps: Literal["polar_express", "keller"] = "polar_express"
+    """Newton-Schulz steps. `polar_express`: eight, whose singular values end within a few per cent
+    of each other. `keller`: the five of torch.optim.Muon."""
+    shape_factor: Literal["original", "match_rms_adamw", "spectral"] = "original"
+    """Factor on the learning rate for m outputs and n inputs. `original`: sqrt(max(1, m / n)).
+    `match_rms_adamw`: 0.2 sqrt(max(m, n)), so that AdamW's learning rates can be kept.
+    `spectral`: sqrt(m / n)."""
+
+
+class ScaleConfig(Section):
+    """SCALE: gradients normalised by column, with momentum in the head alone."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of the head's momentum."""
+
+
 class OptimizerConfig(Section):
-    """AdamW and its learning rates."""
+    """AdamW and its learning rates, or an optimizer of whole matrices beside it."""
 
     name: Literal["adamw", "adamw8bit", "torch_adamw", "fused_adam", "cpu_adam"] = "adamw"
     """Implementation. `adamw`: ours, with exact bias correction per adapter vector. `adamw8bit`:
@@ -102,6 +134,13 @@ class OptimizerConfig(Section):
     first use)."""
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
+    matrix: Literal["muon", "scale"] | None = None
+    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections.
+    `scale`: projections, embedding and head."""
+    muon: MuonConfig = MuonConfig()
+    """Settings of `matrix: muon`."""
+    scale: ScaleConfig = ScaleConfig()
+    """Settings of `matrix: scale`."""
     adapter_lr: PositiveFloat | None = None
     """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default:
     `lr`."""
@@ -179,6 +218,13 @@ class CheckpointConfig(Section):
     """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
     checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
     `previous_N`. A path: that `step_N`."""
+    asynchronous: bool = False
+    """Write checkpoints in the background from a copy of the state in host memory, while training
+    goes on; one at a time. The last one of a run is always waited for."""
+    on_save_error: Literal["fail", "warn"] = "fail"
+    """What happens when a checkpoint cannot be saved, as on a full disk. `fail`: the run ends with
+    exit code 4. `warn`: it warns, counts `checkpoint/failed` and tries again when the next one is
+    due. The last checkpoint of a run always fails."""
     allow_change: tuple[str, ...] = ()
     """Keys whose value may differ from the resumed checkpoint's, such as `train.steps`."""
 

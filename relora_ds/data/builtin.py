@@ -7,12 +7,12 @@ without running anything. The corpus and its tokenizer are built on first use an
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import logging
 import os
 import platform
-import shutil
 import sysconfig
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,8 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import numpy as np
 
+from relora_ds.data.token_files.contents import read_contents
+from relora_ds.data.token_files.metadata import read_metadata
 from relora_ds.errors import DataError
+from relora_ds.files.regular import read_regular
+from relora_ds.files.scratch import remove_leftovers, scratch_folder
+
+_logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Part of the cache's name; raise it when the same Python would give another corpus."""
@@ -29,8 +36,9 @@ _VALID_EVERY = 20
 _MIN_CHARACTERS = 200_000
 _LOCK_SECONDS = 600
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_FILES = tuple(f"{part}.{kind}" for part in ("train", "valid") for kind in ("bin", "idx", "json"))
 _MODEL = "tokenizer.model"
+_MODEL_BYTES = 64 << 20
+_SCRATCH = ".builtin-"
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,16 @@ def builtin_corpus(cache_dir: str | Path, vocab_size: int) -> BuiltinCorpus:
     """
     name = f"builtin-py{platform.python_version()}-v{vocab_size}-f{FORMAT_VERSION}"
     folder = Path(cache_dir, name)
-    if not _is_complete(folder):
+    remove_leftovers(folder.parent, _SCRATCH)
+    problem = _problem(folder)
+    if problem is not None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{folder}.lock", timeout=_LOCK_SECONDS):
-                if not _is_complete(folder):
+                problem = _problem(folder)
+                if problem is not None:
+                    if folder.exists():
+                        _logger.warning("building %s again: %s", folder, problem)
                     _build(folder, vocab_size)
         except filelock.Timeout as error:
             raise DataError(
@@ -104,8 +117,24 @@ def blocks(library: Path) -> Iterator[str]:
             yield "\n\n".join(fresh)
 
 
-def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (*_FILES, _MODEL))
+def _problem(folder: Path) -> str | None:
+    """Why the cache cannot be used, or None. Every byte is read: a damaged cache is built again."""
+    try:
+        sha256 = hashlib.sha256(read_regular(folder / _MODEL, _MODEL_BYTES)).hexdigest()
+        for part in ("train", "valid"):
+            prefix = str(folder / part)
+            metadata = read_metadata(prefix)
+            if metadata is None or metadata.contents is None:
+                return f"{prefix}.json is missing, or of an earlier version"
+            if metadata.tokenizer_sha256 != sha256:
+                return f"{folder / _MODEL} is not the tokenizer of {prefix}.bin"
+            if read_contents(prefix, np.dtype(metadata.dtype)).hashes != metadata.contents:
+                return f"{prefix}.bin or {prefix}.idx was altered"
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror or error}"
+    return None
 
 
 def _build(folder: Path, vocab_size: int) -> None:
@@ -114,8 +143,8 @@ def _build(folder: Path, vocab_size: int) -> None:
     from relora_ds.data.prepare import prepare
     from relora_ds.data.tokenizer import train_tokenizer
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".builtin-") as scratch:
-        draft = Path(scratch, folder.name)
+    with scratch_folder(folder.parent, _SCRATCH) as scratch:
+        draft = scratch / folder.name
         draft.mkdir()
         _write_text(draft, list(blocks(Path(sysconfig.get_path("stdlib")))))
         train_tokenizer([draft / "train.jsonl"], vocab_size, draft / _MODEL)
@@ -125,9 +154,10 @@ def _build(folder: Path, vocab_size: int) -> None:
                 source.model_copy(update={"path": Path(source.path).name})
                 for source in metadata.sources
             )  # the scratch folder's name is of no use later, and differs from build to build
-            metadata.model_copy(update={"sources": sources}).save(draft / f"{part}.json")
-        if folder.exists():  # somebody removed a part of it
-            shutil.rmtree(folder)
+            metadata = metadata.model_copy(update={"sources": sources}).sealed()
+            metadata.save(draft / f"{part}.json")
+        if folder.exists():  # damaged; it goes with the scratch folder
+            os.replace(folder, scratch / "damaged")
         os.replace(draft, folder)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,15 +11,16 @@ import numpy as np
 
 from relora_ds.data.corpus import DocumentReader
 from relora_ds.data.formats import PIECE_LENGTH, OnError, Piece
-from relora_ds.data.indexed import indexed_dataset_module
-from relora_ds.data.metadata import (
+from relora_ds.data.token_files.contents import ends_fingerprint, read_contents
+from relora_ds.data.token_files.megatron import indexed_dataset_module
+from relora_ds.data.token_files.metadata import (
     SourceFile,
     TokenFileMetadata,
-    fingerprint,
     token_file_prefix,
 )
 from relora_ds.data.tokenizer import Tokenizer
 from relora_ds.errors import DataError
+from relora_ds.files.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def prepare(
     prefix = Path(token_file_prefix(output_prefix))
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".prepare-") as scratch:
-            draft = Path(scratch, prefix.name)
+        with scratch_folder(prefix.parent, ".prepare-") as scratch:
+            draft = scratch / prefix.name
             metadata = _write(draft, reader, tokenizer, progress)
             _publish(draft, prefix)
     except OSError as error:
@@ -98,6 +98,8 @@ def _write(
         if progress is not None:
             progress(reader.bytes_read, total)
     builder.finalize(f"{draft}.idx")
+    # read back, so that what is recorded is what lies there
+    contents = read_contents(str(draft), np.dtype(dtype), len(os.sched_getaffinity(0)))
     metadata = TokenFileMetadata(
         num_tokens=num_tokens,
         num_documents=reader.documents,
@@ -110,8 +112,9 @@ def _write(
             for path, size in zip(reader.paths, reader.sizes, strict=True)
         ),
         skipped=reader.skipped,
-        fingerprint=fingerprint(str(draft)),
-    )
+        fingerprint=ends_fingerprint(str(draft)),
+        contents=contents.hashes,
+    ).sealed()
     metadata.save(f"{draft}.json")
     return metadata
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from relora_ds.config.sections import DataConfig
 from relora_ds.data.batches import checked_num_samples
 from relora_ds.data.builtin import builtin_corpus, default_cache_dir
+from relora_ds.data.token_files.contents import covers_everything
 from relora_ds.data.tokenizer import Tokenizer, tokenizer_hash
 from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import ConfigError, DataError
@@ -31,9 +33,19 @@ class Corpus:
         """Every token file, training first."""
         return self.train if self.valid is None else (*self.train, self.valid)
 
-    def fingerprints(self) -> tuple[str, ...]:
-        """Identity of every token file, for a check at resume."""
-        return tuple(file.fingerprint for file in self.files)
+    def fingerprints(self, like: Sequence[str] = ()) -> tuple[str, ...]:
+        """Identity of every token file, for a check at resume.
+
+        Args:
+            like: what a checkpoint recorded; a file is named as it is there, where an earlier
+                version took the ends of files for their identity.
+        """
+        return tuple(
+            file.ends_fingerprint()
+            if number < len(like) and not covers_everything(like[number])
+            else file.fingerprint
+            for number, file in enumerate(self.files)
+        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check that a model with `vocab_size` ids can read every token.
@@ -43,10 +55,12 @@ class Corpus:
         """
         for file in self.files:
             if file.max_token_id >= vocab_size:
+                at = file.first_outside(0, vocab_size)
                 raise DataError(
                     f"{file.prefix}.bin: holds token id {file.max_token_id}, but the model's "
                     f"vocab_size is {vocab_size}; set vocab_size of the model to at least "
-                    f"{file.max_token_id + 1} or prepare the data with a smaller tokenizer"
+                    f"{file.max_token_id + 1} or prepare the data with a smaller tokenizer (the "
+                    f"first id beyond it is token {at})"
                 )
         if self.tokenizer is None:
             return

@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,9 +20,13 @@ from sentencepiece import sentencepiece_model_pb2
 from relora_ds.data.corpus import DocumentReader
 from relora_ds.data.formats import OnError
 from relora_ds.errors import DataError
+from relora_ds.files.regular import read_regular
+from relora_ds.files.scratch import scratch_folder
 
 SENTENCE_LENGTH = 4096
 """Characters after which a line is cut for training."""
+MODEL_BYTES = 64 << 20
+"""Largest model file; that of a vocabulary of 256,000 takes 4 MiB."""
 TRAINING_BYTES = 128 << 20
 """Text that a tokenizer is trained on at most; of a larger corpus every n-th line is taken."""
 
@@ -144,7 +147,7 @@ def _without_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def _read_model(path: str | Path) -> bytes:
     try:
-        model = Path(path).read_bytes()
+        model = read_regular(path, MODEL_BYTES)
     except OSError as error:
         raise DataError(f"{path}: tokenizer model cannot be read: {error.strerror}") from error
     if not model:  # SentencePiece accepts it and fails later
@@ -155,8 +158,8 @@ def _read_model(path: str | Path) -> bytes:
 def _write_model(output: Path, model: bytes) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".tokenizer-") as scratch:
-            draft = Path(scratch, output.name)
+        with scratch_folder(output.parent, ".tokenizer-") as scratch:
+            draft = scratch / output.name
             draft.write_bytes(model)
             os.replace(draft, output)
     except OSError as error:

@@ -71,12 +71,13 @@ class Backend(Protocol):
         """Norm of all gradients of the last update before clipping, where `reports_norm`."""
         ...
 
-    def save_checkpoint(self, directory: str, tag: str) -> None:
-        """Write model and optimizer to `directory`/`tag`. A collective call."""
+    def shards(self) -> dict[str, Any]:
+        """What this rank writes of model and optimizer, by name of the file; tensors are live. A
+        collective call."""
         ...
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
-        """Restore what `save_checkpoint` wrote, into the same layout. A collective call.
+        """Restore what was written of `shards`, into the same layout. A collective call.
 
         Raises:
             CheckpointError: it was written by another backend.

@@ -60,7 +60,7 @@ class TrainEngine:
         self._tp = tp
         groups = method.parameter_groups(model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
-        rules = matrix_rules(method, config.optimizer, groups)
+        rules = matrix_rules(method, config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
         self._probe_output = probe
         edited = method.edited_weights(model)
@@ -227,12 +227,18 @@ class TrainEngine:
         self.bases, self.clocks = {}, {}
         gc.collect()
 
-    def save(self, directory: str, tag: str) -> None:
-        """DeepSpeed's own shards of model and optimizer, frozen weights always included."""
-        self._engine.save_checkpoint(directory, tag)
+    def shards(self) -> dict[str, Any]:
+        """What `load` reads, as this rank holds it: model and optimizer, frozen weights included.
+
+        A collective call; nothing is written.
+
+        Returns:
+            By name of the file; the tensors are live.
+        """
+        return self._engine.shards()
 
     def load(self, directory: str, tag: str) -> None:
-        """Restore what `save` wrote, into the same layout."""
+        """Restore what was written of `shards`, into the same layout."""
         self._engine.load_checkpoint(directory, tag)
         for parameter in self.model.parameters():
             self.layout.drop_copies(parameter)

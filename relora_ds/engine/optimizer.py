@@ -30,7 +30,7 @@ def build_optimizer(
     Args:
         config: names the element-wise optimizer.
         groups: what is trained.
-        rules: the matrix-wise optimizer of every parameter that has one; whole groups have it.
+        rules: the matrix-wise optimizer of every parameter that has one; whole groups have one.
     """
     settings = {"betas": config.betas, "eps": config.eps}
     described: list[dict[str, Any]] = [
@@ -45,14 +45,11 @@ def build_optimizer(
     if not rules:
         return _KINDS[config.name](described, settings)
     assert config.name == "adamw", "requirements were checked"
-    named: dict[str, MatrixOptimizer] = {}
-    for number, description in enumerate(described):
-        rule = rules.get(description["params"][0])
-        # a name and not the rule: groups are saved, and read by a loader that knows no classes
-        description["rule"] = None if rule is None else f"rule {number}"
-        if rule is not None:
-            named[f"rule {number}"] = rule
-    return GroupedOptimizer(described, named, **settings)
+    for description in described:
+        ruled = [parameter in rules for parameter in description["params"]]
+        assert all(ruled) or not any(ruled), "a group is updated in one way"
+        description["matrix_wise"] = ruled[0]
+    return GroupedOptimizer(described, **settings)
 
 
 def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

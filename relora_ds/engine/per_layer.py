@@ -15,17 +15,16 @@ is clipped to a norm of `clip` on its own. A run that never reaches the limit is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from relora_ds.engine.deepspeed.files import model_file
-from relora_ds.engine.distributed import barrier
+from relora_ds.engine.deepspeed.files import model_file, read_shard
 from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.vector_adamw import STRETCH, VectorAdamW
@@ -149,27 +148,25 @@ class PerLayerEngine:
         # the factor that torch and DeepSpeed use
         return (self._clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
 
-    def save_checkpoint(self, directory: str, tag: str) -> None:
-        """Model, masters and moments in one file: they are the same on every process."""
-        if torch.distributed.get_rank() == 0:
-            folder = Path(directory) / tag
-            os.makedirs(folder, exist_ok=True)
-            saved = {
-                "module": self.module.state_dict(),
-                "masters": self._masters(),
-                "optimizer": self._optimizer.state_dict(),
-            }
-            torch.save(saved, folder / _MODEL_FILE)
-        barrier()
+    def shards(self) -> dict[str, Any]:
+        """Model, masters and moments in one file of the first rank: all ranks have the same."""
+        if torch.distributed.get_rank() != 0:
+            return {}
+        saved = {
+            "module": self.module.state_dict(),
+            "masters": self._masters(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        return {_MODEL_FILE: saved}
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
-        """Restore what `save_checkpoint` wrote.
+        """Restore what was written of `shards`.
 
         Raises:
             CheckpointError: it was not written with per-layer updates.
         """
         path = Path(directory) / tag / _MODEL_FILE
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        saved = read_shard(path)
         if "masters" not in saved:
             raise CheckpointError(
                 f"{path}: was written without train.per_layer_update; resume it as it was"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,12 @@ _NAMES = {
 }
 
 
+class Stream(Protocol):
+    """What bytes are appended to, such as a file."""
+
+    def write(self, content: bytes | memoryview, /) -> int: ...
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -43,6 +49,20 @@ def write_safetensors(
 
     Raises:
         OSError: the file cannot be written.
+    """
+    with open(path, "wb") as stream:
+        stream_safetensors(stream, tensors, metadata)
+
+
+def stream_safetensors(
+    stream: Stream, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Append the bytes of a safetensors file; at most one tensor is copied at a time.
+
+    Args:
+        stream: where they go.
+        tensors: by name, of any number of dimensions.
+        metadata: text to keep in the header.
     """
     # wide types first, as the library has it: then every tensor starts at a multiple of its size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -60,11 +80,10 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with open(path, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for name in order:
-            stream.write(_bytes(tensors[name]).data)
+    stream.write(len(text).to_bytes(8, "little"))
+    stream.write(text)
+    for name in order:
+        stream.write(_bytes(tensors[name]).data)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

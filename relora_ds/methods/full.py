@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import Method
+from relora_ds.model.init import EMBEDDING, HEAD
+from relora_ds.optim.matrix import MatrixOptimizer
+from relora_ds.optim.muon import Muon
+from relora_ds.optim.polar import KELLER, POLAR_EXPRESS
+from relora_ds.optim.scale import Scale
+from relora_ds.parallel.shape import global_shape
+
+_STEPS = {"polar_express": POLAR_EXPRESS, "keller": KELLER}
 
 
 class Full(Method[FullConfig]):
-    """Every weight is trained; the defaults of `Method` are exactly that."""
+    """Every weight is trained; whole matrices may have an optimizer of their own."""
+
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        if settings.matrix is None or len(global_shape(parameter)) != 2:
+            return None
+        if settings.matrix == "scale":
+            if name == EMBEDDING:
+                return Scale(axis=0)
+            return Scale(momentum=settings.scale.momentum if name == HEAD else None)
+        if name in (EMBEDDING, HEAD):
+            return None
+        muon = settings.muon
+        return Muon(muon.momentum, muon.nesterov, _STEPS[muon.steps], muon.shape_factor)

@@ -9,7 +9,7 @@ given. The defaults of both are full-rank training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -210,10 +210,18 @@ class Method(Generic[ConfigT]):
         """Whether weight decay applies to a trained parameter: to matrices, not to vectors."""
         return len(tp_local_shape(parameter)) >= 2
 
-    def optimizer(self, settings: OptimizerConfig, group: ParameterGroup) -> MatrixOptimizer | None:
-        """How a group is updated; None leaves it to the element-wise `optimizer.name`.
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        """What updates a trained matrix; None leaves it to the element-wise `optimizer.name`.
 
-        A matrix-wise optimizer needs a group of matrices.
+        Matrices that one optimizer is to update together have the same object. All trained
+        parameters of a group have one, or none.
+
+        Args:
+            settings: of the run.
+            name: full name of the parameter.
+            parameter: may be without memory.
         """
         return None
 
@@ -240,8 +248,9 @@ def projection_layers(model: nn.Module) -> dict[str, Projection]:
 
 
 def matrix_rules(
-    method: Method[Any], settings: OptimizerConfig, groups: Sequence[ParameterGroup]
+    method: Method[Any], settings: OptimizerConfig, model: nn.Module
 ) -> dict[nn.Parameter, MatrixOptimizer]:
-    """The matrix-wise optimizer of every parameter that has one, in the groups' order."""
-    chosen = ((method.optimizer(settings, group), group.parameters) for group in groups)
-    return {p: rule for rule, parameters in chosen if rule is not None for p in parameters}
+    """The matrix-wise optimizer of every trained parameter that has one, in the model's order."""
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    chosen = ((p, method.matrix_optimizer(settings, name, p)) for name, p in trained)
+    return {parameter: rule for parameter, rule in chosen if rule is not None}

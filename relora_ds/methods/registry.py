@@ -121,7 +121,7 @@ def check_requirements(run: LoadedRun, zero: ZeroSettings) -> None:
 def _matrices(method: Method[Any], run: LoadedRun) -> list[torch.Size]:
     """Global shapes of what a method updates matrix by matrix."""
     model = meta_model(run.architecture, method, run.config.train)
-    rules = matrix_rules(method, run.config.optimizer, method.parameter_groups(model))
+    rules = matrix_rules(method, run.config.optimizer, model)
     return [global_shape(parameter) for parameter in rules]
 
 

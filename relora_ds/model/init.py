@@ -26,6 +26,9 @@ from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.numerics.draws import draw_normal
 from relora_ds.randomness import Stream
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Full names of the two parameters whose rows are words."""
+
 
 @dataclass(frozen=True)
 class InitialWeights:
@@ -75,7 +78,7 @@ class InitialWeights:
 def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the dense model, in Hugging Face's order."""
     width, vocab = config.hidden_size, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, width)}
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         for name, shape in projection_shapes(config).items():
@@ -86,5 +89,5 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
     shapes["model.norm.weight"] = (width,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab, width)
+        shapes[HEAD] = (vocab, width)
     return shapes

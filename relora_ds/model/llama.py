@@ -107,7 +107,7 @@ class Llama(nn.Module):
     Args:
         config: architecture.
         linear: builds each of the seven projections of every layer.
-        attention: ``"auto"``, ``"flash"`` or ``"sdpa"``.
+        attention: a value of `train.attention`.
         activation_checkpointing: recompute each layer in the backward pass of training.
         tp: processes that share this copy of the model.
 

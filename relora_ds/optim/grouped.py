@@ -1,13 +1,13 @@
 """One optimizer for groups that are updated element by element and groups of matrices.
 
-A group with a `rule` is updated by the matrix-wise optimizer of that name, all of its matrices
-together; any other group is AdamW's. The engine says, once it knows the layout, where every matrix
-lies in the tensors that the optimizer steps, and how ranks exchange sums.
+Each matrix of a group that is marked `matrix_wise` is updated by an optimizer of its own; any other
+group is AdamW's. The engine says, once it knows the layout, where every matrix lies in the tensors
+that the optimizer steps, which optimizer it has, and how ranks exchange what that one asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ class PlacedMatrix:
     """A matrix's slice within a tensor that the optimizer steps."""
 
     matrix: MatrixSlice
+    rule: MatrixOptimizer
+    """Updates it."""
     offset: int
     """Index of its first element in the flattened tensor."""
 
@@ -30,60 +32,52 @@ class GroupedOptimizer(VectorAdamW):
     """AdamW with exact bias correction per vector, and matrix-wise updates of some groups.
 
     `matrices` maps the storage of each tensor of a matrix-wise group to what lies in it, in order;
-    `exchange` is how ranks share sums. Both are None until the engine knows them.
-
-    Args:
-        params: parameter groups; the value of `rule`, where there is one, is a key of `rules`.
-        rules: matrix-wise optimizers by name.
-        settings: of AdamW.
+    `exchange` is how ranks share what they hold. Both are None until the engine knows them.
     """
 
-    def __init__(
-        self, params: Iterable[Any], rules: Mapping[str, MatrixOptimizer], **settings: Any
-    ) -> None:
-        super().__init__(params, **settings)
-        self.rules = rules
-        self.matrices: dict[int, list[PlacedMatrix]] | None = None
-        self.exchange: MatrixExchange | None = None
+    matrices: dict[int, list[PlacedMatrix]] | None = None
+    exchange: MatrixExchange | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every tensor that has a gradient.
 
-        The matrices of one group are updated together. Ranks step the same groups in the same
-        order, also where their slices are empty.
+        Matrices that have one optimizer are updated together. Ranks step the same groups in the
+        same order, also where their slices are empty.
         """
         assert closure is None, "a closure would run between ZeRO's reduction and the update"
+        updates: dict[MatrixOptimizer, dict[str, MatrixUpdate]] = {}
         for group in self.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None]
-            if group.get("rule") is None:
-                for p in stepped:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not group.get("matrix_wise"):
                     self.update(p, group)
-            elif stepped:
-                self._update_matrices(self.rules[group["rule"]], stepped, group)
+                    continue
+                for rule, update in self._matrices_in(p, group):
+                    updates.setdefault(rule, {})[update.matrix.name] = update
+        running = []
+        for rule, named in updates.items():
+            units = [[named[name] for name in unit] for unit in rule.units(list(named))]
+            running += [(unit[0].matrix, rule.update(unit)) for unit in units]
+        if self.exchange is not None:
+            drive(running, self.exchange)
 
-    def _update_matrices(
-        self, rule: MatrixOptimizer, tensors: Sequence[torch.Tensor], group: dict[str, Any]
-    ) -> None:
-        if self.matrices is None or self.exchange is None:
-            return  # DeepSpeed's bf16 wrapper steps once, on zero gradients, before there is one
-        updates: dict[str, MatrixUpdate] = {}
-        for p in tensors:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-            state["step"] += 1
-            assert p.grad is not None
-            flat, grad = p.view(-1), p.grad.view(-1)
-            for placed in self.matrices[storage_key(p)]:
-                place = slice(placed.offset, placed.offset + placed.matrix.elements)
-                updates[placed.matrix.name] = MatrixUpdate(
-                    placed.matrix,
-                    flat[place],
-                    grad[place],
-                    int(state["step"]),
-                    group["lr"],
-                    group["weight_decay"],
-                )
-        units = [[updates[name] for name in unit] for unit in rule.units(list(updates))]
-        drive([(unit[0].matrix, rule.update(unit)) for unit in units], self.exchange)
+    def _matrices_in(
+        self, p: torch.Tensor, group: dict[str, Any]
+    ) -> Iterator[tuple[MatrixOptimizer, MatrixUpdate]]:
+        """The updates of the matrices that lie in a tensor."""
+        if self.matrices is None:
+            return  # DeepSpeed's bf16 wrapper steps once, on zero gradients, before there are any
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] += 1
+        assert p.grad is not None
+        flat, grad, step = p.view(-1), p.grad.view(-1), int(state["step"])
+        for placed in self.matrices[storage_key(p)]:
+            place = slice(placed.offset, placed.offset + placed.matrix.elements)
+            update = MatrixUpdate(
+                placed.matrix, flat[place], grad[place], step, group["lr"], group["weight_decay"]
+            )
+            yield placed.rule, update

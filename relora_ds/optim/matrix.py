@@ -3,7 +3,7 @@
 An element-wise optimizer works on any flat stretch. One over matrices (projected gradients,
 spectral updates, column norms) needs sums over a whole matrix, or all of it. It says so here, and
 knows nothing of how the matrix is sliced: `update` is a generator that works on this rank's slice
-and yields whatever it needs from the other ranks, a `Sum` or a `ToOwner`. `drive` runs the updates
+and yields whatever it needs from the other ranks, a `Sum` or an `OfWhole`. `drive` runs the updates
 of many matrices side by side, so that everything they ask for in one phase travels together.
 
 A matrix's moments need not have the matrix's shape. `state` declares them, and everything that
@@ -13,7 +13,7 @@ stores, compares, saves or plans for optimizer state asks it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -94,24 +94,46 @@ class Sum:
     """This rank's summand; of one shape and dtype on all ranks."""
 
 
+MatrixFunction = Callable[[torch.Tensor], torch.Tensor]
+"""From whole matrices of one shape (batch, m, n) to as many, each on its own."""
+
+
 @dataclass(frozen=True)
-class ToOwner:
-    """Asks for a whole matrix on its owner; the other ranks get None."""
+class OfWhole:
+    """Asks for this rank's slice of a function of the whole matrix.
+
+    The matrix's owner alone holds it whole, and computes the function. Matrices of one shape that
+    ask for the same function are computed together.
+    """
 
     values: torch.Tensor
     """This rank's slice, 1-D."""
+    function: MatrixFunction
 
 
-Request = Sum | ToOwner
-Steps = Generator[Request, torch.Tensor | None, None]
+Request = Sum | OfWhole
+Steps = Generator[Request, torch.Tensor, None]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What one update of one matrix, or of a pair, asks of the other ranks."""
+
+    sums: int = 0
+    """Elements of all `Sum`s, 4 bytes each."""
+    wholes: int = 0
+    """How many times the matrix travels to its owner and back."""
 
 
 class MatrixOptimizer(ABC):
-    """How the matrices of one parameter group are updated."""
+    """How matrices are updated: a value, so that those with equal optimizers are updated together.
+
+    It holds settings only; what changes is in the `state` of each matrix.
+    """
 
     needs: ClassVar[Needs]
     """`rows`: sums over slices are enough. `pair`: both factors of a projection are updated by one
-    call, `lora_A` first. `whole`: a rank gathers the matrix."""
+    call, `lora_A` first. `whole`: the owner gathers the matrix."""
 
     @abstractmethod
     def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
@@ -125,9 +147,14 @@ class MatrixOptimizer(ABC):
         """
 
     @abstractmethod
-    def exchanged(self, shapes: Sequence[torch.Size]) -> int:
-        """Elements that one update of these matrices asks for: of all `Sum`s, and m n of every
-        `ToOwner`. The closed form of traffic is made of it."""
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
+        """What one update of a matrix, or of both factors of a pair, asks for.
+
+        The closed form of traffic is made of it.
+
+        Args:
+            shapes: global shapes of the matrices.
+        """
 
     def units(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Which parameters are updated by one call of `update`, by full name, in order.
@@ -163,10 +190,10 @@ class MatrixExchange(Protocol):
         """Sums over the ranks that hold slices of each matrix, all of them in few collectives."""
         ...
 
-    def to_owners(
-        self, matrices: Sequence[MatrixSlice], slices: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        """Each whole matrix on its owner, None elsewhere."""
+    def of_wholes(
+        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
+    ) -> list[torch.Tensor]:
+        """This rank's slices of what each matrix's owner makes of it, 1-D."""
         ...
 
 
@@ -177,7 +204,7 @@ def drive(updates: Sequence[tuple[MatrixSlice, Steps]], exchange: MatrixExchange
         updates: the matrix that a request is about (the first one of a pair), and its generator.
         exchange: between the ranks that hold the matrices.
     """
-    waiting = [(matrix, steps, None) for matrix, steps in updates]
+    waiting: list[tuple[MatrixSlice, Steps, Any]] = [(m, steps, None) for m, steps in updates]
     while waiting:
         asked: list[tuple[MatrixSlice, Steps, Request]] = []
         for matrix, steps, answer in waiting:
@@ -191,11 +218,27 @@ def drive(updates: Sequence[tuple[MatrixSlice, Steps]], exchange: MatrixExchange
 def _answer(
     asked: Sequence[tuple[MatrixSlice, Steps, Request]], exchange: MatrixExchange
 ) -> list[tuple[MatrixSlice, Steps, Any]]:
-    sums = [(m, s, r.value) for m, s, r in asked if isinstance(r, Sum)]
-    wholes = [(m, s, r.values) for m, s, r in asked if isinstance(r, ToOwner)]
+    sums = [(m, s, r) for m, s, r in asked if isinstance(r, Sum)]
+    wholes = [(m, s, r) for m, s, r in asked if isinstance(r, OfWhole)]
     answered: list[tuple[MatrixSlice, Steps, Any]] = []
-    for group, collect in ((sums, exchange.sums), (wholes, exchange.to_owners)):
-        if group:
-            found = collect([m for m, _, _ in group], [value for _, _, value in group])
-            answered += [(m, s, v) for (m, s, _), v in zip(group, found, strict=True)]
+    if sums:
+        found = exchange.sums([m for m, _, _ in sums], [r.value for _, _, r in sums])
+        answered += [(m, s, v) for (m, s, _), v in zip(sums, found, strict=True)]
+    if wholes:
+        found = exchange.of_wholes([m for m, _, _ in wholes], [r for _, _, r in wholes])
+        answered += [(m, s, v) for (m, s, _), v in zip(wholes, found, strict=True)]
     return answered
+
+
+def in_batches(
+    matrices: Sequence[torch.Tensor], functions: Sequence[MatrixFunction]
+) -> list[torch.Tensor]:
+    """Each function of its matrix (m, n); those of one function and shape are computed together."""
+    groups: dict[tuple[MatrixFunction, torch.Size], list[int]] = {}
+    for number, (matrix, function) in enumerate(zip(matrices, functions, strict=True)):
+        groups.setdefault((function, matrix.shape), []).append(number)
+    found: dict[int, torch.Tensor] = {}
+    for (function, _), numbers in groups.items():
+        values = function(torch.stack([matrices[number] for number in numbers]))
+        found |= dict(zip(numbers, values, strict=True))
+    return [found[number] for number in range(len(matrices))]

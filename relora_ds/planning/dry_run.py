@@ -77,8 +77,8 @@ def _parameter_table(run: LoadedRun, phase: Phase) -> Table:
 
 def _state_elements(run: LoadedRun, phase: Phase, model: nn.Module) -> Counter[str]:
     """Elements that optimizers keep of a model or of a tensor-parallel part, by kind."""
-    groups, tensor = phase.method.parameter_groups(model), run.config.parallel.tensor
-    rules = matrix_rules(phase.method, run.config.optimizer, groups)
+    tensor = run.config.parallel.tensor
+    rules = matrix_rules(phase.method, run.config.optimizer, model)
     kept: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if (rule := rules.get(parameter)) is not None:

@@ -18,6 +18,7 @@ from torch import nn
 from relora_ds.accounting.collectives import Wire, wire_by_link
 from relora_ds.accounting.flops import ParameterCounts, flops_per_token, parameter_counts
 from relora_ds.accounting.footprints import footprints
+from relora_ds.accounting.matrix_traffic import MatrixTraffic, most_matrix_traffic
 from relora_ds.accounting.memory_model import StoragePlan, state_bytes
 from relora_ds.accounting.memory_use import MemoryUse
 from relora_ds.accounting.recorder import Volumes
@@ -28,7 +29,6 @@ from relora_ds.accounting.zero_traffic import (
     Payloads,
     bytes_of,
     expected_payloads,
-    matrix_sums,
 )
 from relora_ds.config.load import LoadedRun
 from relora_ds.methods.interface import MemoryShare, matrix_rules
@@ -66,8 +66,7 @@ class PhaseEstimator:
         trained = [parameter for group in self._groups for parameter in group]
         self._trained = sum(p.numel() for p in trained)
         self._alike = [p for p in trained if self._tp.size > 1 and shard_of(p) is None]
-        self._rules = matrix_rules(self._method, config.optimizer, groups)
-        self._sums = matrix_sums(self._model, self._rules)
+        self._rules = matrix_rules(self._method, config.optimizer, self._model)
         self._edited = sum(p.numel() for p in self._method.edited_weights(self._model))
 
     def counts(self) -> ParameterCounts:
@@ -161,14 +160,20 @@ class PhaseEstimator:
         return two - one
 
     def _payloads(self, zero: ZeroSettings, replay: Replay) -> Payloads:
-        groups, copies, sums = self._groups, self._copies, self._sums.sliced
-        return expected_payloads(self._model, groups, zero, copies, replay=replay, sums=sums)
+        groups, copies, matrices = self._groups, self._copies, self._matrices(zero)
+        return expected_payloads(
+            self._model, groups, zero, copies, replay=replay, matrices=matrices
+        )
+
+    def _matrices(self, zero: ZeroSettings) -> MatrixTraffic:
+        sizes = self._copies, self._tp.size
+        return most_matrix_traffic(self._model, self._groups, self._rules, zero, sizes)
 
     def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:
             return {}
         tokens, groups = self._micro_batch().tokens, len(self._groups)
-        work = GroupWork(self._tp.size, tokens, share, groups, self._sums.sharded)
+        work = GroupWork(self._tp.size, tokens, share, groups, self._matrices(zero).sharded)
         return tensor_volumes(self._model, zero, work)
 
     def _traffic(self, payloads: Payloads, volumes: Volumes) -> StepTraffic:

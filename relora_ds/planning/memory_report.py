@@ -77,8 +77,20 @@ def memory_of_part(
         method.edited_weights(part),
         train.micro_batch_size * train.seq_length,
         train.activation_checkpointing,
-        matrix_rules(method, config.optimizer, groups),
+        matrix_rules(method, config.optimizer, part),
     )
+
+
+def saved_bytes(use: MemoryUse, plan: StoragePlan) -> int:
+    """About how many bytes a checkpoint of all processes takes.
+
+    Args:
+        use: expected of each process.
+        plan: how it stores them: what all copies of the model have alike is saved once.
+    """
+    weights = plan.dp_size if plan.stage == 3 else 1
+    states = plan.dp_size if plan.stage > 0 else 1
+    return plan.tensor * (weights * use.weights + states * use.states)
 
 
 def memory_metrics(measured: MemoryUse | None, expected: MemoryUse) -> dict[str, int]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import at_step, doing
+from relora_ds.activity import at_step, doing, moved, unlimited
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore, SaveResult
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
@@ -28,10 +28,12 @@ from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.evaluate import perplexity, validation_loss
-from relora_ds.train.stop import StopSignal
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.telemetry.memory import max_allocated_bytes
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.telemetry import Telemetry
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +52,11 @@ class Trainer:
     stop: StopSignal
     final: dict[str, Any]
     """Last value of each metric, for the summary."""
+    save_figures: dict[str, Any] = field(default_factory=dict)
+    """Of the last save that ended, until they are reported: they join a line of their own time, so
+    that a run that is killed behind a save misses no line."""
+    failed_saves: int = 0
+    """Since this process started."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -88,6 +95,7 @@ class Trainer:
             losses.append(loss)
             done = step + 1
             meter.step()
+            self._ask_for_saves(done)
             event = metrics.get("method/event")
             stopping = self.stop.agreed()
             last = done == self.config.train.steps
@@ -110,8 +118,8 @@ class Trainer:
                 if metrics:
                     self._report(done, metrics)
                 if saves:
-                    with doing("save"):
-                        self.save(phase, engine, session, done)
+                    with doing("save"), unlimited():
+                        self.save(phase, engine, session, done, last or stopping)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
         at_step(None)
@@ -127,7 +135,7 @@ class Trainer:
         own_step = step - phase.first_step
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
-        loss, norm = engine.train_step(self.train_data.micro_batches(step))
+        loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)))
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         return loss, norm, self._event_metrics(step + 1, before, after)
@@ -191,12 +199,22 @@ class Trainer:
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
     def _report(self, done: int, metrics: dict[str, Any]) -> None:
-        line = {"tokens": done * self.tokens_per_step, **metrics}
+        line = {"tokens": done * self.tokens_per_step, **metrics, **self.save_figures}
+        self.save_figures = {}
         self.final |= {"step": done, **line}
         self.telemetry.log(done, line)
 
-    def save(self, phase: Phase, engine: TrainEngine, session: Session[Any], done: int) -> Path:
-        """Write a checkpoint of everything after `done` updates."""
+    def save(
+        self, phase: Phase, engine: TrainEngine, session: Session[Any], done: int, last: bool
+    ) -> None:
+        """Save everything after `done` updates, or begin to.
+
+        Args:
+            last: whether the run ends here, so that the save must be complete.
+
+        Raises:
+            CheckpointError: a checkpoint could not be saved, and the run is not to go on without.
+        """
         with torch.no_grad():
             values, shards = unwrap(session.state_dict())
         plain, tensors = split_tensors(values)
@@ -216,9 +234,34 @@ class Trainer:
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)
-            path = self.checkpoints.save(engine, record, tensors, self.corpus.tokenizer)
-        self.telemetry.event(done, f"checkpoint saved to {path}")
-        return path
+            ended = self.checkpoints.save(engine, record, tensors, self.corpus.tokenizer, last=last)
+        self._note_saves(done, ended)
+        if last:
+            self.final |= self.save_figures
+
+    def _ask_for_saves(self, done: int) -> None:
+        """Report the save in the background if it has ended."""
+        with recorder.phase("checkpoint"):
+            self._note_saves(done, self.checkpoints.poll())
+
+    def _note_saves(self, done: int, ended: list[SaveResult]) -> None:
+        """Report saves that ended, successfully or not."""
+        for result in ended:
+            self.save_figures = result.figures()
+            if result.problem is None:
+                self.telemetry.event(done, f"checkpoint {result}")
+                continue
+            self.failed_saves += 1
+            self.save_figures = {"checkpoint/failed": self.failed_saves}
+            if self.topology.is_main:
+                _logger.warning("%s; training goes on", result.problem)
+
+
+def _noting(micro_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The micro-batches, each of which shows that the step goes on."""
+    for tokens in micro_batches:
+        moved()
+        yield tokens
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import doing
+from relora_ds.activity import at_step, doing
 from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.resume import (
@@ -23,13 +23,14 @@ from relora_ds.checkpoint.resume import (
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
@@ -39,13 +40,19 @@ from relora_ds.engine.device import set_arithmetic
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
+from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import closed_form, memory_metrics, storage_plan
-from relora_ds.train.launcher_watch import LauncherWatch
+from relora_ds.planning.memory_report import (
+    closed_form,
+    memory_metrics,
+    saved_bytes,
+    storage_plan,
+)
+from relora_ds.train.lifetime.lifetime import Lifetime
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.loop import Trainer
 from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
-from relora_ds.train.stop import StopSignal
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
@@ -67,20 +74,23 @@ class Prepared:
     corpus: Corpus
 
 
-def run(loaded: LoadedRun) -> None:
+def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
     """Train, evaluate, checkpoint and export what the run file describes.
+
+    Args:
+        loaded: the run.
+        lifetime: of this process; a failure is reported there before anything is cleaned up.
 
     Raises:
         ReloraError: see the classes in `errors`; each has its exit code.
     """
     started_at = datetime.now(UTC)
-    launcher = LauncherWatch()
     with doing("start"):
-        prepared = _prepare(loaded)
+        prepared = _prepare(loaded, lifetime)
     with doing("resume"):
         saved = _find_start(prepared)
     with doing("start"):
-        trainer = _build_trainer(prepared, saved, StopSignal(launcher))
+        trainer = _build_trainer(prepared, saved, StopSignal(lifetime.requests))
         _announce(loaded, prepared)
     topology = prepared.topology
     status, reason = "failed", None
@@ -91,10 +101,14 @@ def run(loaded: LoadedRun) -> None:
     except PreemptedError as error:
         status, reason = "preempted", str(error)
         raise
-    except DivergenceError as error:
-        status, reason = "diverged", str(error)
+    except BaseException as error:
+        reason = lifetime.report(error)  # first of all: what follows may fail or hang
+        status = "diverged" if isinstance(error, DivergenceError) else "failed"
+        if isinstance(error, DivergenceError):
+            trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
+        at_step(None)
         trainer.telemetry.close(status)
         if topology.is_main:
             outcome = Outcome(status, reason, started_at, topology.world_size, trainer.final)
@@ -105,20 +119,30 @@ def run(loaded: LoadedRun) -> None:
             distributed.barrier()
 
 
-def _prepare(loaded: LoadedRun) -> Prepared:
+def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     """Join the other processes, and make sure that settings, processes and data fit each other."""
     set_arithmetic(loaded.config.train)
-    topology = distributed.start(loaded.config.train.timeout_minutes)
+    timeout_minutes = loaded.config.train.timeout_minutes
+    topology = distributed.start(timeout_minutes)
+    lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
     for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
         if group is not None:
             recorder.name_group(group, name)
-    configure_logging(Path(loaded.config.output_dir), topology.rank)
+    output_dir = Path(loaded.config.output_dir)
+    earlier_run = lifetime.hold(output_dir)
+    configure_logging(output_dir, topology.rank)
+    if earlier_run is not None:
+        _logger.warning(earlier_run)
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
+    check_attention(loaded.config.train, loaded.architecture, topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
+    with doing("verify the data"):
+        whole = loaded.config.data.verify == "whole"
+        verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
@@ -140,7 +164,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
-        check_resume(saved, config, prepared.architecture, prepared.corpus.fingerprints())
+        fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
     output_dir = Path(config.output_dir)
@@ -187,9 +212,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=valid_data,
         telemetry=telemetry,
-        checkpoints=CheckpointStore(
-            output_dir / layout.CHECKPOINTS, config.checkpoint.keep, topology
-        ),
+        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
         final={},
     )
@@ -201,6 +224,8 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
     topology, stage = prepared.topology, prepared.zero.stage
     phases = phases_left(config, saved)
     completed = saved.record.trainer.step if saved else 0
+    with doing("start"):
+        _make_room(prepared, trainer, saved, phases)
     weights: DenseWeights = AwaitedState()
     if saved is None:
         with doing("start"):
@@ -215,6 +240,7 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
                 with doing("resume"):
                     restore_phase(saved, engine, session, topology, stage)
         meter = _build_meter(config.train, engine, topology.world_size)
+        trainer.stop.take_over()
         trainer.run_phase(phase, engine, session, meter, completed)
         plan = storage_plan(config, stage, topology.dp_size, topology.device)
         expected = closed_form(config, architecture, phase.method, plan)
@@ -227,6 +253,27 @@ def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None
                 )
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
+
+
+def _make_room(
+    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
+) -> None:
+    """Make sure before training that its checkpoints can be saved. A collective call.
+
+    Raises:
+        CheckpointError: on every rank: they cannot be.
+    """
+    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    if saved is not None:
+        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
+        if moved is not None:
+            _logger.info("moved checkpoints that this run does not continue to %s", moved)
+    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    largest = max(
+        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        for phase in phases
+    )
+    trainer.checkpoints.check_room(largest)
 
 
 def _initial_weights(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -19,11 +20,21 @@ from relora_ds.config.base import PositiveInt
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.methods.catalogue import registered as registered_settings
 from relora_ds.config.sections import OptimizerConfig
-from relora_ds.methods.interface import Event, Method, ParameterGroup, Session
+from relora_ds.methods.interface import Event, Method, Session
 from relora_ds.methods.registry import registered as registered_method
 from relora_ds.methods.train_state import TrainState
-from relora_ds.optim.matrix import MatrixOptimizer, MatrixUpdate, Needs, StateTensor, Steps, Sum
+from relora_ds.model.init import EMBEDDING, HEAD
+from relora_ds.optim.matrix import (
+    Exchanged,
+    MatrixOptimizer,
+    MatrixUpdate,
+    Needs,
+    StateTensor,
+    Steps,
+    Sum,
+)
 from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.shape import global_shape
 from relora_ds.randomness import Stream
 
 BETA = 0.9
@@ -38,35 +49,36 @@ class ToySettings(MethodSettings):
     """Dimension k of the subspace."""
 
 
+@dataclass(frozen=True)
 class SubspaceMomentum(MatrixOptimizer):
     """W -= lr * P M, M = beta M + P^T G."""
 
     needs: ClassVar[Needs] = "rows"
 
-    def __init__(self, width: int, seed: int) -> None:
-        self._width, self._seed = width, seed
+    width: int
+    seed: int
 
     def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
         return {
-            "momentum": StateTensor(torch.Size((self._width, shape[1])), "owner"),
+            "momentum": StateTensor(torch.Size((self.width, shape[1])), "owner"),
             "travelled": StateTensor(torch.Size((1,)), "everyone"),
             "largest": StateTensor(shape, "slice"),
         }
 
-    def exchanged(self, shapes: Sequence[torch.Size]) -> int:
-        return 2 * self._width * sum(shape[1] for shape in shapes)
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
+        return Exchanged(sums=2 * self.width * sum(shape[1] for shape in shapes))
 
     def basis(self, name: str, rows: int) -> torch.Tensor:
         """P (m, k), orthogonal in expectation."""
-        draw = Stream(self._seed, "toy.basis", name).uniform(0, rows * self._width)
-        return (draw.view(rows, self._width) - 0.5) * (12.0 / rows) ** 0.5
+        draw = Stream(self.seed, "toy.basis", name).uniform(0, rows * self.width)
+        return (draw.view(rows, self.width) - 0.5) * (12.0 / rows) ** 0.5
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
         (update,) = matrices
         matrix, state = update.matrix, update.matrix.state
         rows, cols = matrix.shape
         basis = self.basis(matrix.name, rows)
-        partial = torch.zeros(self._width, cols)
+        partial = torch.zeros(self.width, cols)
         for part in matrix.rectangles:
             own = basis[part.row : part.row + part.rows]
             partial[:, part.col : part.col + part.cols] += own.t() @ part.of(update.grad)
@@ -88,8 +100,10 @@ class SubspaceMomentum(MatrixOptimizer):
 class Toy(Method[ToySettings]):
     """Full-rank training whose projections move in subspaces."""
 
-    def optimizer(self, settings: OptimizerConfig, group: ParameterGroup) -> MatrixOptimizer | None:
-        if group.role != "adapter":
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        if name in (EMBEDDING, HEAD) or len(global_shape(parameter)) != 2:
             return None
         return SubspaceMomentum(self.config.width, self.seed)
 

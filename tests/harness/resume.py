@@ -46,7 +46,10 @@ class Break:
 @torch.no_grad()
 def save(run: Training, directory: Path) -> Break:
     """Save a run that may go on. A collective call."""
-    run.engine.save(str(directory), _TAG)
+    (directory / _TAG).mkdir(parents=True, exist_ok=True)
+    for name, shard in run.engine.shards().items():
+        torch.save(shard, directory / _TAG / name)
+    distributed.barrier()
     live = side_tensors(run.engine) | side_slices(run.engine)
     side = {name: tensor.clone() for name, tensor in live.items()}
     method = deepcopy(distributed.broadcast_object(unwrap(run.session.state_dict())[0]))

@@ -11,7 +11,9 @@
         side_rank_R.safetensors     residuals of rank R's slices, where ZeRO shards weights
         manifest.json               size and SHA-256 of all of these
       step_N.tmp/                   one that is being written, or was when a process died
-      step_N.stale/                 one that a later save of the same step replaces
+      step_N.stale/                 one that is being removed, or that a later save replaces
+      step_N.stray                  what had the name of a checkpoint without being one
+      latest.tmp                    what `latest` is about to name
 
 Weights and optimizer states lie beside them in one of two forms:
 
@@ -38,9 +40,6 @@ TOKENIZER = "tokenizer.model"
 MANIFEST = "manifest.json"
 STATES = "state-*.safetensors"
 """Pattern of the files that `state` names."""
-SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-"""DeepSpeed drops them beside its shards. At stage 1 they silently omit the frozen weights, and
-nobody should run code out of a checkpoint: `tools/export_hf.py` converts."""
 
 _STEP = re.compile(r"step_(\d+)")
 _STAGING = ".tmp"
@@ -67,9 +66,19 @@ def stale(path: Path) -> Path:
     return path.with_name(f"{path.name}.stale")
 
 
-def leftovers(directory: Path) -> list[Path]:
+def stray(path: Path) -> Path:
+    """Where something that is no checkpoint is put when one takes its name."""
+    return path.with_name(f"{path.name}.stray")
+
+
+def unfinished(directory: Path) -> list[Path]:
     """Checkpoints in a directory that an interrupted save never finished."""
     return sorted(directory.glob(f"step_*{_STAGING}"))
+
+
+def going(directory: Path) -> list[Path]:
+    """Checkpoints in a directory whose removal was not finished, or that gave way to another."""
+    return sorted(directory.glob("step_*.stale"))
 
 
 def state(number: int) -> str:

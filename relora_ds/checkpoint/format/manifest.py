@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.errors import CheckpointError
+from relora_ds.files.durable import Written
 
 _BLOCK = 1 << 20
 
@@ -36,6 +38,23 @@ def write_manifest(directory: Path) -> None:
         }
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n")
     _sync(manifest)
+
+
+def encode_manifest(files: Mapping[str, Written]) -> bytes:
+    """The manifest of a checkpoint that consists of these files, by name."""
+    listed = {name: {"bytes": w.bytes, "sha256": w.sha256} for name, w in sorted(files.items())}
+    return (json.dumps({"files": listed}, indent=1) + "\n").encode()
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a directory has a manifest and every file in it, in size; contents are not read."""
+    try:
+        listed = _Manifest.model_validate_json((directory / layout.MANIFEST).read_bytes()).files
+        return bool(listed) and all(
+            (directory / name).stat().st_size == file.bytes for name, file in listed.items()
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def verify_manifest(directory: Path) -> None:

@@ -76,12 +76,21 @@ class RunRecord:
     """Its model."""
 
 
+def encode_record(record: RunRecord) -> dict[str, bytes]:
+    """Contents of `trainer.json`, `run.yaml` and `model.json` in today's format, by name."""
+    trainer = {KEY: FORMAT, **record.trainer.model_dump(mode="json")}
+    texts = {
+        layout.TRAINER: json.dumps(trainer, indent=1) + "\n",
+        layout.RUN: dump_run_config(record.config),
+        layout.MODEL: record.architecture.model_dump_json(indent=1) + "\n",
+    }
+    return {name: text.encode() for name, text in texts.items()}
+
+
 def write_record(record: RunRecord, directory: Path) -> None:
     """Write `trainer.json`, `run.yaml` and `model.json` in today's format."""
-    trainer = {KEY: FORMAT, **record.trainer.model_dump(mode="json")}
-    (directory / layout.TRAINER).write_text(json.dumps(trainer, indent=1) + "\n")
-    (directory / layout.RUN).write_text(dump_run_config(record.config))
-    (directory / layout.MODEL).write_text(record.architecture.model_dump_json(indent=1) + "\n")
+    for name, content in encode_record(record).items():
+        (directory / name).write_bytes(content)
 
 
 def read_record(checkpoint: Path) -> RunRecord:

@@ -37,6 +37,11 @@ class MethodSettings(Section):
         return None
 
     @property
+    def trains_projections(self) -> bool:
+        """Whether the projections' weights themselves are trained."""
+        return False
+
+    @property
     def has_frozen_base(self) -> bool:
         """Whether a frozen weight lies beside what is trained of a projection."""
         return False

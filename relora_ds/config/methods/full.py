@@ -14,3 +14,7 @@ class FullConfig(MethodSettings):
 
     name: Literal["full"]
     """Chooses this method."""
+
+    @property
+    def trains_projections(self) -> bool:
+        return True

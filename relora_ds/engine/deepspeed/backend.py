@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
 from relora_ds.engine.deepspeed.layouts import build_layout
 from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
 from relora_ds.engine.zero.layout import Layout
@@ -46,6 +47,9 @@ class DeepSpeedBackend:
             dist_init_required=False,
             mpu=None if tp.size == 1 else ModelParallelUnit(),
         )[0]
+        self._files = self._engine.checkpoint_engine = TensorFiles()
+        # it would copy scripts beside the checkpoint, which omit frozen weights at stage 1
+        self._engine._copy_recovery_script = lambda save_path: None
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         optimizer.state.clear()
         name_hpz_group()
@@ -108,12 +112,15 @@ class DeepSpeedBackend:
         """Norm of all gradients of the last update before clipping, where `reports_norm`."""
         return self._engine.get_global_grad_norm()
 
-    def save_checkpoint(self, directory: str, tag: str) -> None:
-        """DeepSpeed's own files of model and optimizer, frozen weights included."""
-        self._engine.save_checkpoint(directory, tag=tag, save_latest=False)
+    def shards(self) -> dict[str, Any]:
+        """What this rank writes of model and optimizer, by name of the file; live."""
+        self._files.collected = {}
+        self._engine.save_checkpoint("unused", tag="unused", save_latest=False)
+        collected, self._files.collected = self._files.collected, {}
+        return collected
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
-        """Restore what `save_checkpoint` wrote, with the same stage and processes."""
+        """Restore what was written of `shards`, with the same stage and processes."""
         path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
         assert path is not None, "the caller verified that the files are there"
 

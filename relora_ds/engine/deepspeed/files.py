@@ -1,8 +1,20 @@
-"""Reading DeepSpeed's files of a checkpoint without an engine; only tensors are unpickled."""
+"""DeepSpeed's files of a checkpoint: their names, and the only way in which they are read.
+
+Nothing in them is ever executed. A file is unpickled through an allow-list of tensors, containers
+and three harmless classes of DeepSpeed's own, and what comes out is looked at before it is used: a
+shard may come from anywhere, and an altered one must end in one clear error.
+"""
 
 from __future__ import annotations
 
+import copy
+import os
+import stat
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,8 +24,13 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from relora_ds.errors import CheckpointError
 
-_MODEL = "zero_pp_rank_{}_mp_rank_{:02d}_model_states.pt"
-_OPTIMIZER = "*zero_pp_rank_{}_mp_rank_{:02d}_optim_states.pt"
+ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)
+"""Classes of DeepSpeed in its files; none of them does anything when it is built."""
+
+_MAX_DEPTH = 32
+_MAX_VALUES = 1_000_000  # a 7B model's largest file holds some thousands
+_REASON = 300  # characters of a library's own words
+_NAMES = 5
 
 
 def model_file(tensor_rank: int) -> str:
@@ -21,35 +38,149 @@ def model_file(tensor_rank: int) -> str:
     return f"mp_rank_{tensor_rank:02d}_model_states.pt"
 
 
-def load_whole_model(directory: Path, tensor_rank: int) -> dict[str, Any]:
-    """What a tensor-parallel rank holds of the model, at stages 0 to 2."""
-    return load_shard(directory / model_file(tensor_rank))
+def sliced_model_file(rank: int, tensor_rank: int) -> str:
+    """Name of the file that holds a data-parallel rank's slices of that, at stage 3."""
+    return f"zero_pp_rank_{rank}_mp_rank_{tensor_rank:02d}_model_states.pt"
 
 
-def load_model_states(directory: Path, rank: int, tensor_rank: int) -> dict[str, Any]:
-    """A data-parallel rank's slices of that, at stage 3."""
-    return load_shard(directory / _MODEL.format(rank, tensor_rank))
+def optimizer_file(rank: int, tensor_rank: int, dtype: torch.dtype) -> str:
+    """Name of the file that holds a rank's part of masters and moments, at stages 1 to 3.
+
+    Args:
+        rank: within its data-parallel group.
+        tensor_rank: within its tensor-parallel group.
+        dtype: what the model computes in.
+    """
+    prefix = "bf16_" if dtype == torch.bfloat16 else ""
+    return f"{prefix}zero_pp_rank_{rank}_mp_rank_{tensor_rank:02d}_optim_states.pt"
 
 
-def load_optimizer_states(directory: Path, rank: int, tensor_rank: int) -> dict[str, Any]:
-    """A rank's part of masters and moments, at stages 1 to 3."""
-    found = list(directory.glob(_OPTIMIZER.format(rank, tensor_rank)))
-    if len(found) != 1:
-        raise CheckpointError(
-            f"{directory}: holds {len(found)} optimizer shards of rank {rank} instead of one; copy "
-            "the whole checkpoint or use another one"
-        )
-    return load_shard(found[0])["optimizer_state_dict"]
+def shard_files(stage: int, dp_size: int, tp_size: int, dtype: torch.dtype) -> Iterator[str]:
+    """Names of all files that DeepSpeed writes into a checkpoint of a run."""
+    for tensor_rank in range(tp_size):
+        if stage < 3:
+            yield model_file(tensor_rank)
+        for rank in range(dp_size):
+            if stage == 3:
+                yield sliced_model_file(rank, tensor_rank)
+            if stage > 0:
+                yield optimizer_file(rank, tensor_rank, dtype)
 
 
-def load_shard(path: Path) -> dict[str, Any]:
-    """What is in a file; its tensors are read when they are used.
+def open_shard(path: Path) -> dict[str, Any]:
+    """What is in a file, on the CPU; its tensors are mapped and read when they are used.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else than tensors and containers.
+        CheckpointError: it cannot be read, or holds something else than tensors, numbers, text and
+            containers of them.
     """
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from error
+        _check_archive(path)
+        with torch.serialization.safe_globals(list(ALLOWED)):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_plain(content)
+    except Exception as error:  # there is no end to what a damaged file makes its readers raise
+        raise CheckpointError(f"{path}: {_reason(path, error)}; use another checkpoint") from error
+    return content
+
+
+def read_shard(path: Path) -> dict[str, Any]:
+    """What is in a file, on the CPU and in memory of its own: it may become a run's state, which
+    must not be a view of a file that is removed or rewritten.
+
+    Raises:
+        CheckpointError: as `open_shard`.
+    """
+    content = open_shard(path)
+    if isinstance(content.get("module"), dict):
+        # its `_metadata` could tell modules to take the tensors themselves in place of their values
+        content["module"] = dict(content["module"])
+    return copy.deepcopy(content)
+
+
+def _check_archive(path: Path) -> None:
+    """Make sure that a file claims no more bytes than it has; reading would allocate them.
+
+    Raises:
+        OSError: it is no regular file or cannot be read.
+        ValueError: it is no archive of stored records.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # to open a pipe would block
+        raise ValueError("is not a regular file")
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if len({record.filename for record in records}) != len(records):
+        raise ValueError("holds two records of one name")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("holds compressed records, which are never written")
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError("claims records that are larger than the file")
+
+
+def _check_plain(content: Any) -> None:
+    """Make sure that a file's content is a dictionary of plain values and of tensors in memory.
+
+    Raises:
+        ValueError: it is not, or is nested without end.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"holds {_kind(content)} instead of a dictionary")
+    pending, seen = [(0, content)], 0
+    while pending:
+        depth, value = pending.pop()
+        seen += 1
+        if depth > _MAX_DEPTH or seen > _MAX_VALUES:  # a list may hold itself, or others again
+            raise ValueError("is nested deeper than any file of DeepSpeed")
+        pending += [(depth + 1, inner) for inner in _inside(value)]
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What a value holds."""
+    if isinstance(value, torch.Tensor):
+        _check_tensor(value)
+    elif type(value) in (dict, OrderedDict):
+        yield from value.keys()
+        yield from value.values()
+        yield from getattr(value, "__dict__", {}).values()
+    elif type(value) in (list, tuple, set, torch.Size):
+        yield from value
+    elif type(value) in (LossScaler, fragment_address):
+        yield from vars(value).values()
+    elif value is not None and not isinstance(
+        value, (bool, int, float, str, torch.dtype, ZeroStageEnum)
+    ):
+        raise ValueError(f"holds {_kind(value)}, which is no plain value")
+
+
+def _check_tensor(tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise ValueError(f"holds a tensor without ordinary memory ({tensor.layout})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"holds a tensor of shape {tuple(tensor.shape)} with less memory than that"
+        )
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be used, in one line."""
+    if isinstance(error, UnpicklingError):
+        foreign = _foreign_names(path)
+        if foreign:
+            return f"holds {', '.join(foreign)}, which is code and no tensor; nothing of it was run"
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return f"cannot be read ({text[:_REASON] or type(error).__name__})"
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """The first names in a pickle that are not on the allow-list; it is read, not run."""
+    try:
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # what is no pickle holds none
+        return []
+    known = {f"{allowed.__module__}.{allowed.__qualname__}" for allowed in ALLOWED}
+    return sorted(found - known)[:_NAMES]

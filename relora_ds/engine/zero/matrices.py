@@ -2,14 +2,12 @@
 
 Two sets of ranks hold slices of a matrix: those that ZeRO slices the optimizer's tensors over, and,
 of a parameter that tensor parallelism shards, the ranks of that group. One rank among them owns the
-state that one rank holds; the matrices take turns.
+state that one rank holds, and makes the matrix whole where an optimizer asks for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import nn
@@ -17,23 +15,19 @@ from torch.distributed import ProcessGroup
 
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.optim.grouped import PlacedMatrix
-from relora_ds.optim.matrix import MatrixExchange, MatrixOptimizer, MatrixSlice
+from relora_ds.optim.matrix import (
+    MatrixExchange,
+    MatrixOptimizer,
+    MatrixSlice,
+    OfWhole,
+    in_batches,
+)
 from relora_ds.optim.rectangles import rectangles
 from relora_ds.optim.vector_adamw import storage_key
+from relora_ds.parallel.ownership import owners_of
 from relora_ds.parallel.shape import global_shape, shard_of, tp_local_shape
 from relora_ds.parallel.tensor import TensorParallel
-
-
-@dataclass(frozen=True)
-class Holders:
-    """The ranks that hold slices of one matrix."""
-
-    sharded: bool
-    """Whether tensor-parallel ranks hold different shards of it."""
-    dp_owner: int
-    """Rank of the owner within the group that ZeRO slices over."""
-    tp_owner: int
-    """Rank of the owner within the tensor-parallel group, where that matters."""
+from relora_ds.parallel.wholes import Wholes
 
 
 class ZeroMatrices(MatrixExchange):
@@ -55,26 +49,45 @@ class ZeroMatrices(MatrixExchange):
     ) -> None:
         self._group = layout.partition_group
         self._tp = tp
-        self._holders: dict[str, Holders] = {}
-        self._sizes: dict[str, torch.Size] = {}
+        self._rules = {names[parameter]: rule for parameter, rule in rules.items()}
+        self._sizes = {names[parameter]: tp_local_shape(parameter) for parameter in rules}
+        self._dims = {names[p]: s.dim for p in rules if (s := shard_of(p)) is not None}
+        self._slices, self._shards = self._find_owners(layout, rules, names)
         self.by_parameter: dict[nn.Parameter, MatrixSlice] = {}
         """This rank's slice of every matrix."""
-        self._rules = {names[parameter]: rule for parameter, rule in rules.items()}
-        turns = count()
         for parameter, rule in rules.items():
-            name, turn = names[parameter], next(turns)
-            self._holders[name] = self._holders_of(parameter, turn)
-            self._sizes[name] = tp_local_shape(parameter)
-            self.by_parameter[parameter] = self._slice(layout, parameter, name, rule)
+            self.by_parameter[parameter] = self._slice(layout, parameter, names[parameter], rule)
         self.placed = self._place(layout)
         """What lies in every tensor that the optimizer steps, by its storage, in order."""
 
-    def _holders_of(self, parameter: nn.Parameter, turn: int) -> Holders:
-        sharded = shard_of(parameter) is not None
-        size = 1 if self._group is None else torch.distributed.get_world_size(self._group)
-        tp_size = self._tp.size if sharded else 1
-        dp_owner, tp_owner = divmod(turn % (size * tp_size), tp_size)
-        return Holders(sharded, dp_owner, tp_owner)
+    def _find_owners(
+        self,
+        layout: Layout,
+        rules: Mapping[nn.Parameter, MatrixOptimizer],
+        names: Mapping[nn.Parameter, str],
+    ) -> tuple[Wholes | None, Wholes | None]:
+        """Who holds what in the group that ZeRO slices over, and in the tensor-parallel group.
+
+        A collective call. A group of one has no owners.
+        """
+        if not rules:
+            return None, None
+        device = layout.placements[next(iter(rules))].owner.device
+        held = [layout.placements[parameter].stretch.length for parameter in rules]
+        slices = _on_all(held, self._group, device)
+        agreed = torch.tensor(slices, device=device)
+        if self._tp.group is not None:  # shards may differ by a row, but their ranks must agree
+            torch.distributed.broadcast(agreed, group=self._tp.group, group_src=0)
+        owners = owners_of(rules, agreed.tolist(), self._tp.size)
+        parts = _on_all([tp_local_shape(p).numel() for p in rules], self._tp.group, device)
+        groups: list[Wholes | None] = []
+        for group, lengths, place in ((self._group, slices, 0), (self._tp.group, parts, 1)):
+            found = {
+                names[parameter]: (each, owner[place])
+                for parameter, each, owner in zip(rules, lengths, owners, strict=True)
+            }
+            groups.append(None if group is None else Wholes(group, found))
+        return groups[0], groups[1]
 
     def _slice(
         self, layout: Layout, parameter: nn.Parameter, name: str, rule: MatrixOptimizer
@@ -99,18 +112,16 @@ class ZeroMatrices(MatrixExchange):
         return matrix
 
     def _owns(self, name: str) -> bool:
-        holders = self._holders[name]
-        rank = 0 if self._group is None else torch.distributed.get_rank(self._group)
-        return rank == holders.dp_owner and (
-            not holders.sharded or self._tp.rank == holders.tp_owner
-        )
+        alone = self._shards is None or name not in self._dims or self._shards.owns(name)
+        return alone and (self._slices is None or self._slices.owns(name))
 
     def _place(self, layout: Layout) -> dict[int, list[PlacedMatrix]]:
         placed: dict[int, list[PlacedMatrix]] = {}
         for parameter, matrix in self.by_parameter.items():
             placement = layout.placements[parameter]
             found = placed.setdefault(storage_key(placement.owner), [])
-            found.append(PlacedMatrix(matrix, placement.stretch.offset))
+            rule = self._rules[matrix.name]
+            found.append(PlacedMatrix(matrix, rule, placement.stretch.offset))
         return placed
 
     def sums(
@@ -120,11 +131,11 @@ class ZeroMatrices(MatrixExchange):
         for dtype in {value.dtype for value in values}:
             chosen = [n for n, value in enumerate(values) if value.dtype == dtype]
             # those that tensor-parallel ranks add to lie in front
-            chosen.sort(key=lambda n: not self._holders[matrices[n].name].sharded)
+            chosen.sort(key=lambda n: matrices[n].name not in self._dims)
             flat = torch.cat([values[n].reshape(-1) for n in chosen])
             if self._group is not None:
                 torch.distributed.all_reduce(flat, group=self._group)
-            sharded = [n for n in chosen if self._holders[matrices[n].name].sharded]
+            sharded = [n for n in chosen if matrices[n].name in self._dims]
             front = flat[: sum(values[n].numel() for n in sharded)]
             if front.numel():
                 front.copy_(self._tp.sum(front.clone()))
@@ -132,27 +143,49 @@ class ZeroMatrices(MatrixExchange):
             found |= {n: part.view_as(values[n]) for n, part in zip(chosen, parts, strict=True)}
         return [found[n] for n in range(len(values))]
 
-    def to_owners(
-        self, matrices: Sequence[MatrixSlice], slices: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        return [self._to_owner(matrix, part) for matrix, part in zip(matrices, slices, strict=True)]
+    def of_wholes(
+        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
+    ) -> list[torch.Tensor]:
+        slices = {m.name: r.values for m, r in zip(matrices, requests, strict=True)}
+        functions = {m.name: r.function for m, r in zip(matrices, requests, strict=True)}
+        local = slices if self._slices is None else self._slices.gather(slices)
+        wholes = self._join_shards({n: flat.view(self._sizes[n]) for n, flat in local.items()})
+        values = in_batches(list(wholes.values()), [functions[name] for name in wholes])
+        found = self._cut_shards(dict(zip(wholes, values, strict=True)), local)
+        flat = {name: found[name].reshape(-1) for name in local}
+        parts = flat if self._slices is None else self._slices.scatter(flat, slices)
+        return [parts[matrix.name] for matrix in matrices]
 
-    def _to_owner(self, matrix: MatrixSlice, part: torch.Tensor) -> torch.Tensor | None:
-        holders, shape = self._holders[matrix.name], self._sizes[matrix.name]
-        parts: list[torch.Tensor] | None = [part]
-        if self._group is not None:
-            parts = _gather(part, holders.dp_owner, self._group)
-        local = None if parts is None else torch.cat(parts).view(shape)
-        if not holders.sharded or self._tp.group is None:
-            return local
-        if local is None:  # the owners within every shard exchange among themselves
-            return None
-        dim = 0 if shape[0] != matrix.shape[0] else 1
-        shards = _gather(local.movedim(dim, 0).reshape(-1), holders.tp_owner, self._tp.group)
-        if shards is None:
-            return None
-        across = shape[1 - dim]
-        return torch.cat([shard.view(-1, across) for shard in shards]).movedim(0, dim)
+    def _join_shards(self, local: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole matrices from the parts that tensor-parallel ranks hold, on their owners."""
+        if self._shards is None:
+            return dict(local)
+        rows = {n: part.movedim(self._dims[n], 0) for n, part in local.items() if n in self._dims}
+        found = self._shards.gather({name: part.reshape(-1) for name, part in rows.items()})
+        wholes = {name: part for name, part in local.items() if name not in self._dims}
+        for name, flat in found.items():
+            wholes[name] = flat.view(-1, *rows[name].shape[1:]).movedim(0, self._dims[name])
+        return wholes
+
+    def _cut_shards(
+        self, wholes: Mapping[str, torch.Tensor], local: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The way back: this rank's parts of what the owners computed; like `local` by name."""
+        if self._shards is None:
+            return dict(wholes)
+        rows = {
+            n: whole.movedim(self._dims[n], 0) for n, whole in wholes.items() if n in self._dims
+        }
+        parts = {name: whole for name, whole in wholes.items() if name not in self._dims}
+        found = self._shards.scatter(
+            {name: row.reshape(-1) for name, row in rows.items()},
+            {name: part for name, part in local.items() if name in self._dims},
+        )
+        for name, flat in found.items():
+            m, n = self._sizes[name]
+            across = n if self._dims[name] == 0 else m
+            parts[name] = flat.view(-1, across).movedim(0, self._dims[name])
+        return parts
 
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State that all data-parallel ranks of a shard hold alike, by name."""
@@ -163,7 +196,7 @@ class ZeroMatrices(MatrixExchange):
     def shared(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State that all tensor-parallel ranks of one data-parallel rank hold alike, by name."""
         for name, key, tensor, held in self._state():
-            if held == "everyone" or not self._holders[name].sharded:
+            if held == "everyone" or name not in self._dims:
                 yield f"{name} ({key})", tensor
 
     def side_tensors(self) -> dict[str, torch.Tensor]:
@@ -193,19 +226,13 @@ STATE_PREFIX = "optimizer"
 """First part of a name of matrix-wise state in a checkpoint; parameter and tensor follow."""
 
 
-def _gather(part: torch.Tensor, owner: int, group: ProcessGroup) -> list[torch.Tensor] | None:
-    """1-D parts of all ranks of a group on one of them; the parts may differ in length."""
-    size = torch.distributed.get_world_size(group)
-    length = torch.tensor([part.numel()], device=part.device)
-    lengths = [torch.empty_like(length) for _ in range(size)]
-    torch.distributed.all_gather(lengths, length, group=group)
-    counts = [int(each) for each in lengths]
-    padded = part.new_zeros(max(counts))
-    padded[: part.numel()] = part
-    mine = torch.distributed.get_rank(group) == owner
-    everyone = [torch.empty_like(padded) for _ in counts] if mine else None
-    where = torch.distributed.get_global_rank(group, owner)
-    torch.distributed.gather(padded, everyone, dst=where, group=group)
-    if everyone is None:
-        return None
-    return [found[:each] for found, each in zip(everyone, counts, strict=True)]
+def _on_all(
+    counts: Sequence[int], group: ProcessGroup | None, device: torch.device
+) -> list[list[int]]:
+    """Each number as every rank of a group has it."""
+    mine = torch.tensor(counts, device=device)
+    if group is None:
+        return mine.unsqueeze(1).tolist()
+    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone, dim=1).tolist()

@@ -14,8 +14,9 @@ from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.checkpoint.restore import load_state
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saved_state import SavedState
-from relora_ds.checkpoint.store import CheckpointStore
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine import distributed
 from relora_ds.parallel.topology import Topology
 from tests.harness.build import TINY, Training, batches
@@ -69,7 +70,10 @@ def save(run: Training, stage: int, directory: Path) -> Path:
         data_fingerprints=[],
     )
     record = RunRecord(state, run.config, TINY)
-    return CheckpointStore(directory, None, run.topology).save(run.engine, record, tensors, None)
+    store = CheckpointStore(directory, CheckpointConfig(keep=None), run.topology)
+    [result] = store.save(run.engine, record, tensors, None, last=True)
+    assert result.path is not None
+    return result.path
 
 
 def write(topology: Topology, directory: Path) -> dict[str, list[float]]:

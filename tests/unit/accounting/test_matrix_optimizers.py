@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,21 +11,31 @@ import pytest
 import torch
 from torch import nn
 
+from relora_ds.accounting.matrix_traffic import (
+    GroupExchange,
+    MatrixTraffic,
+    Place,
+    matrix_traffic,
+)
 from relora_ds.accounting.memory_model import StoragePlan, matrix_state, state_bytes
 from relora_ds.accounting.recorder import Traffic
-from relora_ds.accounting.zero_traffic import (
-    MatrixSums,
-    Payloads,
-    expected_payloads,
-    matrix_sums,
-)
+from relora_ds.accounting.zero_traffic import Payloads, expected_payloads
 from relora_ds.config.load import load_run_config
 from relora_ds.config.sections import OptimizerConfig
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.methods.full import Full
-from relora_ds.methods.interface import ParameterGroup, projection_layers
+from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
-from relora_ds.optim.matrix import MatrixOptimizer, MatrixUpdate, Needs, StateTensor, Steps
+from relora_ds.model.init import EMBEDDING, HEAD
+from relora_ds.optim.matrix import (
+    Exchanged,
+    MatrixOptimizer,
+    MatrixUpdate,
+    Needs,
+    StateTensor,
+    Steps,
+)
+from relora_ds.optim.muon import Muon
 from relora_ds.parallel.shape import TPShard, apply_shard, global_shape
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.parallel.zero import ZeroSettings
@@ -37,6 +47,7 @@ ROOT = Path(__file__).parents[3]
 WIDTH = 3
 
 
+@dataclass(frozen=True)
 class Projected(MatrixOptimizer):
     """A momentum (k, n) on an owner, a norm of every row on all, a bf16 number per element."""
 
@@ -49,8 +60,8 @@ class Projected(MatrixOptimizer):
             "average": StateTensor(shape, "slice", torch.bfloat16),
         }
 
-    def exchanged(self, shapes: Sequence[torch.Size]) -> int:
-        return sum(WIDTH * shape[1] for shape in shapes)
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
+        return Exchanged(sums=sum(WIDTH * shape[1] for shape in shapes))
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
         raise AssertionError("closed forms update nothing")
@@ -61,17 +72,23 @@ class Pairs(Projected):
 
     needs: ClassVar[Needs] = "pair"
 
-    def exchanged(self, shapes: Sequence[torch.Size]) -> int:
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
         lora_a, lora_b = shapes
         assert lora_a[0] == lora_b[1]
-        return lora_a[0] ** 2
+        return Exchanged(sums=lora_a[0] ** 2)
+
+
+def _of_layer(parameter: nn.Parameter) -> MatrixOptimizer | None:
+    return Projected() if len(global_shape(parameter)) == 2 else None
 
 
 class ProjectedFull(Full):
     """Full-rank training with `Projected` for projections."""
 
-    def optimizer(self, settings: OptimizerConfig, group: ParameterGroup) -> MatrixOptimizer | None:
-        return Projected() if group.role == "adapter" else None
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        return None if name in (EMBEDDING, HEAD) else _of_layer(parameter)
 
 
 def matrix(rows: int, cols: int, tensor: int = 1) -> nn.Parameter:
@@ -113,17 +130,57 @@ def test_masters_are_as_before_and_other_groups_keep_two_moments(stage: int, sli
     assert found == 4 * (32 + 12) / slices + 2 * 4 * 12 / slices + state
 
 
+def exchanged(
+    model: nn.Module,
+    rules: Mapping[nn.Parameter, MatrixOptimizer],
+    stage: int = 1,
+    sizes: tuple[int, int] = (1, 1),
+    place: Place | None = None,
+) -> MatrixTraffic:
+    """By one process, with all ruled matrices in one optimizer group."""
+    return matrix_traffic(model, [list(rules)], rules, ZeroSettings(stage), sizes, place or Place())
+
+
 def test_sums_are_asked_for_by_the_matrix_or_by_the_pair() -> None:
     model = nn.Module()
     model.whole, model.sharded, model.free = matrix(8, 5), matrix(6, 4, tensor=2), matrix(2, 2)
     rule = Projected()
-    found = matrix_sums(model, {model.whole: rule, model.sharded: rule})
-    assert found == MatrixSums(WIDTH * (5 + 4), WIDTH * 4)
+    found = exchanged(model, {model.whole: rule, model.sharded: rule})
+    assert (found.sliced.sums, found.sharded.sums) == (WIDTH * (5 + 4), WIDTH * 4)
     model = nn.Module()
     model.lora_A, model.lora_B = matrix(2, 5), matrix(7, 2)
     pairs = nn.ModuleDict({"layer": model})
     rule = Pairs()
-    assert matrix_sums(pairs, {model.lora_A: rule, model.lora_B: rule}) == MatrixSums(4, 0)
+    found = exchanged(pairs, {model.lora_A: rule, model.lora_B: rule})
+    assert (found.sliced.sums, found.sharded.sums) == (4, 0)
+
+
+def test_flat_groups_leave_most_matrices_whole() -> None:
+    model = nn.Module()
+    model.first, model.cut, model.last = matrix(4, 4), matrix(6, 4), matrix(4, 4)
+    rules = dict.fromkeys(model.parameters(), Muon())
+    # 56 elements in two parts of 28: `cut` has 12 in either
+    moved = [exchanged(model, rules, 1, (2, 1), Place(rank)).sliced.moved for rank in range(2)]
+    assert moved == [12, 12]
+    assert exchanged(model, rules, 0, (2, 1)).sliced.moved == 0, "stage 0 slices nothing"
+
+
+def test_parameters_in_equal_slices_all_travel() -> None:
+    model = nn.Module()
+    model.first, model.second = matrix(4, 4), matrix(4, 4)
+    rules = dict.fromkeys(model.parameters(), Muon())
+    # each rank owns one of them: it receives half of it and sends half of the other
+    moved = [exchanged(model, rules, 3, (2, 1), Place(rank)).sliced.moved for rank in range(2)]
+    assert moved == [8 + 8, 8 + 8]
+
+
+def test_shards_travel_to_one_owner() -> None:
+    model = nn.Module()
+    model.sharded = matrix(6, 4, tensor=2)
+    rules = {model.sharded: Muon()}
+    found = [exchanged(model, rules, 1, (1, 2), Place(0, rank)) for rank in range(2)]
+    assert [each.sharded.moved for each in found] == [12, 12]
+    assert [each.sliced.moved for each in found] == [0, 0]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -131,13 +188,14 @@ def test_sums_travel_where_zero_slices(stage: int) -> None:
     model = nn.Linear(4, 8, bias=False, device="meta")
     zero = ZeroSettings(stage)
 
-    def moved(sums: int) -> Payloads:
-        return expected_payloads(model, [list(model.parameters())], zero, 1, sums=sums)
+    def moved(matrices: MatrixTraffic | None) -> Payloads:
+        return expected_payloads(model, [list(model.parameters())], zero, 1, matrices=matrices)
 
     kind = Traffic("all_reduce", "world", 1, "float32", "step")
     more = 0 if stage == 0 else 4 * 7
-    assert moved(7).get(kind, 0) == moved(0).get(kind, 0) + more
-    assert sum(moved(7).values()) == sum(moved(0).values()) + more
+    with_sums = moved(MatrixTraffic(GroupExchange(sums=7)))
+    assert with_sums.get(kind, 0) == moved(None).get(kind, 0) + more
+    assert sum(with_sums.values()) == sum(moved(None).values()) + more
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.config.reading.source import dump_yaml, read_yaml
 from tests.golden.make_checkpoint import checkpoint
@@ -65,3 +66,20 @@ def saved_switchlora(tmp_path: Path) -> Saved:
     path = tmp_path / "switchlora" / "step_5"
     shutil.copytree(checkpoint("switchlora", 0), path)
     return Saved(path)
+
+
+@pytest.fixture
+def place() -> Callable[..., Path]:
+    """A function that puts a small complete checkpoint into a directory."""
+
+    def put(directory: Path, step: int, *, latest: bool = False) -> Path:
+        path = directory / layout.checkpoint(step)
+        shutil.copytree(checkpoint("relora", 1), path)
+        trainer = json.loads((path / layout.TRAINER).read_text()) | {"step": step}
+        (path / layout.TRAINER).write_text(json.dumps(trainer))
+        write_manifest(path)
+        if latest:
+            (directory / layout.LATEST).write_text(path.name)
+        return path
+
+    return put

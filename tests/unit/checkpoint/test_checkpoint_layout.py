@@ -24,7 +24,8 @@ def test_what_is_not_complete_is_not_the_name_of_a_checkpoint(tmp_path: Path) ->
     layout.staging(final).mkdir()
     layout.stale(final).mkdir()
     final.mkdir()
-    assert layout.leftovers(tmp_path) == [layout.staging(final)]
+    assert layout.unfinished(tmp_path) == [layout.staging(final)]
+    assert layout.going(tmp_path) == [layout.stale(final)]
 
 
 def test_every_rank_has_files_of_its_own() -> None:

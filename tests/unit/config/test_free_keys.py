@@ -18,6 +18,7 @@ FREE = {
     "data.cache_dir",
     "data.train",
     "data.valid",
+    "data.verify",
     "data.tokenizer",
     "train.micro_batch_size",
     "train.attention",

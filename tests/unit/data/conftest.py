@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora_ds.data.indexed import indexed_dataset_module
+from relora_ds.data.token_files.megatron import indexed_dataset_module
 from relora_ds.data.tokenizer import Tokenizer, train_tokenizer
 from relora_ds.data.tokens import TokenFile
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,19 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (small / "broken.py").write_text('"""Docs."""\ndef broken(:\n')
     monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(small))
     return small
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a cache, built once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small(library: Path, cache: Path) -> Path:
+    """A cache with a whole corpus of the small library."""
+    builtin_corpus(cache, 600)
+    return cache
 
 
 def contents(corpus: BuiltinCorpus) -> dict[str, bytes]:
@@ -85,6 +102,74 @@ def test_cached_corpus_needs_no_heavy_imports(library: Path, tmp_path: Path) -> 
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def flip_last(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def exchange(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [flip_last, exchange, Path.unlink, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "name", ["train.bin", "valid.idx", "valid.json", "tokenizer.model", "train.json"]
+)
+def test_a_damaged_cache_is_built_again(
+    small: Path, name: str, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    monkeypatch.setattr(builtin, "_build", lambda folder, vocab_size: built.append(folder))
+    corpus = builtin_corpus(small, 600)
+    assert not built
+    before = contents(corpus)
+    damage(corpus.train_prefix.with_name(name))
+    builtin_corpus(small, 600)
+    assert built == [corpus.train_prefix.parent]
+    shutil.rmtree(built[0])
+    built[0].mkdir()
+    for file, content in before.items():
+        (built[0] / file).write_bytes(content)
+
+
+def test_a_cache_of_an_earlier_version_is_built_again(library: Path, tmp_path: Path) -> None:
+    corpus = builtin_corpus(tmp_path, 600)
+    expected = contents(corpus)
+    for part in ("train", "valid"):
+        path = corpus.train_prefix.with_name(f"{part}.json")
+        record = json.loads(path.read_text())
+        del record["contents"], record["record_sha256"]
+        path.write_text(json.dumps(record))
+    assert contents(builtin_corpus(tmp_path, 600)) == expected
+
+
+BUILD = """
+import sys
+from relora_ds.data import builtin
+builtin.sysconfig.get_path = lambda name: sys.argv[2]
+builtin.builtin_corpus(sys.argv[1], 600)
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing_wrong(library: Path, tmp_path: Path) -> None:
+    root, cache = Path(builtin.__file__).parents[2], tmp_path / "cache"
+    for wanted in (
+        ".builtin-*/*/train.jsonl",
+        ".builtin-*/*/tokenizer.model",
+        ".builtin-*/*/t*.json",
+    ):
+        command = [sys.executable, "-c", BUILD, str(cache), str(library)]
+        with subprocess.Popen(command, cwd=root) as process:
+            while process.poll() is None and not list(cache.glob(wanted)):
+                time.sleep(0.002)
+            process.kill()
+    corpus = builtin_corpus(cache, 600)
+    assert contents(corpus) == contents(builtin_corpus(tmp_path / "other", 600))
+    name = corpus.train_prefix.parent.name
+    assert {path.name for path in cache.iterdir()} == {name, f"{name}.lock"}
 
 
 def test_python_without_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

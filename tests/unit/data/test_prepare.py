@@ -11,8 +11,8 @@ import pytest
 
 from relora_ds.data import prepare as prepare_module
 from relora_ds.data.formats import PIECE_LENGTH
-from relora_ds.data.indexed import indexed_dataset_module
 from relora_ds.data.prepare import prepare
+from relora_ds.data.token_files.megatron import indexed_dataset_module
 from relora_ds.data.tokenizer import Tokenizer
 from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import DataError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,15 +100,46 @@ def test_damage_is_named(write_tokens: Callable[..., TokenFile], name: str) -> N
         TokenFile(prefix)
 
 
-@pytest.mark.parametrize("content", ["not json", json.dumps({"num_tokens": 5})])
-def test_foreign_description_is_not_believed(
-    write_tokens: Callable[..., TokenFile], caplog: pytest.LogCaptureFixture, content: str
+FOREIGN = {
+    "no JSON": "not json",
+    "another object": json.dumps({"num_tokens": 5}),
+    "a list": "[1, 2]",
+    "empty": "",
+    "nested without end": "[" * 100_000,
+    "a long key": json.dumps({"x" * 100_000: 1}),
+    "binary": "\0\1\2",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_description_is_refused(
+    write_tokens: Callable[..., TokenFile], name: str
 ) -> None:
     prefix = write_tokens(DOCUMENTS).prefix
-    Path(f"{prefix}.json").write_text(content)
-    with caplog.at_level(logging.WARNING):
-        file = TokenFile(prefix)
-    assert file.metadata is None
-    assert file.tokenizer_sha256 is None
-    assert file.max_token_id == 12
-    assert "damaged or foreign" in caplog.text
+    Path(f"{prefix}.json").write_text(FOREIGN[name])
+    with pytest.raises(
+        DataError, match=r"tokens\.json: is not what .* move this \.json away"
+    ) as error:
+        TokenFile(prefix)
+    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "/"])
+def test_pipes_and_devices_are_not_opened(
+    write_tokens: Callable[..., TokenFile], tmp_path: Path, suffix: str, target: str
+) -> None:
+    prefix = write_tokens(DOCUMENTS).prefix
+    os.mkfifo(tmp_path / "pipe")
+    path = Path(prefix + suffix)
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / target)
+    with pytest.raises(DataError, match=rf"tokens\{suffix}: cannot be read: it is a"):
+        TokenFile(prefix)
+
+
+def test_an_impossible_name_is_refused() -> None:
+    with pytest.raises(DataError, match=r"cannot be read: no file can have this name"):
+        TokenFile("data/\0tokens")

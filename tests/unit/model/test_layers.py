@@ -1,20 +1,14 @@
-"""Norm, rotary positions, MLP and the choice of the attention kernel."""
+"""Norm, rotary positions and MLP."""
 
 from __future__ import annotations
-
-import logging
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from relora_ds.errors import ConfigError
-from relora_ds.model import attention
-from relora_ds.model.llama import Llama
 from relora_ds.model.mlp import _SwiGLU
 from relora_ds.model.norm import RMSNorm
 from relora_ds.model.rope import rotary_tables, rotate
-from relora_ds.parallel.linear import DenseLinear
 
 CPU = torch.device("cpu")
 
@@ -69,77 +63,3 @@ def test_swiglu_equals_autograd():
     gate, up = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.equal(_SwiGLU.apply(gate, up), F.silu(gate) * up)
     assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
-
-
-def test_flash_on_a_machine_without_it_is_an_error(plain, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"CUDA device.*set train\.attention to auto or sdpa"):
-        Llama(plain, DenseLinear, attention="flash")
-    with pytest.raises(ConfigError, match="'falsh'; use auto, flash or sdpa"):
-        Llama(plain, DenseLinear, attention="falsh")
-
-
-@pytest.fixture
-def flash_installed(monkeypatch):
-    """A machine with CUDA and flash-attn; what flash-attn is called with is recorded."""
-    calls = []
-
-    def flash_attn_func(q, k, v, causal, deterministic):
-        calls.append(deterministic)
-        assert causal
-        return attention._sdpa(q, k, v)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_load_flash", lambda: (flash_attn_func, ""))
-    attention._choose.cache_clear()
-    yield calls
-    attention._choose.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "missing"),
-    [
-        ("cpu", torch.bfloat16, 64, "CUDA tensor .got cpu"),
-        ("cuda", torch.float32, 64, "fp16 or bf16 .got torch.float32"),
-        ("cuda", torch.bfloat16, 320, "head_dim of at most 256 .got 320"),
-        ("cuda", torch.bfloat16, 64, None),
-        ("cuda", torch.float16, 256, None),
-    ],
-)
-@pytest.mark.usefixtures("flash_installed")
-def test_choice_of_kernel(device, dtype, head_dim, missing):
-    device = torch.device(device)
-    automatic = attention.select_kernel("auto", device, dtype, head_dim)
-    assert automatic == ("sdpa" if missing else "flash")
-    assert attention.select_kernel("sdpa", device, dtype, head_dim) == "sdpa"
-    if missing is None:
-        assert attention.select_kernel("flash", device, dtype, head_dim) == "flash"
-    else:
-        with pytest.raises(ConfigError, match=missing):
-            attention.select_kernel("flash", device, dtype, head_dim)
-
-
-def test_explicit_flash_fails_at_first_use_on_a_cpu_tensor(plain, flash_installed, build):
-    model = build(plain, attention="flash")
-    with pytest.raises(ConfigError, match="CUDA tensor"):
-        model(torch.arange(9).view(1, 9))
-    assert not flash_installed
-
-
-def test_flash_gets_heads_in_its_own_layout(plain, flash_installed, build, monkeypatch):
-    tokens = torch.arange(18).view(2, 9)
-    expected = build(plain, attention="sdpa")(tokens)
-    monkeypatch.setattr(attention, "select_kernel", lambda *args: "flash")
-    assert torch.equal(build(plain)(tokens), expected)
-    assert flash_installed == [False, False]
-
-
-def test_the_choice_is_logged_once(plain, build, caplog):
-    attention._choose.cache_clear()
-    with caplog.at_level(logging.INFO, logger="relora_ds.model.attention"):
-        for _ in range(2):
-            build(plain)(torch.arange(9).view(1, 9))
-    assert [record.getMessage() for record in caplog.records] == [
-        m for m in caplog.messages if m.startswith("attention kernel for cpu torch.float32: sdpa")
-    ]
-    assert len(caplog.records) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
@@ -12,15 +13,17 @@ from hypothesis import strategies as st
 
 from relora_ds.optim.grouped import GroupedOptimizer, PlacedMatrix
 from relora_ds.optim.matrix import (
+    Exchanged,
     MatrixOptimizer,
     MatrixSlice,
     MatrixUpdate,
     Needs,
+    OfWhole,
     StateTensor,
     Steps,
     Sum,
-    ToOwner,
     drive,
+    in_batches,
 )
 from relora_ds.optim.rectangles import rectangles
 from relora_ds.optim.vector_adamw import storage_key
@@ -28,16 +31,17 @@ from relora_ds.optim.vector_adamw import storage_key
 SHAPES = {"a": (5, 3), "b": (2, 4), "c": (1, 7)}
 
 
+@dataclass(frozen=True)
 class ColumnNorms(MatrixOptimizer):
-    """W -= lr * G / |columns of G|, and the owner keeps a running sum of whole gradients."""
+    """W -= lr * G' / |columns of G|, where G' is G with its rows in the opposite order."""
 
     needs: ClassVar[Needs] = "rows"
 
     def state(self, shape: torch.Size) -> dict[str, StateTensor]:
-        return {"total": StateTensor(shape, "owner")}
+        return {"total": StateTensor(shape, "slice")}
 
-    def exchanged(self, shapes: Sequence[torch.Size]) -> int:
-        return sum(shape[1] + shape.numel() for shape in shapes)
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
+        return Exchanged(sums=sum(shape[1] for shape in shapes), wholes=1)
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
         (update,) = matrices
@@ -45,38 +49,33 @@ class ColumnNorms(MatrixOptimizer):
         for part in update.matrix.rectangles:
             squares[part.col : part.col + part.cols] += part.of(update.grad).square().sum(0)
         norms = yield Sum(squares)
-        assert norms is not None
-        whole = yield ToOwner(update.grad)
-        assert (whole is not None) is update.matrix.owner
-        if whole is not None:
-            update.matrix.state["total"] += whole
+        turned = yield OfWhole(update.grad, turn)
+        update.matrix.state["total"] += turned
         for part in update.matrix.rectangles:
             scale = norms.sqrt()[part.col : part.col + part.cols]
-            part.of(update.master).sub_(part.of(update.grad) / scale, alpha=update.lr)
+            part.of(update.master).sub_(part.of(turned) / scale, alpha=update.lr)
+
+
+def turn(matrices: torch.Tensor) -> torch.Tensor:
+    """Rows in the opposite order."""
+    return matrices.flip(1)
 
 
 class FakeExchange:
-    """Ranks of one process: each has driven its updates as far as the same request."""
+    """Answers a sum and a function of a whole matrix with what is given."""
 
-    def __init__(self, answers: list[torch.Tensor | None]) -> None:
-        self._answers = answers
-        self.asked: list[torch.Tensor] = []
+    def __init__(self, total: torch.Tensor, part: torch.Tensor) -> None:
+        self._total, self._part = total, part
 
     def sums(
         self, matrices: Sequence[MatrixSlice], values: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        return [self._answer(value) for value in values]
+        return [self._total for _ in values]
 
-    def to_owners(
-        self, matrices: Sequence[MatrixSlice], slices: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        found = [self._answer(part) for part in slices]
-        return [part if m.owner else None for m, part in zip(matrices, found, strict=True)]
-
-    def _answer(self, value: torch.Tensor) -> torch.Tensor:
-        self.asked.append(value.clone())
-        answer = self._answers[len(self.asked) - 1]
-        return torch.zeros_like(value) if answer is None else answer
+    def of_wholes(
+        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
+    ) -> list[torch.Tensor]:
+        return [self._part for _ in requests]
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9))
@@ -103,68 +102,97 @@ def test_slices_cut_anywhere_are_the_whole_matrix(cut: int) -> None:
     weight = torch.randn(rows * cols, generator=generator)
     grad = torch.randn(rows * cols, generator=generator)
     norms = grad.view(rows, cols).square().sum(0)
-    expected = weight - 0.1 * (grad.view(rows, cols) / norms.sqrt()).view(-1)
+    turned = grad.view(rows, cols).flip(0)
+    expected = weight - 0.1 * (turned / norms.sqrt()).view(-1)
     rule, sums, parts = ColumnNorms(), torch.zeros(cols), []
-    for number, (start, stop) in enumerate(((0, cut), (cut, rows * cols))):
+    for start, stop in ((0, cut), (cut, rows * cols)):
         pieces = tuple(rectangles(start, stop - start, cols))
-        matrix = MatrixSlice("a", torch.Size((rows, cols)), pieces, number == 1)
-        matrix.state["total"] = torch.zeros(rows, cols)
+        matrix = MatrixSlice("a", torch.Size((rows, cols)), pieces, False)
+        matrix.state["total"] = torch.zeros(stop - start)
         master = weight[start:stop].clone()
         update = MatrixUpdate(matrix, master, grad[start:stop], 1, 0.1, 0.0)
-        # both ranks: what they ask for first, then everything with the sums as answers
         asked = next(rule.update([update]))
         assert isinstance(asked, Sum)
         sums += asked.value
-        exchange = FakeExchange([norms, grad.view(rows, cols)])
+        exchange = FakeExchange(norms, turned.reshape(-1)[start:stop])
         drive([(matrix, rule.update([update]))], exchange)
         parts.append(master)
-        assert bool(matrix.state["total"].any()) is (number == 1)
+        assert torch.equal(matrix.state["total"], turned.reshape(-1)[start:stop])
     assert torch.allclose(sums, norms)
     assert torch.allclose(torch.cat(parts), expected)
 
 
+def test_matrices_of_one_shape_and_function_are_computed_together() -> None:
+    batches: list[torch.Size] = []
+
+    def first(matrices: torch.Tensor) -> torch.Tensor:
+        batches.append(matrices.shape)
+        return matrices + 1
+
+    def second(matrices: torch.Tensor) -> torch.Tensor:
+        batches.append(matrices.shape)
+        return matrices + 2
+
+    shapes = [(2, 3), (3, 2), (2, 3), (2, 3)]
+    matrices = [torch.full(shape, float(number)) for number, shape in enumerate(shapes)]
+    found = in_batches(matrices, [first, first, second, first])
+    assert batches == [(2, 2, 3), (1, 3, 2), (1, 2, 3)]
+    assert [float(value.mean()) for value in found] == [1, 2, 4, 4]
+
+
+class Alone(FakeExchange):
+    """One process holds everything; counts what is asked for together."""
+
+    def __init__(self) -> None:
+        self.rounds: list[tuple[str, int]] = []
+
+    def sums(
+        self, matrices: Sequence[MatrixSlice], values: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        self.rounds.append(("sum", len(values)))
+        return list(values)
+
+    def of_wholes(
+        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
+    ) -> list[torch.Tensor]:
+        self.rounds.append(("whole", len(requests)))
+        return [request.values for request in requests]
+
+
 def test_updates_of_one_phase_travel_together() -> None:
-    rounds: list[tuple[str, int]] = []
-
-    class Counting(FakeExchange):
-        def sums(
-            self, matrices: Sequence[MatrixSlice], values: Sequence[torch.Tensor]
-        ) -> list[torch.Tensor]:
-            rounds.append(("sum", len(values)))
-            return list(values)
-
-        def to_owners(
-            self, matrices: Sequence[MatrixSlice], slices: Sequence[torch.Tensor]
-        ) -> list[torch.Tensor | None]:
-            rounds.append(("whole", len(slices)))
-            return [part.view(m.shape) for m, part in zip(matrices, slices, strict=True)]
-
-    optimizer, weights = grouped(Counting([]))
+    exchange = Alone()
+    optimizer, weights = grouped(exchange)
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert rounds == [("sum", 3), ("whole", 3)]
+    assert exchange.rounds == [("sum", 3), ("whole", 3)]
 
 
 def grouped(exchange: FakeExchange) -> tuple[GroupedOptimizer, dict[str, torch.Tensor]]:
-    """Three matrices under `ColumnNorms` beside a vector under AdamW, uncut."""
+    """Three matrices under `ColumnNorms` in two groups, beside a vector under AdamW, uncut."""
     weights = {name: torch.zeros(shape).requires_grad_() for name, shape in SHAPES.items()}
     vector = torch.zeros(4).requires_grad_()
-    groups = [{"params": list(weights.values()), "rule": "norms"}, {"params": [vector]}]
-    optimizer = GroupedOptimizer(groups, {"norms": ColumnNorms()}, lr=0.1)
+    first, *others = weights.values()
+    groups = [
+        {"params": [first], "matrix_wise": True},
+        {"params": [vector]},
+        {"params": others, "matrix_wise": True},
+    ]
+    optimizer = GroupedOptimizer(groups, lr=0.1)
     optimizer.exchange = exchange
     optimizer.matrices = {}
     for name, weight in weights.items():
         shape = weight.shape
         pieces = tuple(rectangles(0, weight.numel(), shape[1]))
-        matrix = MatrixSlice(name, shape, pieces, True, {"total": torch.zeros(shape)})
-        optimizer.matrices[storage_key(weight)] = [PlacedMatrix(matrix, 0)]
+        state = {"total": torch.zeros(weight.numel())}
+        placed = PlacedMatrix(MatrixSlice(name, shape, pieces, True, state), ColumnNorms(), 0)
+        optimizer.matrices[storage_key(weight)] = [placed]
     vector.grad = torch.ones(4)
     return optimizer, weights | {"vector": vector}
 
 
-def test_groups_without_a_rule_are_adamws() -> None:
-    optimizer, weights = grouped(FakeExchange([]))
+def test_groups_that_are_not_matrix_wise_are_adamws() -> None:
+    optimizer, weights = grouped(Alone())
     optimizer.step()
     assert weights["vector"].tolist() == pytest.approx([-0.1] * 4)
     assert optimizer.state[weights["vector"]].keys() == {"step", "exp_avg", "exp_avg_sq"}

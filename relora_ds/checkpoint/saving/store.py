@@ -1,0 +1,364 @@
+"""Saving checkpoints: complete or absent, never half, and never half of the ranks.
+
+A checkpoint is written to `step_N.tmp` by all ranks, each its own files; when all of them say that
+their files are on disk, the first rank writes the manifest, renames the directory to `step_N` and
+names it in `latest`. Whatever goes wrong on whichever rank, all ranks hear of it at the same step.
+
+The writing is done by a thread of each rank. In the foreground the main threads only ask each other
+until all are done. In the background training goes on from a copy of the state, and the main
+threads ask once per step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Literal
+
+import torch
+
+from relora_ds.activity import doing
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.record import RunRecord
+from relora_ds.checkpoint.saving.agreement import Agreement
+from relora_ds.checkpoint.saving.contents import Contents, contents_of_rank, size_of
+from relora_ds.checkpoint.saving.problem import Problem, explain, size
+from relora_ds.checkpoint.saving.publish import begin, give_up, publish
+from relora_ds.checkpoint.saving.retention import abandon_later, prune
+from relora_ds.checkpoint.saving.room import check_room, fewest, free_bytes
+from relora_ds.checkpoint.saving.snapshot import HostBuffers, take_snapshot
+from relora_ds.checkpoint.saving.task import Files, Task, write_contents
+from relora_ds.checkpoint.store import list_checkpoints
+from relora_ds.config.sections import CheckpointConfig
+from relora_ds.engine.engine import TrainEngine
+from relora_ds.errors import CheckpointError
+from relora_ds.files.durable import describe, remedy
+from relora_ds.parallel.topology import Topology
+
+_logger = logging.getLogger(__name__)
+_PATIENCE_S = 0.05  # between two questions to the other ranks
+_NOTHING: Files = {}
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended.
+
+    Args:
+        step: of the checkpoint.
+        path: its directory; None if it was not saved.
+        problem: why it was not; None if it was.
+        bytes: of all its files.
+        seconds: from the request until it was named in `latest`.
+        stall_seconds: how long training stood still for it, on the first rank.
+    """
+
+    step: int
+    path: Path | None
+    problem: str | None
+    bytes: int
+    seconds: float
+    stall_seconds: float
+
+    def figures(self) -> dict[str, float | int]:
+        """Metrics of a successful save, by name."""
+        return {
+            "checkpoint/step": self.step,
+            "checkpoint/bytes": self.bytes,
+            "checkpoint/seconds": self.seconds,
+            "checkpoint/stall_seconds": self.stall_seconds,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"saved to {self.path} ({size(self.bytes)} in {self.seconds:.2f} s, "
+            f"training waited {self.stall_seconds:.2f} s)"
+        )
+
+
+@dataclass
+class _Flight:
+    """A save that is under way.
+
+    Args:
+        step: of the checkpoint.
+        task: what this rank is doing for it.
+        must_succeed: whether a failure ends the run whatever the settings say.
+        needed: bytes of the checkpoint, estimated.
+        files: of all ranks, once they are written.
+        problems: what went wrong, once something has.
+    """
+
+    step: int
+    task: Task
+    must_succeed: bool
+    needed: int
+    free: int | None
+    started: float
+    stage: Literal["write", "publish", "give up"] = "write"
+    stall_seconds: float = 0.0
+    files: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+class CheckpointStore:
+    """The `checkpoints` directory of a run. A collective to construct, as are all methods.
+
+    Args:
+        directory: created when it is needed.
+        settings: how many are kept, and what happens to a save that fails.
+        topology: which process this is.
+    """
+
+    def __init__(self, directory: Path, settings: CheckpointConfig, topology: Topology) -> None:
+        self.directory = directory
+        self._settings = settings
+        self._topology = topology
+        self._agreement = Agreement(topology.world_size)
+        self._buffers = HostBuffers(topology.device)
+        self._flight: _Flight | None = None
+
+    def continue_from(self, source: Path, step: int) -> Path | None:
+        """Move aside what is not of the line that goes on from a checkpoint.
+
+        Args:
+            source: the checkpoint.
+            step: of it.
+
+        Returns:
+            Where it is now, on the first rank; None if there was nothing.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be moved.
+        """
+        moved, problem = None, None
+        if self._topology.is_main:
+            try:
+                moved = abandon_later(self.directory, source, step)
+            except OSError as error:
+                problem = f"{describe(error)}; {remedy(error)}"
+        problem = self._agreement.gather(problem)[0]
+        if problem is not None:
+            raise CheckpointError(f"checkpoints of an abandoned line cannot be moved: {problem}")
+        return moved
+
+    def check_room(self, needed: int) -> None:
+        """Make sure before training that checkpoints can be saved.
+
+        Args:
+            needed: bytes of one of them.
+
+        Raises:
+            CheckpointError: on every rank: they cannot be.
+        """
+        free = check_room(self.directory, needed, self._agreement, self._topology)
+        keep = self._settings.keep
+        if keep is None or free is None or not self._topology.is_main:
+            return
+        more = keep + 1 - len(list_checkpoints(self.directory))  # one is written before one goes
+        if free < more * needed:
+            _logger.warning(
+                "%s: %s are free, but %d more checkpoints of about %s will be kept or written: "
+                "free %s, or lower checkpoint.keep",
+                self.directory,
+                size(free),
+                more,
+                size(needed),
+                size(more * needed - free),
+            )
+
+    def save(
+        self,
+        engine: TrainEngine,
+        record: RunRecord,
+        method_tensors: Mapping[str, torch.Tensor],
+        tokenizer: Path | None,
+        *,
+        last: bool = False,
+    ) -> list[SaveResult]:
+        """Save a state, or begin to: an asynchronous save goes on while the caller does.
+
+        Args:
+            engine: holds weights and optimizer state after `record.trainer.step` updates.
+            record: what the checkpoint says of itself.
+            method_tensors: of the method's state, as this tensor-parallel rank holds them; may be
+                live.
+            tokenizer: copied into the checkpoint.
+            last: the run ends here: the save is complete on return, and its failure an error.
+
+        Returns:
+            Saves that ended meanwhile, this one or the one before.
+
+        Raises:
+            CheckpointError: on every rank: a save failed that must not.
+        """
+        ended = self.finish()
+        started = time.monotonic()
+        background = self._settings.asynchronous and not last
+        with doing("save: begin"):
+            live = contents_of_rank(engine, record, method_tensors, tokenizer, self._topology)
+            self._begin(record.trainer.step, live, background, last, started)
+        assert self._flight is not None, "it was just begun"
+        self._flight.stall_seconds = time.monotonic() - started
+        return ended if background else [*ended, *self.finish()]
+
+    def poll(self) -> list[SaveResult]:
+        """The save in the background, if it has ended; called by all ranks after the same step.
+
+        Raises:
+            CheckpointError: on every rank: it failed, and must not.
+        """
+        result = None if self._flight is None else self._advance()
+        return [] if result is None else [self._checked(*result)]
+
+    def finish(self) -> list[SaveResult]:
+        """Wait for the save in the background, if there is one, and say how it ended.
+
+        Raises:
+            CheckpointError: on every rank: it failed, and must not.
+        """
+        waited = time.monotonic()
+        while self._flight is not None:
+            with doing(f"save: {self._flight.stage}"):
+                self._flight.task.wait(_PATIENCE_S)
+                result = self._advance(waited)
+            if result is not None:
+                return [self._checked(*result)]
+        return []
+
+    def settle(self) -> None:
+        """Wait for the save in the background while an error of all ranks ends the run.
+
+        A failure of the save is logged: the error is what the run ends with.
+        """
+        try:
+            self.finish()
+        except CheckpointError as error:
+            _logger.error("%s", error)
+
+    def _begin(
+        self, step: int, live: Contents, background: bool, last: bool, started: float
+    ) -> None:
+        """Start to write a checkpoint; every failure from here on is the flight's."""
+        staging = self._staging(step)
+        problem, contents, wait = None, live, _no_wait
+        try:
+            if self._topology.is_main:
+                begin(staging)
+            if background:
+                self._buffers.recycle()
+                snapshot = take_snapshot(live, self._topology.device, self._buffers)
+                contents, wait = snapshot.contents, snapshot.wait
+        except (OSError, MemoryError) as error:
+            problem = Problem.of(error, self._topology.rank)
+        own = problem, size_of(contents), free_bytes(self.directory)
+        # nobody goes on before all have their copies: ranks of a node share some of the memory
+        found = self._agreement.gather(own)
+        problems = [p for p, _, _ in found if p is not None]
+        needed, free = sum(s for _, s, _ in found), fewest([f for _, _, f in found])
+        if not problems and free is not None and free < needed:
+            problems = [Problem(0, f"{staging}: not enough space", "", no_space=True)]
+        cancelled = Event()
+
+        def write() -> Files:
+            wait()
+            return write_contents(contents, staging, cancelled)
+
+        work = _do_nothing if problems else write
+        task = Task(work, self._topology.rank, cancelled)
+        self._flight = _Flight(step, task, last, needed, free, started)
+        if problems:
+            self._give_up(self._flight, problems)
+
+    def _advance(self, waited: float | None = None) -> tuple[_Flight, SaveResult] | None:
+        """Ask all ranks how far they are, and take the next step once all are done.
+
+        Args:
+            waited: when this rank began to stand still, if it does.
+        """
+        flight = self._flight
+        assert flight is not None
+        done, failed = self._agreement.look(flight.task.done, flight.task.failed)
+        if failed:
+            flight.task.cancelled.set()
+        if not done:
+            return None
+        outcomes = self._agreement.gather(flight.task.outcome())
+        problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+        if problems and flight.stage != "give up":
+            self._give_up(flight, problems)
+            return None
+        if flight.stage == "write":
+            files = {
+                n: w for part in outcomes if isinstance(part, Mapping) for n, w in part.items()
+            }
+            self._publish(flight, files)
+            return None
+        if waited is not None:
+            flight.stall_seconds += time.monotonic() - waited
+        self._flight = None
+        return flight, self._result(flight)
+
+    def _publish(self, flight: _Flight, files: Files) -> None:
+        flight.stage = "publish"
+        flight.files = {name: written.bytes for name, written in files.items()}
+        staging, final = self._staging(flight.step), self._final(flight.step)
+        keep = self._settings.keep
+
+        def work() -> Files:
+            publish(staging, final, files)
+            if keep is not None:
+                prune(final, keep)
+            return _NOTHING
+
+        flight.task = Task(work if self._topology.is_main else _do_nothing, self._topology.rank)
+
+    def _give_up(self, flight: _Flight, problems: list[Problem]) -> None:
+        flight.stage, flight.problems = "give up", problems
+        staging = self._staging(flight.step)
+
+        def work() -> Files:
+            give_up(staging)
+            return _NOTHING
+
+        flight.task = Task(work if self._topology.is_main else _do_nothing, self._topology.rank)
+
+    def _result(self, flight: _Flight) -> SaveResult:
+        problem = None
+        if flight.problems:
+            complete = list_checkpoints(self.directory) if self._topology.is_main else []
+            newest = self._agreement.gather(complete[-1] if complete else None)[0]
+            problem = explain(flight.step, flight.problems, flight.needed, flight.free, newest)
+        return SaveResult(
+            step=flight.step,
+            path=None if problem else self._final(flight.step),
+            problem=problem,
+            bytes=sum(flight.files.values()),
+            seconds=time.monotonic() - flight.started,
+            stall_seconds=flight.stall_seconds,
+        )
+
+    def _checked(self, flight: _Flight, result: SaveResult) -> SaveResult:
+        """The result, unless it has to end the run."""
+        fatal = flight.must_succeed or self._settings.on_save_error == "fail"
+        if result.problem is not None and fatal:
+            raise CheckpointError(result.problem)
+        return result
+
+    def _final(self, step: int) -> Path:
+        return self.directory / layout.checkpoint(step)
+
+    def _staging(self, step: int) -> Path:
+        return layout.staging(self._final(step))
+
+
+def _do_nothing() -> Files:
+    return _NOTHING
+
+
+def _no_wait() -> None:
+    """What is not copied is there already."""

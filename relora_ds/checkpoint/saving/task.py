@@ -1,0 +1,92 @@
+"""Work of a save in a thread of its own, while the main thread trains or answers other ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+
+from relora_ds.activity import doing
+from relora_ds.checkpoint.saving.contents import Contents
+from relora_ds.checkpoint.saving.problem import Problem
+from relora_ds.files.durable import Written, write_file
+
+Files = Mapping[str, Written]
+"""What was written, by name of the file."""
+
+
+class CancelledError(Exception):
+    """Another rank has failed: going on would be in vain."""
+
+
+class Task:
+    """A function that is running, or has ended with files or a problem.
+
+    The thread ends with the process, whatever it waits for.
+
+    Args:
+        work: returns what it wrote.
+        rank: this process, for the problem.
+        cancelled: set when the result is no longer wanted; `work` may look at it.
+    """
+
+    def __init__(
+        self, work: Callable[[], Files], rank: int, cancelled: threading.Event | None = None
+    ) -> None:
+        self.cancelled = cancelled or threading.Event()
+        self._rank = rank
+        self._future: Future[Files] = Future()
+        threading.Thread(target=self._run, args=(work,), name="save", daemon=True).start()
+
+    def _run(self, work: Callable[[], Files]) -> None:
+        try:
+            with torch.no_grad():
+                self._future.set_result(work())
+        except BaseException as error:  # whatever it is, all ranks must hear of it
+            self._future.set_exception(error)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._future.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with a problem."""
+        return self.done and self._future.exception() is not None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended, or for so long."""
+        try:
+            self._future.exception(timeout=seconds)
+        except TimeoutError:
+            return
+
+    def outcome(self) -> Files | Problem | None:
+        """What it ended with; None if it was cancelled."""
+        error = self._future.exception()
+        if error is None:
+            return self._future.result()
+        return None if isinstance(error, CancelledError) else Problem.of(error, self._rank)
+
+
+def write_contents(contents: Contents, directory: Path, cancelled: threading.Event) -> Files:
+    """Write a rank's files, each on disk before the next is begun.
+
+    Raises:
+        OSError: a file cannot be written.
+        CancelledError: `cancelled` was set.
+    """
+
+    def look() -> None:
+        if cancelled.is_set():
+            raise CancelledError
+
+    written = {}
+    for name, content in contents.items():
+        with doing(f"save: {name}"):
+            written[name] = write_file(directory / name, content.write, look)
+    return written

@@ -1,0 +1,1 @@
+"""What lies on disk of a token file: its index, the identity of its contents, its description."""

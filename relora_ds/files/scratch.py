@@ -1,0 +1,92 @@
+"""Scratch folders beside the files that are being made, and the removal of those left behind.
+
+A process that is killed cannot clean up, so the next one does. Whether the owner of a folder still
+lives is told by a lock on a file in it: the system lets go of the lock when its owner dies, also
+where the owner had the same process id as somebody else, or none that this host knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_OWNER = ".owner"
+# Not every network file system passes locks on to other hosts. There a folder that looks abandoned
+# may be in use, and folders of earlier versions have no lock: both are removed when they are old.
+_OLD_SECONDS = 24 * 3600
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent` that is removed at the end, and at the next start after a crash.
+
+    Args:
+        parent: exists.
+        prefix: what names of such folders begin with; nothing else may be called so.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    remove_leftovers(parent, prefix)
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as name,
+        _owned(Path(name)),
+    ):
+        yield Path(name)
+
+
+def remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove scratch folders of processes that are gone; what cannot be removed stays.
+
+    Args:
+        parent: folder that they lie in.
+        prefix: what their names begin with.
+    """
+    for folder in sorted(parent.glob(f"{prefix}*")):
+        # a link was not made here, and what it leads to is somebody's
+        if folder.is_dir() and not folder.is_symlink():
+            with contextlib.suppress(OSError):
+                _remove_if_abandoned(folder)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold the lock that says that somebody works in `folder`."""
+    draft = folder / f"{_OWNER}.new"
+    with open(draft, "w") as stream:
+        stream.write(f"{socket.gethostname()} {os.getpid()}\n")
+        stream.flush()
+        with contextlib.suppress(OSError):  # no locks here: then age alone decides
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        os.replace(draft, folder / _OWNER)  # never there without its lock
+        yield
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    owner = folder / _OWNER
+    if not owner.exists():  # not yet, or of an earlier version
+        if _is_old(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    with open(owner) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        host = stream.readline().partition(" ")[0]
+        if host == socket.gethostname() or _is_old(folder):
+            # holding the lock: two that clean up at once do not meet
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether nothing in a folder has changed for a day."""
+    newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    return time.time() - newest > _OLD_SECONDS

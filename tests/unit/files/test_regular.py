@@ -1,0 +1,80 @@
+"""Only regular files are opened, and only as much of them as is wanted."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from relora_ds.files.regular import open_regular, read_regular
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def unix_socket(path: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def loop(path: Path) -> Path:
+    path.symlink_to(path)
+    return path
+
+
+def link_to_pipe(path: Path) -> Path:
+    path.symlink_to(pipe(path.with_name("pipe")))
+    return path
+
+
+UNUSABLE = {
+    "pipe": (pipe, "it is a pipe"),
+    "link to a pipe": (link_to_pipe, "it is a pipe"),
+    "socket": (unix_socket, "it is a socket"),
+    "folder": (folder, "it is a directory"),
+    "endless device": (lambda path: Path("/dev/zero"), "it is a device"),
+    "terminal": (lambda path: Path("/dev/tty"), "it is a device"),
+    "missing": (lambda path: path, "No such file"),
+    "below a file": (lambda path: Path(__file__) / "x", "Not a directory"),
+    "loop of links": (loop, "Too many levels"),
+    "long name": (lambda path: path.with_name("x" * 300), "File name too long"),
+    "NUL": (lambda path: f"{path}\0", "no file can have this name"),
+    "half a surrogate pair": (lambda path: f"{path}\ud800", "no file can have this name"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+@pytest.mark.timeout(5)
+def test_anything_else_is_refused_with_a_reason(tmp_path, name):
+    make, reason = UNUSABLE[name]
+    path = make(tmp_path / "file")
+    for read in (open_regular, lambda path: read_regular(path, 10)):
+        with pytest.raises(OSError, match=reason) as caught:
+            read(path)
+        assert reason in caught.value.strerror
+
+
+def test_a_file_and_a_link_to_it_are_read(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"0123456789")
+    link.symlink_to(path)
+    assert read_regular(link, 10) == b"0123456789"
+    with pytest.raises(OSError, match="larger than 9 bytes"):
+        read_regular(path, 9)
+
+
+def test_what_was_exchanged_for_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    status = Path(__file__).stat()
+    monkeypatch.setattr(os, "stat", lambda name: status)  # a regular file, at the first look
+    with pytest.raises(OSError, match="it is a pipe"):
+        open_regular(pipe(tmp_path / "pipe"))
