@@ -82,15 +82,7 @@ class TrainEngine:
         if isinstance(self.optimizer, GroupedOptimizer):
             self.optimizer.matrices = self.matrices.placed
             self.optimizer.exchange = self.matrices
-        self._digest = ReplicaDigest(
-            dict(self.model.named_parameters()),
-            self.layout,
-            self.bases,
-            self.clocks,
-            self.matrices,
-            self._engine.data_parallel_group,
-            tp,
-        )
+        self._digest = self._digest_of_replicas()
         self.state = ZeroState(
             self.layout,
             self.bases,
@@ -110,6 +102,17 @@ class TrainEngine:
         self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
         self._engine.watch_updates(self.memory.after_backward)
         self._reduces_once = zero.reduces_once
+
+    def _digest_of_replicas(self) -> ReplicaDigest:
+        return ReplicaDigest(
+            dict(self.model.named_parameters()),
+            self.layout,
+            self.bases,
+            self.clocks,
+            self.matrices,
+            self._engine.data_parallel_group,
+            self._tp,
+        )
 
     def _probe(self) -> torch.Tensor | None:
         self.layout.order_gathers()  # a probe may enter the model below its forward pass
