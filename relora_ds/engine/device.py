@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def set_arithmetic(train: TrainConfig) -> None:
                 "or set train.deterministic=false"
             )
         # every torch.empty would be written once more
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(train.deterministic)
 
 

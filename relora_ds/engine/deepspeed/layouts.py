@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -208,7 +208,8 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
         # DeepSpeed lets the model wait for its gathers, but not the gathers for us
         stream = self._wrapper.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
         if stream is not None:
-            stream.wait_stream(get_accelerator().current_stream())
+            accelerator: Any = get_accelerator()
+            stream.wait_stream(accelerator.current_stream())
 
     def weight_storages(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         yield from super().weight_storages(parameter)

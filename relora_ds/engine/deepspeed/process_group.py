@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -21,7 +21,8 @@ def accelerator_type() -> Literal["cpu", "cuda"]:
     Raises:
         ConfigError: it is neither a CPU nor a GPU that torch calls CUDA.
     """
-    name = get_accelerator().device_name()
+    accelerator: Any = get_accelerator()
+    name = accelerator.device_name()
     if name not in ("cpu", "cuda"):
         raise ConfigError(
             f"DeepSpeed found the accelerator {name!r}, which is not supported: set "

@@ -17,6 +17,7 @@ from relora_ds.engine.device import check_places, communication_backend, set_ari
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.errors import ConfigError
 
+DETERMINISTIC: Any = torch.utils.deterministic
 TRAIN = TrainConfig(steps=1, seq_length=8, micro_batch_size=1, global_batch_size=1)
 
 
@@ -38,14 +39,14 @@ def restored() -> Iterator[None]:
     """Global settings of torch as they were."""
     matmul = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = DETERMINISTIC.fill_uninitialized_memory
     reduced = (
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
     )
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    DETERMINISTIC.fill_uninitialized_memory = filled
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
     matmul.allow_bf16_reduced_precision_reduction = reduced[0]
@@ -87,7 +88,7 @@ def test_sums_have_a_fixed_order_unless_speed_is_asked_for() -> None:
     set_arithmetic(TRAIN)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not DETERMINISTIC.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
