@@ -21,6 +21,8 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.errors import CheckpointError, ConfigError
 
 S = TypeVar("S", bound=Section)
+RECORD = (layout.TRAINER, layout.RUN, layout.MODEL)
+"""Names of the files that hold a `RunRecord`."""
 
 
 class ShardedLike(Section):
