@@ -25,6 +25,7 @@ from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
+from relora_ds.engine.device import set_arithmetic
 from relora_ds.errors import (
     ConfigError,
     DivergenceError,
@@ -149,6 +150,7 @@ def _finish_again(prepared: Prepared, saved: SavedRun, started_at: datetime) -> 
 
 def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     """Join the other processes, and make sure that settings, processes and data fit each other."""
+    set_arithmetic(loaded.config.train)
     timeout_minutes = loaded.config.train.timeout_minutes
     topology = distributed.start(timeout_minutes)
     lifetime.watch_peers(topology.world_size, timeout_minutes)
