@@ -10,7 +10,7 @@ from typing import IO, Any, Protocol, cast
 import torch
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.record import RunRecord, encode_record
+from relora_ds.checkpoint.format.record import RECORD, RunRecord, encode_record
 from relora_ds.checkpoint.restore import side_slices, side_tensors
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.files.durable import OutputFile
@@ -96,21 +96,22 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Bytes that are known already."""
+class Described:
+    """One of the files in which a checkpoint says what it is of, encoded when it is written."""
 
-    content: bytes
+    record: RunRecord
+    name: str
 
     def write(self, file: OutputFile) -> None:
-        """Append them."""
-        file.write(self.content)
+        """Append it."""
+        file.write(encode_record(self.record)[self.name])
 
     def values(self) -> object:
         """No tensors."""
         return None
 
-    def with_values(self, values: Any) -> Plain:
-        """The same bytes."""
+    def with_values(self, values: Any) -> Described:
+        """The same file."""
         return self
 
 
@@ -144,23 +145,20 @@ def contents_of_rank(
         if method_tensors:
             contents[layout.method(topology.tp.suffix)] = Tensors(method_tensors)
     if topology.is_main:
-        contents |= {name: Plain(text) for name, text in encode_record(record).items()}
+        contents |= {name: Described(record, name) for name in RECORD}
         if tokenizer is not None:
             contents[layout.TOKENIZER] = Copied(tokenizer)
     return contents
 
 
 def size_of(contents: Contents) -> int:
-    """Bytes that the files take, without what their formats add."""
+    """Bytes of the tensors in the files, without what their formats add."""
     storages: dict[int, int] = {}
-    size = 0
     for content in contents.values():
-        if isinstance(content, Plain):
-            size += len(content.content)
         for tensor in tensors_in(content.values()):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    return size + sum(storages.values())
+    return sum(storages.values())
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
