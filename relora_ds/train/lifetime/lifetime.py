@@ -206,7 +206,7 @@ class Lifetime:
 
     def _say(self, failure: Failure, error: BaseException) -> None:
         # before ranks know each other, one rank per node speaks for a mistake that all find
-        known = self._watch is not None or not isinstance(error, ReloraError)
+        known = self._watch is not None or not isinstance(error, ConfigError)
         if known or os.environ.get("LOCAL_RANK", "0") == "0":
             announce(failure, error)
 
