@@ -63,11 +63,12 @@ def reshape_checkpoint(
 
 def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
     saved = run.state()
-    write_state(saved, directory)
-    write_tensors(saved.clocks, directory / layout.side(""))
+    step = record.trainer.step
+    write_state(saved, directory, step)
+    write_tensors(saved.clocks, directory / layout.side(""), step)
     _, tensors = split_tensors(run.method_state())
     if tensors:
-        write_tensors(tensors, directory / layout.method(""))
+        write_tensors(tensors, directory / layout.method(""), step)
     write_record(record, directory)
     tokenizer = run.checkpoint / layout.TOKENIZER
     if tokenizer.is_file():

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import verify_manifest
-from relora_ds.checkpoint.format.record import read_record
+from relora_ds.checkpoint.format.record import RunRecord, read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
+from relora_ds.checkpoint.format.verify import verify_checkpoint
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
 from relora_ds.checkpoint.method_state import Likeness, join_parts, likeness_by_name, part_of
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
@@ -37,14 +37,15 @@ class SavedRun:
 
     Args:
         checkpoint: a directory `step_N` of any known format.
+        record: what it says of itself, where that was read already.
 
     Raises:
         CheckpointError: see `read_record`; or the files are of different runs.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, record: RunRecord | None = None) -> None:
         self.checkpoint = checkpoint
-        self.record = read_record(checkpoint)
+        self.record = record or read_record(checkpoint)
         self.method: Method[Any] = self._method_in_charge()
         # rewritten for other processes: by name, and whole
         self._ranks = 1 if is_written_state(checkpoint) else self.record.trainer.tp_size
@@ -151,8 +152,7 @@ def open_saved_run(path: Path) -> SavedRun:
         CheckpointError: there is none, it is not what was written, or cannot be read.
     """
     checkpoint = find_checkpoint(path)
-    verify_manifest(checkpoint)
-    return SavedRun(checkpoint)
+    return SavedRun(checkpoint, verify_checkpoint(checkpoint))
 
 
 @contextmanager

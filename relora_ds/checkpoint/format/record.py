@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, JsonValue, ValidationError
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, Contents, upgrade
+from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, Contents, format_of, upgrade
 from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
 from relora_ds.config.explain import explain
 from relora_ds.config.load import dump_run_config, validate_run
@@ -19,8 +19,11 @@ from relora_ds.config.reading.document import Document
 from relora_ds.config.reading.source import read_yaml
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.files.regular import read_regular
 
 S = TypeVar("S", bound=Section)
+
+_MAX_BYTES = 64 << 20  # what a method keeps beside its tensors is some thousand numbers
 
 
 class ShardedLike(Section):
@@ -74,6 +77,8 @@ class RunRecord:
     """The resolved run."""
     architecture: ModelConfig
     """Its model."""
+    format: int = FORMAT
+    """Number of the format that it was read from."""
 
 
 def encode_record(record: RunRecord) -> dict[str, bytes]:
@@ -115,12 +120,13 @@ def read_record(checkpoint: Path) -> RunRecord:
         _validated(TrainerState, contents.trainer, trainer_path),
         config,
         _validated(ModelConfig, contents.model, model_path),
+        format_of(read),
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path, _MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise _unusable([f"{path}: cannot be read ({reason})"]) from error

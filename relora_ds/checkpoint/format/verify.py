@@ -1,14 +1,14 @@
 """Proof that a directory holds one whole checkpoint, before anything in it is believed.
 
-Three sets of files must be the same: those that the manifest lists, those that are there, and those
-that a run of the checkpoint's own description writes. A file beyond them would be obeyed by a reader
-that looks for it, and one that is missing from the list would be read unproven.
+Three sets of files must be the same: those that the manifest lists, those that are there, and
+those that a run of the checkpoint's own description writes. A file beyond them would be obeyed by
+a reader that looks for it, and one that is missing from the list would be read unproven.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from relora_ds.checkpoint.format import layout
@@ -56,6 +56,8 @@ def verify_description(checkpoint: Path) -> tuple[RunRecord, dict[str, Listed]]:
         check_file(checkpoint / name, listed[name])
     record = read_record(checkpoint)
     _check_place(checkpoint, record)
+    if layout.state(0) not in listed:
+        _check_shards(checkpoint, record)
     required, allowed = _implied(record, listed)
     for name in sorted(required - listed.keys()):
         raise _unlisted(checkpoint / name, "missing from")
@@ -121,6 +123,11 @@ def _check_place(checkpoint: Path, record: RunRecord) -> None:
             f"{phase.first_step + 1} to {phase.last_step}: the file is damaged; use another "
             "checkpoint"
         )
+
+
+def _check_shards(checkpoint: Path, record: RunRecord) -> None:
+    """Make sure that the processes which wrote a description are those of its run."""
+    state, path = record.trainer, checkpoint / layout.TRAINER
     if state.tp_size != record.config.parallel.tensor:
         raise CheckpointError(
             f"{path}: tp_size is {state.tp_size}, but the run in {layout.RUN} has parallel.tensor "
