@@ -9,7 +9,7 @@ from pathlib import Path
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
-from relora_ds.checkpoint.format.record import RunRecord, write_record
+from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, write_record
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
@@ -66,10 +66,16 @@ def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
     step = record.trainer.step
     write_state(saved, directory, step)
     write_tensors(saved.clocks, directory / layout.side(""), step)
-    _, tensors = split_tensors(run.method_state())
+    method = run.method_state()
+    _, tensors = split_tensors(method)
     if tensors:
         write_tensors(tensors, directory / layout.method(""), step)
-    write_record(record, directory)
+    shards = {
+        key: ShardedLike(parameter=name, dim=dim)
+        for key, (name, dim) in run.likeness(method).items()
+    }
+    trainer = record.trainer.model_copy(update={"method_shards": shards})
+    write_record(replace(record, trainer=trainer), directory)
     tokenizer = run.checkpoint / layout.TOKENIZER
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, directory / layout.TOKENIZER)

@@ -87,7 +87,7 @@ class SavedRun:
             return states[0]
         with fitting(self.checkpoint, "the entries of its method's state"):
             shards = [self.shards(group) for group in groups]
-            return join_parts(states, shards, self._likeness(states[0]))
+            return join_parts(states, shards, self.likeness(states[0]))
 
     def own_method_state(self, tp: TensorParallel) -> dict[str, Any]:
         """One tensor-parallel rank's part of the method's state, as `load_state_dict` takes it.
@@ -101,15 +101,19 @@ class SavedRun:
         if self.is_sharded_like(tp):
             return self._method_file(tp)
         whole = self.method_state()
-        return whole if tp.size == 1 else part_of(whole, self.shards(tp), self._likeness(whole))
+        return whole if tp.size == 1 else part_of(whole, self.shards(tp), self.likeness(whole))
 
     def shards(self, tp: TensorParallel) -> Mapping[str, TPShard]:
         """Which part of every sharded parameter a rank of a tensor-parallel group holds."""
         parts = self.record.architecture, self.method, self.record.config.train
         return shards_of(sharded_meta_model(*parts, tp))
 
-    def _likeness(self, state: Mapping[str, Any]) -> Likeness:
-        """How the tensors of the method's state are sharded."""
+    def likeness(self, state: Mapping[str, Any]) -> Likeness:
+        """How the tensors of the method's state are sharded.
+
+        Args:
+            state: as `method_state` or `own_method_state` returns it.
+        """
         recorded = self.record.trainer.method_shards
         if recorded is None:
             return likeness_by_name(state)

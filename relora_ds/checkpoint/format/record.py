@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, Contents, format_of, upgrade
+from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, STAMPED, Contents, format_of, upgrade
 from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
 from relora_ds.config.explain import explain
 from relora_ds.config.load import dump_run_config, validate_run
@@ -23,6 +24,8 @@ from relora_ds.files.regular import read_regular
 
 S = TypeVar("S", bound=Section)
 
+_SUMS = "sha256"
+"""Where `trainer.json` keeps the SHA-256 of the other two descriptions."""
 _MAX_BYTES = 64 << 20  # what a method keeps beside its tensors is some thousand numbers
 
 
@@ -77,19 +80,19 @@ class RunRecord:
     """The resolved run."""
     architecture: ModelConfig
     """Its model."""
-    format: int = FORMAT
+    format: int = field(default=FORMAT, compare=False)
     """Number of the format that it was read from."""
 
 
 def encode_record(record: RunRecord) -> dict[str, bytes]:
     """Contents of `trainer.json`, `run.yaml` and `model.json` in today's format, by name."""
-    trainer = {KEY: FORMAT, **record.trainer.model_dump(mode="json")}
-    texts = {
-        layout.TRAINER: json.dumps(trainer, indent=1) + "\n",
-        layout.RUN: dump_run_config(record.config),
-        layout.MODEL: record.architecture.model_dump_json(indent=1) + "\n",
+    others = {
+        layout.RUN: dump_run_config(record.config).encode(),
+        layout.MODEL: (record.architecture.model_dump_json(indent=1) + "\n").encode(),
     }
-    return {name: text.encode() for name, text in texts.items()}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in others.items()}
+    trainer = {KEY: FORMAT, _SUMS: sums, **record.trainer.model_dump(mode="json")}
+    return {layout.TRAINER: (json.dumps(trainer, indent=1) + "\n").encode(), **others}
 
 
 def write_record(record: RunRecord, directory: Path) -> None:
@@ -110,8 +113,12 @@ def read_record(checkpoint: Path) -> RunRecord:
         run = read_yaml(checkpoint / layout.RUN)
     except ConfigError as error:
         raise _unusable(error.problems) from error
-    read = Contents(_read_json(trainer_path), run.data, _read_json(model_path))
+    trainer = _read_json(trainer_path)
+    sums = trainer.pop(_SUMS, {})
+    read = Contents(trainer, run.data, _read_json(model_path))
     contents = upgrade(read, trainer_path)
+    if format_of(read) >= STAMPED:
+        _check_sums(checkpoint, sums)
     try:
         config = validate_run(replace(run, data=contents.run))
     except ConfigError as error:
@@ -122,6 +129,18 @@ def read_record(checkpoint: Path) -> RunRecord:
         _validated(ModelConfig, contents.model, model_path),
         format_of(read),
     )
+
+
+def _check_sums(checkpoint: Path, sums: object) -> None:
+    """Make sure that the three descriptions were written together.
+
+    Raises:
+        CheckpointError: one of them is of another checkpoint, or was cut or edited.
+    """
+    for name in (layout.RUN, layout.MODEL):
+        found = hashlib.sha256(read_regular(checkpoint / name, _MAX_BYTES)).hexdigest()
+        if not isinstance(sums, dict) or sums.get(name) != found:
+            raise _unusable([f"{checkpoint / name}: is not the one that {layout.TRAINER} names"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

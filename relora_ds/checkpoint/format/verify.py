@@ -144,6 +144,8 @@ def _implied(record: RunRecord, listed: Mapping[str, Listed]) -> tuple[set[str],
     suffixes = [TensorParallel(rank, size).suffix for rank in range(size)]
     required = {layout.TRAINER, layout.RUN, layout.MODEL, *map(layout.side, suffixes)}
     allowed = {layout.TOKENIZER, *map(layout.method, suffixes)}
+    if state.method_shards:  # the method has tensors
+        required |= set(map(layout.method, suffixes))
     if written:
         count = sum(layout.is_state(name) for name in listed)
         required |= {layout.state(number) for number in range(count)}

@@ -257,7 +257,7 @@ def test_the_last_save_must_succeed(tmp_path: Path) -> None:
 
 def test_an_error_of_the_program_is_not_lost(run: Run) -> None:
     def shards() -> dict[str, Any]:
-        return {SHARD: threading.Lock()}
+        return {SHARD: {"lock": threading.Lock()}}
 
     run.engine.shards = shards
     with pytest.raises(CheckpointError, match="TypeError: cannot pickle"):
