@@ -90,6 +90,13 @@ class TrainConfig(Section):
     digest_every: Free[NonNegativeInt] = 100
     """Optimizer steps between checks that all processes still hold the same run; 0 checks only
     after merges and the like. A difference ends the run with exit code 6."""
+    deterministic: Free[bool] = True
+    """On GPUs: kernels whose sums have a fixed order, so that a resumed run and a second one are
+    the same bit for bit. `false` is faster in the backward pass of attention, and the same to the
+    rounding of atomics. On CPUs runs are the same either way."""
+    tf32: bool = False
+    """On GPUs: let matrix products of fp32 runs round their inputs to 10 bits of mantissa. Edits of
+    base weights are fp32 products too and lose as much."""
     timeout_minutes: Free[PositiveFloat] = 10.0
     """A collective that takes longer ends the run with exit code 7."""
 

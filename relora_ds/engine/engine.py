@@ -15,6 +15,7 @@ from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.backend import Backend, start_backend
+from relora_ds.engine.device import check_places
 from relora_ds.engine.optimizer import build_optimizer
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
@@ -61,6 +62,7 @@ class TrainEngine:
         self.groups = [(group.role, list(group.parameters)) for group in groups]
         rules = matrix_rules(method, config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
+        self._probe_output = probe
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
             exact = {w: w.detach().clone().view(-1) for w in edited}
@@ -68,6 +70,7 @@ class TrainEngine:
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
         self.layout: Layout = self._engine.layout([parameters for _, parameters in self.groups])
+        check_places(config.optimizer.name, self.layout, edited)
         self.bases = self._store(edited, KINDS[base_precision(config)], exact)
         self._restore_slices(exact)
         axes = method.vector_axes(model).items()
@@ -79,30 +82,41 @@ class TrainEngine:
         if isinstance(self.optimizer, GroupedOptimizer):
             self.optimizer.matrices = self.matrices.placed
             self.optimizer.exchange = self.matrices
-        self._digest = ReplicaDigest(
+        self._digest = self._digest_of_replicas()
+        self.state = ZeroState(
+            self.layout,
+            self.bases,
+            self.clocks,
+            self.completed_steps,
+            self._probe,
+            lambda weight: self._digest.seal([weight]),
+            tp,
+        )
+        self._shares = TensorGradients(model, self.layout, tp)
+        # before DeepSpeed's own hook, which gathers; methods edit between the passes
+        self._before_forward = self.model.register_forward_pre_hook(
+            lambda *_: self.layout.order_gathers(), prepend=True
+        )
+        kept = [base.tensors() for base in self.bases.values()]
+        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
+        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
+        self._engine.watch_updates(self.memory.after_backward)
+        self._reduces_once = zero.reduces_once
+
+    def _digest_of_replicas(self) -> ReplicaDigest:
+        return ReplicaDigest(
             dict(self.model.named_parameters()),
             self.layout,
             self.bases,
             self.clocks,
             self.matrices,
             self._engine.data_parallel_group,
-            tp,
+            self._tp,
         )
-        self.state = ZeroState(
-            self.layout,
-            self.bases,
-            self.clocks,
-            self.completed_steps,
-            probe,
-            lambda weight: self._digest.seal([weight]),
-            tp,
-        )
-        self._shares = TensorGradients(model, self.layout, tp)
-        kept = [base.tensors() for base in self.bases.values()]
-        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
-        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
-        self._engine.watch_updates(self.memory.after_backward)
-        self._reduces_once = zero.reduces_once
+
+    def _probe(self) -> torch.Tensor | None:
+        self.layout.order_gathers()  # a probe may enter the model below its forward pass
+        return self._probe_output()
 
     def _store(
         self,
@@ -211,7 +225,8 @@ class TrainEngine:
         """Free the engine so that another phase can build its own."""
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
-        del self._digest, self.memory, self._shares, self.matrices
+        del self._digest, self.memory, self._shares, self.matrices, self._probe_output
+        self._before_forward.remove()
         self.bases, self.clocks = {}, {}
         gc.collect()
 

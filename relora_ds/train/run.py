@@ -36,6 +36,7 @@ from relora_ds.engine.accelerator import describe_machine
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
+from relora_ds.engine.device import set_arithmetic
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
 from relora_ds.methods.registry import Phase, check_requirements
@@ -120,6 +121,7 @@ def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
 
 def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     """Join the other processes, and make sure that settings, processes and data fit each other."""
+    set_arithmetic(loaded.config.train)
     timeout_minutes = loaded.config.train.timeout_minutes
     topology = distributed.start(timeout_minutes)
     lifetime.watch_peers(topology.world_size, timeout_minutes)

@@ -23,6 +23,8 @@ from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.regular import read_regular
 
 S = TypeVar("S", bound=Section)
+RECORD = (layout.TRAINER, layout.RUN, layout.MODEL)
+"""Names of the files that hold a `RunRecord`."""
 
 _SUMS = "sha256"
 """Where `trainer.json` keeps the SHA-256 of the other two descriptions."""

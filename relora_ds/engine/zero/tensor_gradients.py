@@ -39,7 +39,8 @@ class TensorGradients:
             return
         pieces = [piece for p in self._partial for piece in self._layout.gradient(p)]
         if pieces:
-            flat = torch.cat(pieces)
+            # offloaded slices are on the host, where no collective of the devices reaches them
+            flat = torch.cat(pieces).to(self._partial[0].device)
             sums = self._tp.sum(flat).split([piece.numel() for piece in pieces])
             for piece, total in zip(pieces, sums, strict=True):
                 piece.copy_(total)

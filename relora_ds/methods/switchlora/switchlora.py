@@ -294,6 +294,9 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         return found
 
     def state_dict(self) -> dict[str, Any]:
+        if self._stream is not None:  # vectors on their way to and from the host
+            self._stream.synchronize()
+            torch.cuda.current_stream().synchronize()
         saved: dict[str, Any] = {
             "cursors": {name: list(s.state.cursors) for name, s in self.layers.items()},
             "switched_vectors": self._metrics.switched,

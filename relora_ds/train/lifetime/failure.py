@@ -59,7 +59,9 @@ class Failure:
     def line(self) -> str:
         """The root cause in one line."""
         first, *more = self.message.splitlines() or [self.kind]
-        rest = f" (and {len(more)} more lines)" if more else ""
+        if more and self.kind == ConfigError.__name__:
+            first, more = f"{len(more) + 1} mistakes, listed above", []
+        rest = f" (and {len(more)} more lines, above)" if more else ""
         code = "" if self.code is None else f" (exit code {self.code})"
         return f"ROOT CAUSE rank {self.rank} ({self.activity}): {first}{rest}{code}"
 
