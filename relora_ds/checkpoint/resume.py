@@ -110,31 +110,32 @@ def _older_run(checkpoint: Path, config: RunConfig, is_main: bool, problem: str)
     Raises:
         CheckpointError: it may not, or there is none; says what is wrong and what is left.
     """
-    older = broadcast_object(_complete_before(checkpoint) if is_main else [])
-    for path in older:
-        record, _ = verified_by_all(path, is_main)
-        if record is None:
-            continue
-        if not config.checkpoint.fallback or not _may_choose(config):
-            raise CheckpointError(f"{problem}; {other_checkpoint([path])}")
-        if is_main:
-            _logger.warning("%s; taking %s in its place", problem, path)
-        return SavedRun(path, record)
-    raise CheckpointError(f"{problem}; {other_checkpoint([])}")
-
-
-def _may_choose(config: RunConfig) -> bool:
-    """Whether the run asks for the newest checkpoint and not for a certain one."""
-    return config.checkpoint.resume in ("auto", True)
-
-
-def _complete_before(checkpoint: Path) -> list[Path]:
-    """Complete checkpoints beside one and before it, newest first; contents are not read."""
     step = layout.step_of(checkpoint.name)
-    if step is None:
-        return []
-    found = list_checkpoints(checkpoint.parent)
-    return [path for path in reversed(found) if (layout.step_of(path.name) or 0) < step]
+    found = None if step is None else find_earlier(checkpoint.parent, step - 1, is_main)
+    if found is None:
+        raise CheckpointError(f"{problem}; {other_checkpoint([])}")
+    # a run that asks for a certain checkpoint gets no other one
+    if not config.checkpoint.fallback or config.checkpoint.resume not in ("auto", True):
+        raise CheckpointError(f"{problem}; {other_checkpoint([found.checkpoint])}")
+    if is_main:
+        _logger.warning("%s; taking %s in its place", problem, found.checkpoint)
+    return found
+
+
+def find_earlier(directory: Path, step: int, is_main: bool) -> SavedRun | None:
+    """The newest verified checkpoint of at most `step` updates; None if there is none.
+
+    A collective call, like `find_saved_run`.
+    """
+    complete = list_checkpoints(directory) if is_main else []
+    found = [path for path in reversed(complete) if (layout.step_of(path.name) or 0) <= step]
+    for checkpoint in broadcast_object(found):
+        record, problem = verified_by_all(checkpoint, is_main)
+        if record is not None:
+            return SavedRun(checkpoint, record)
+        if is_main:
+            _logger.warning("passed over: %s", problem)
+    return None
 
 
 def choose_checkpoint(config: RunConfig) -> Path | None:
