@@ -9,13 +9,14 @@ from typing import Any
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import verify_manifest
+from relora_ds.checkpoint.format.record import read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.restore import load_side_tensors, load_state, side_slices
 from relora_ds.checkpoint.saved_run import SavedRun, fitting
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
 from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.retention import unused_previous
-from relora_ds.checkpoint.store import find_checkpoint, latest_checkpoint
+from relora_ds.checkpoint.store import find_checkpoint, latest_checkpoint, list_checkpoints
 from relora_ds.checkpoint.tp_state import PartOfState
 from relora_ds.config.free import free_keys
 from relora_ds.config.model import ModelConfig
@@ -55,6 +56,24 @@ def find_saved_run(config: RunConfig, is_main: bool) -> SavedRun | None:
     if problem is not None:
         raise CheckpointError(problem)
     return None if checkpoint is None else SavedRun(checkpoint)
+
+
+def find_earlier(directory: Path, step: int, is_main: bool) -> SavedRun | None:
+    """The newest verified checkpoint of at most `step` updates; None if there is none.
+
+    A collective call, like `find_saved_run`.
+    """
+    found = None
+    for checkpoint in reversed(list_checkpoints(directory)) if is_main else ():
+        try:
+            verify_manifest(checkpoint)
+            if read_record(checkpoint).trainer.step <= step:
+                found = checkpoint
+                break
+        except CheckpointError as error:
+            _logger.warning("passed over: %s", error)
+    found = broadcast_object(found)
+    return None if found is None else SavedRun(found)
 
 
 def choose_checkpoint(config: RunConfig) -> Path | None:

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
+from relora_ds.engine.device import communication_backend, take_device
 from relora_ds.errors import CollectiveTimeoutError, ConfigError, ReloraError
 from relora_ds.parallel.topology import Topology
 
@@ -53,10 +54,12 @@ def start(timeout_minutes: float) -> Topology:
             runs in.
 
     Returns:
-        This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
+        This process's place; it computes on GPU `local_rank`, or on the CPU where there is none or
+        ``DS_ACCELERATOR=cpu``.
 
     Raises:
-        ConfigError: this machine has GPUs that torch cannot use, or the place where the ranks are
+        ConfigError: this machine has GPUs that torch cannot use, or fewer than
+            processes, or the place where the ranks are
             to meet is taken, unknown or out of reach.
         CollectiveTimeoutError: some ranks did not come there in time.
     """
@@ -65,15 +68,13 @@ def start(timeout_minutes: float) -> Topology:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    device = take_device(local_rank)
     _check_meeting_point(min(_RESOLVE_S, 60 * timeout_minutes))
     try:
-        join_process_group(timedelta(minutes=timeout_minutes))
+        join_process_group(timedelta(minutes=timeout_minutes), communication_backend())
     except torch.distributed.DistError as error:
         raise _no_meeting(error) from error
     _open_host_group()
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
 

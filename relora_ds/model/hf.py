@@ -64,14 +64,14 @@ def write_hf(
 
     Raises:
         ConfigError: the target is taken, or `dtype` cannot be stored.
-        CheckpointError: a tensor is missing, unexpected, repeated or of the wrong shape; or the
-            directory cannot be written.
+        CheckpointError: a tensor is missing, unexpected, repeated, of the wrong shape or not
+            finite; or the directory cannot be written.
         DataError: the tokenizer cannot be exported.
     """
     target = Path(directory).resolve()
     if dtype not in _DTYPES:
         raise ConfigError(f"an export cannot be stored as {dtype}; use fp32, bf16 or fp16")
-    _check_target(target)
+    check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _restore_interrupted(target)
@@ -179,6 +179,11 @@ def _checked(
         seen[name] = tuple(tensor.shape)
         expected = {name: shapes[name]} if name in shapes else {}
         _raise_unless_same({name: seen[name]}, expected)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} holds values that are not finite: the model diverged before it was "
+                "saved, and is not exported; use an earlier checkpoint"
+            )
         yield name, tensor
     _raise_unless_same(seen, shapes)
 
@@ -255,7 +260,12 @@ def _write_weights(
         _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / _INDEX)
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Make sure that an export may be written to a directory.
+
+    Raises:
+        ConfigError: something else is there.
+    """
     if not target.exists() or _is_export(target):
         return
     if not target.is_dir() or any(target.iterdir()):

@@ -50,10 +50,10 @@ _ENDS: dict[str, Callable[[], None]] = {
 }
 
 
-def _faulty(self: Trainer, phase: Any, engine: Any, session: Any, step: int) -> Any:
+def _faulty(self: Trainer, phase: Any, engine: Any, session: Any, step: int, seen: Any) -> Any:
     if os.environ.get("RANK", "0") == _RANK and step + 1 == int(_STEP):
         _ENDS[_HOW]()
-    return _update(self, phase, engine, session, step)
+    return _update(self, phase, engine, session, step, seen)
 
 
 if __name__ == "__main__":

@@ -144,13 +144,13 @@ def _plan_fault(file: Path, device: str) -> None:
 
     whole, steps = TrainEngine.train_step, 0
 
-    def faulty(self: TrainEngine, micro_batches: Any) -> Any:
+    def faulty(self: TrainEngine, micro_batches: Any, admit: Any = None) -> Any:
         nonlocal steps
         steps += 1
         if steps > _STEPS_BEFORE:
             file.touch()
             torch.empty(1 << 50, dtype=torch.uint8, device=device)
-        return whole(self, micro_batches)
+        return whole(self, micro_batches, admit)
 
     TrainEngine.train_step = faulty
 

@@ -34,6 +34,23 @@ class ShardedLike(Section):
     """Dimension of the tensor that is sharded."""
 
 
+class GuardState(Section):
+    """What the guards of a run remember."""
+
+    skipped_steps: NonNegativeInt = 0
+    """Updates that were not applied so far, those that a rollback leaves out included."""
+    rollbacks: NonNegativeInt = 0
+    """Times that the run went back to a checkpoint."""
+    events: NonNegativeInt = 0
+    """Batches that were skipped and rollbacks, together."""
+    left_out: list[NonNegativeInt] = Field(default_factory=list)
+    """Steps, from 0, whose batches are not trained on."""
+    losses: list[float] = Field(default_factory=list)
+    """Last losses, oldest first; as many as a spike is measured by."""
+    norms: list[float] = Field(default_factory=list)
+    """Gradient norms of the same updates."""
+
+
 class TrainerState(Section):
     """What is needed to go on, beside tensors.
 
@@ -65,6 +82,8 @@ class TrainerState(Section):
     method_shards: dict[str, ShardedLike] | None = None
     """How tensors of the method's state are sharded over tensor-parallel processes; null where the
     writer did not say, as in format 0."""
+    guards: GuardState = GuardState()
+    """What the guards remember."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from relora_ds.train.lifetime.requests import StopRequests
 
 
 class StopSignal:
-    """The agreement of all ranks on whether to stop.
+    """Whether this rank was asked to stop.
 
-    Signals reach ranks at different times, so the loop asks `agreed`, a collective, and never acts
-    on what one rank has heard.
+    Signals reach ranks at different times, so the loop passes `requested` on where all ranks meet
+    after a step, and never acts on what one rank has heard.
 
     Args:
         requests: what this rank has heard.
@@ -19,15 +17,11 @@ class StopSignal:
 
     def __init__(self, requests: StopRequests) -> None:
         self._requests = requests
-        # its own group on the host: the answer must not wait for work queued on a device
-        self._group = torch.distributed.new_group(backend="gloo")
 
     def take_over(self) -> None:
-        """Have requests wait for `agreed` from now on: there is something to save."""
+        """Have requests wait for the end of a step from now on: there is something to save."""
         self._requests.defer()
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. A collective call."""
-        flag = torch.tensor([int(self._requests.pending is not None)])
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+    def requested(self) -> bool:
+        """Whether this rank has heard a request that is to be met."""
+        return self._requests.pending is not None
