@@ -5,7 +5,7 @@
 # ends every DeepSpeed job that the user has on those machines, and in both cases the ranks' exit code
 # is lost. So it runs in a session of its own, out of reach of Ctrl-C, and signals go to the ranks.
 #
-#   TERM, INT, USR1   every rank saves a checkpoint at its next step and exits 75; another signal, 5 s
+#   TERM, INT, HUP, USR1   every rank saves a checkpoint at its next step and exits 75; another signal, 5 s
 #                     later or more, ends them at once
 #   STOP_GRACE_S      seconds for that, default 300; afterwards the ranks are killed
 #   DRAIN_S           seconds for all ranks to end once one of them has, default 60
@@ -17,10 +17,13 @@ launch_id="$(hostname)-$$-$(date +%s)"
 state_dir="$(mktemp -d)" # readable by the user alone
 trap 'rm -rf "$state_dir"' EXIT
 : >"$state_dir/exits" # one exit code per node, where a launcher reports them
+: >"$state_dir/cause" # what the ranks say of the first that failed
+asked=""
 
-# Anchored: neither the launcher nor the shell that carries the pattern to a node may match.
-ranks="^[^ ]*python[^ ]* -u launch/pretrain[.]py .*--launch-id=$launch_id( |\$)"
-processes="^[^ ]*python[^ ]* -u .*--launch-id=$launch_id( |\$)"
+# The interpreter may lie below a folder whose name has blanks. Neither the launcher nor the shell that
+# carries the pattern to a node may match: hence the brackets.
+ranks="(^|/)python[^ /]* -u launch/pretrain[.]py .*--launch-id=$launch_id( |\$)"
+processes="(^|/)python[^ /]* -u .*--launch-id=$launch_id( |\$)"
 
 say() { echo "$(basename "$0"): $*" >&2; }
 
@@ -30,10 +33,12 @@ fail() { # MESSAGE: a mistake of the user
 }
 
 stop_ranks() {
+  asked=yes
   deadline=$((SECONDS + ${STOP_GRACE_S:-300}))
   say "stopping: the ranks save a checkpoint after the current step"
   if [ -z "$(on_nodes "pkill -TERM -e -f '$ranks'" 2>/dev/null)" ]; then
     say "no rank runs yet: ending the launch"
+    asked=early
     end_launch
   fi
 }
@@ -53,18 +58,38 @@ root_cause() { # CODE...: of the ranks' exit codes the one that says most
   echo "$worst"
 }
 
+code_of_table() { # CODE: what it means where a launcher or a signal has changed it
+  case "$1" in
+    134 | 250) echo 7 ;; # aborted: NCCL does that to a rank whose peer is lost, gloo at times too
+    *) echo "$1" ;;
+  esac
+}
+
+explain() { # CODE: the last line of a launch that failed
+  local cause
+  cause="$(head -n 1 "$state_dir/cause")"
+  case "$1" in
+    0) return 0 ;;
+    75) cause="asked to stop; requeue to continue from the last checkpoint" ;;
+    137 | 247) cause="a rank was killed (by hand, or by the system if memory ran out)${cause:+; $cause}" ;;
+    *) cause="${cause:-see logs/rank_*.log in the output directory}" ;;
+  esac
+  say "exit code $1: $cause"
+}
+
 supervise() { # COMMAND...: returns the ranks' exit code
   local code codes
   deadline=""
   mkfifo "$state_dir/stderr"
   sed -un -e p -e "/launch $launch_id: completed\$/w $state_dir/completed" \
+    -e "/ROOT CAUSE rank/s/.*ROOT CAUSE/ROOT CAUSE/w $state_dir/cause" \
     -e "s/^pdsh@.*exited with exit code \([0-9]*\)\$/\1/w $state_dir/exits" \
     <"$state_dir/stderr" >&2 &
   reader=$!
   # the command dies with this script, even if that is killed
   setsid setpriv --pdeathsig KILL -- "$@" 2>"$state_dir/stderr" &
   launcher=$!
-  trap stop_ranks TERM INT USR1
+  trap stop_ranks TERM INT HUP USR1
 
   while kill -0 "$launcher" 2>/dev/null; do
     sleep 1 &
@@ -79,7 +104,7 @@ supervise() { # COMMAND...: returns the ranks' exit code
   done
   code=0
   wait "$launcher" || code=$?
-  trap '' TERM INT USR1
+  trap '' TERM INT HUP USR1
 
   kill -KILL -- "-$launcher" 2>/dev/null || true # what the launcher left: with it goes the ranks' output
   wait "$reader" || true
@@ -96,5 +121,10 @@ supervise() { # COMMAND...: returns the ranks' exit code
     code=1
   fi
   mapfile -t codes <"$state_dir/exits"
-  return "$(root_cause "${codes[@]}" "$code")"
+  code="$(code_of_table "$(root_cause "${codes[@]}" "$code")")"
+  case "$asked$code" in
+    early* | yes1 | yes143 | yes129 | yes130) code=75 ;; # nothing had begun that could be saved
+  esac
+  explain "$code"
+  return "$code"
 }

@@ -16,7 +16,7 @@ step ruff format --check .
 step lint-imports --no-cache
 step pyright
 step python tools/check_limits.py
-step shellcheck launch/*.sh launch/*.sbatch .ci/run
+step shellcheck launch/*.sh launch/*.sbatch tools/*.sh .ci/run
 step python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not multihost and not distributed"
 # two files at a time: ranks wait for each other and for their launchers
 step python -m pytest -q -n 2 --dist loadfile -m "distributed and not slow and not gpu and not multihost" --durations 5

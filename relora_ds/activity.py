@@ -7,12 +7,15 @@ that watches for a stuck run does. What another thread does is named for the err
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _stack: list[str] = []
 _of_thread = threading.local()
 _step: int | None = None
+_unlimited = 0
+_moved_at = time.monotonic()
 
 
 @contextmanager
@@ -25,6 +28,7 @@ def doing(what: str) -> Iterator[None]:
     stack = _own_stack()
     depth = len(stack)
     stack.append(what)
+    _moved_in(stack)
     try:
         yield
     except BaseException as error:
@@ -33,12 +37,46 @@ def doing(what: str) -> Iterator[None]:
         raise
     finally:
         del stack[depth:]
+        _moved_in(stack)
 
 
 def at_step(step: int | None) -> None:
     """Remember which update is under way, counted from 1; None outside of training."""
     global _step
     _step = step
+    moved()
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """Say that the work inside is a host's and may take any time, as a save or an export does.
+
+    A step else waits for other ranks and for devices, and must not stand still for longer than a
+    collective may take.
+    """
+    global _unlimited
+    _unlimited += 1
+    try:
+        yield
+    finally:
+        _unlimited -= 1
+        moved()
+
+
+def moved() -> None:
+    """Note that the work goes on. Entering and leaving an activity, and a new step, do so too."""
+    global _moved_at
+    _moved_at = time.monotonic()
+
+
+def _moved_in(stack: list[str]) -> None:
+    if stack is _stack:  # another thread goes on although this one may be stuck
+        moved()
+
+
+def stalled_s() -> float:
+    """For how long a step has stood still; 0 outside of steps and in unlimited work."""
+    return 0.0 if _step is None or _unlimited else time.monotonic() - _moved_at
 
 
 def current() -> str:

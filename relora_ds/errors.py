@@ -60,6 +60,6 @@ class CollectiveTimeoutError(ReloraError):
 
 
 class PreemptedError(ReloraError):
-    """The run was asked to stop; it saved a complete checkpoint first and can be requeued."""
+    """The run was asked to stop, saved what there was to save, and can be requeued."""
 
     exit_code = 75

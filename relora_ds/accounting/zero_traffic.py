@@ -192,11 +192,21 @@ def step_payloads(
     return moved
 
 
-def control_payloads(world_size: int, *, logged: bool) -> Payloads:
-    """What the training loop adds: its agreement on a stop, and the loss when it is logged."""
-    moved = {Traffic("all_reduce", "world", world_size, "int64", "control"): 8}
-    if logged:  # the step's loss, and the sum since the last line to find a NaN in between
-        moved[Traffic("all_reduce", "world", world_size, "float32", "control")] = 2 * 4
+def control_payloads(world_size: int, *, logged: bool, guarded: bool = False) -> Payloads:
+    """What the training loop adds to a step.
+
+    Args:
+        world_size: processes of the run.
+        logged: whether the step has a line in the log, for which the loss is averaged.
+        guarded: whether `guards` decide about every update before it is applied.
+    """
+    # whether to stop, and twice the digest of the place in the run
+    moved = {Traffic("all_reduce", "world", world_size, "int64", "control"): 3 * 8}
+    if logged:  # the step's loss, and sums since the last line to find a NaN in between
+        moved[Traffic("all_reduce", "world", world_size, "float32", "control")] = 3 * 4
+    if guarded:  # loss and square sums of gradients
+        kind = Traffic("all_gather", "world", world_size, "float64", "step")
+        moved[kind] = world_size * 3 * 8
     return moved
 
 

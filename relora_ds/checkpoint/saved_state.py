@@ -140,18 +140,22 @@ class WorkingValues(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def write_state(state: SavedState, directory: Path) -> None:
-    """Write a state so that any topology can read it; at most one file is held in memory."""
+def write_state(state: SavedState, directory: Path, step: int) -> None:
+    """Write a state so that any topology can read it; at most one file is held in memory.
+
+    Args:
+        step: updates that the checkpoint in `directory` holds.
+    """
     pending: dict[str, torch.Tensor] = {_STEP: torch.tensor(state.completed)}
     size, number = 0, 0
     for key, tensor in state.tensors():
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
-            write_tensors(pending, directory / layout.state(number))
+            write_tensors(pending, directory / layout.state(number), step)
             pending, size, number = {}, 0, number + 1
         pending[key] = tensor
         size += grown
-    write_tensors(pending, directory / layout.state(number))
+    write_tensors(pending, directory / layout.state(number), step)
 
 
 def is_written_state(directory: Path) -> bool:

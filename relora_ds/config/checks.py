@@ -20,6 +20,7 @@ from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
+    GuardsConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
@@ -135,6 +136,23 @@ def per_layer_update_has_optimizer(
             f"is true, but only optimizer.name adamw updates one parameter at a time, and it is "
             f"{optimizer.name}: use adamw, or write false",
         )
+
+
+def guards_can_decide_before_the_update(
+    guards: GuardsConfig, train: TrainConfig
+) -> Iterator[Finding]:
+    if not (guards.decides_before_update and train.per_layer_update):
+        return
+    spike = guards.loss_spike.action
+    key, value = ("non_finite",), guards.non_finite
+    if guards.non_finite == "stop":
+        key, value = ("loss_spike", "action"), spike
+    default = "stop" if guards.non_finite != "stop" else "off"
+    yield Finding(
+        ("guards", *key),
+        f"is {value}, but train.per_layer_update applies updates within the backward pass, before "
+        f"the loss and all gradients are known: write {default}, or per_layer_update: false",
+    )
 
 
 def masters_can_be_left_out(train: TrainConfig) -> Iterator[Finding]:
@@ -322,6 +340,7 @@ RULES: tuple[Rule, ...] = (
     micro_batch_divides_batch,
     warmup_ends,
     per_layer_update_has_optimizer,
+    guards_can_decide_before_the_update,
     masters_can_be_left_out,
     data_keys_match_source,
     builtin_vocabulary_fits_model,

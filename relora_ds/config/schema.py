@@ -12,6 +12,7 @@ from relora_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    GuardsConfig,
     LogConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -45,5 +46,7 @@ class RunConfig(Section):
     """Validation."""
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()
     """Checkpoints."""
+    guards: Free[GuardsConfig] = GuardsConfig()
+    """Steps that are not to be believed."""
     log: Free[LogConfig] = LogConfig()
     """Telemetry."""

@@ -90,6 +90,13 @@ class TrainConfig(Section):
     digest_every: Free[NonNegativeInt] = 100
     """Optimizer steps between checks that all processes still hold the same run; 0 checks only
     after merges and the like. A difference ends the run with exit code 6."""
+    deterministic: Free[bool] = True
+    """On GPUs: kernels whose sums have a fixed order, so that a resumed run and a second one are
+    the same bit for bit. `false` is faster in the backward pass of attention, and the same to the
+    rounding of atomics. On CPUs runs are the same either way."""
+    tf32: bool = False
+    """On GPUs: let matrix products of fp32 runs round their inputs to 10 bits of mantissa. Edits of
+    base weights are fp32 products too and lose as much."""
     timeout_minutes: Free[PositiveFloat] = 10.0
     """A collective that takes longer ends the run with exit code 7."""
 
@@ -211,6 +218,9 @@ class CheckpointConfig(Section):
     """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
     checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
     `previous_N`. A path: that `step_N`."""
+    fallback: bool = False
+    """Where the latest checkpoint is damaged, or `latest` is lost, go on from the newest whole one
+    instead of ending with exit code 4. Updates since then are trained again."""
     asynchronous: bool = False
     """Write checkpoints in the background from a copy of the state in host memory, while training
     goes on; one at a time. The last one of a run is always waited for."""
@@ -220,6 +230,39 @@ class CheckpointConfig(Section):
     due. The last checkpoint of a run always fails."""
     allow_change: tuple[str, ...] = ()
     """Keys whose value may differ from the resumed checkpoint's, such as `train.steps`."""
+
+
+class LossSpikeConfig(Section):
+    """What happens at a loss or a gradient norm far above the last ones."""
+
+    action: Literal["off", "warn", "stop", "skip", "rollback"] = "off"
+    """`off`: nothing, and nothing is measured. `warn`: a line in the log. `stop`, `skip`,
+    `rollback`: as for `guards.non_finite`. All but `off` wait for the device in every step."""
+    sigma: PositiveFloat = 6.0
+    """Standard deviations above the mean of the window that make a spike."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Updates that loss and gradient norm are compared with; half of them must be there first."""
+
+
+class GuardsConfig(Section):
+    """What happens at a step that training should not take up."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What a loss or gradient that is not finite leads to. `stop`: the run ends with exit code 5 at
+    the next line of the log, before anything is saved. `skip`: the update is not applied on any
+    process, and the run goes on with the next batch. `rollback`: the run goes back to its newest
+    good checkpoint and leaves the batch out. `skip` and `rollback` decide before the update, for
+    which every step waits for the device and exchanges 24 bytes per process."""
+    loss_spike: LossSpikeConfig = LossSpikeConfig()
+    """A loss or gradient norm that is finite, but far above the last ones."""
+    max_events: PositiveInt = 10
+    """Batches that a run may skip and rollbacks that it may take, together; one more ends it with
+    exit code 5."""
+
+    @property
+    def decides_before_update(self) -> bool:
+        """Whether loss and gradients of every step are looked at before they are used."""
+        return self.non_finite != "stop" or self.loss_spike.action != "off"
 
 
 class WandbConfig(Section):

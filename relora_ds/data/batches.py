@@ -97,6 +97,22 @@ class TrainingBatches:
             ]
             yield torch.from_numpy(np.stack(rows))
 
+    def samples(self, step: int) -> list[list[tuple[int, int]]]:
+        """What step `step` (from 0) reads on every data-parallel rank: (file, sample) by row, in
+        the order of its micro-batches."""
+        found = []
+        for rank in range(self._dp_size):
+            positions = rank_positions(
+                step, self._global_batch_size, self._micro_batch_size, rank, self._dp_size
+            )
+            files, samples = self.order.locate(positions)
+            found.append([*zip(files.flat, samples.flat, strict=True)])
+        return found
+
+    def name(self, file: int) -> str:
+        """Prefix of a token file of the blend, by its number."""
+        return self._files[file].prefix
+
     def epochs(self, steps: int) -> tuple[float, ...]:
         """Passes over each file that the first `steps` optimizer steps make."""
         uses = self.order.blend.uses(steps * self._global_batch_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -18,12 +19,17 @@ from torch.distributed import ProcessGroup
 
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
+from relora_ds.engine.device import communication_backend, take_device
+from relora_ds.errors import CollectiveTimeoutError, ConfigError, ReloraError
 from relora_ds.parallel.topology import Topology
 
 T = TypeVar("T")
 
 _HOST_LIMIT = timedelta(days=1)
 """Until a wait on the host fails by itself: beyond any work, short of for ever."""
+
+_RESOLVE_S = 60.0
+"""For how long the name of a host may be unknown."""
 
 _host: ProcessGroup | None = None
 
@@ -48,21 +54,27 @@ def start(timeout_minutes: float) -> Topology:
             runs in.
 
     Returns:
-        This process's place; it computes on GPU `local_rank`, or on the CPU where there is none.
+        This process's place; it computes on GPU `local_rank`, or on the CPU where there is none or
+        ``DS_ACCELERATOR=cpu``.
 
     Raises:
-        ConfigError: this machine has GPUs that torch cannot use.
+        ConfigError: this machine has GPUs that torch cannot use, or fewer than
+            processes, or the place where the ranks are
+            to meet is taken, unknown or out of reach.
+        CollectiveTimeoutError: some ranks did not come there in time.
     """
     check_accelerator()
     if "RANK" not in os.environ:
         _describe_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    join_process_group(timedelta(minutes=timeout_minutes))
+    device = take_device(local_rank)
+    _check_meeting_point(min(_RESOLVE_S, 60 * timeout_minutes))
+    try:
+        join_process_group(timedelta(minutes=timeout_minutes), communication_backend())
+    except torch.distributed.DistError as error:
+        raise _no_meeting(error) from error
     _open_host_group()
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Topology(rank, world_size, local_rank, device)
 
 
@@ -85,6 +97,11 @@ def lost_peers(error: RuntimeError) -> bool:
 def rank() -> int:
     """This process's global rank."""
     return torch.distributed.get_rank()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return torch.distributed.get_world_size()
 
 
 def barrier() -> None:
@@ -138,6 +155,53 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes, in place."""
     torch.distributed.all_reduce(value)
     return value
+
+
+def _check_meeting_point(patience_s: float) -> None:
+    """Make sure that the host where the ranks are to meet has an address.
+
+    Args:
+        patience_s: a cluster may publish names a little after it has started processes.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + patience_s
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"the host {host}, where the ranks are to meet, has no known address "
+                    f"({error.strerror}): correct MASTER_ADDR (--master_addr), or the hostfile"
+                ) from error
+        time.sleep(1.0)
+
+
+def _no_meeting(error: Exception) -> ReloraError:
+    """What keeps the ranks from meeting where the launcher told them to."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    text = str(error).lower()
+    if "address already in use" in text or "eaddrinuse" in text:
+        return ConfigError(
+            f"port {port} of this machine is in use, so the ranks cannot meet there: choose "
+            "another with --master_port (deepspeed, torchrun) or MASTER_PORT (launch scripts)"
+        )
+    if "failed to connect" in text or "connection refused" in text:
+        return ConfigError(
+            f"nobody answers at {host}:{port}, where the ranks are to meet: rank 0 has to run "
+            f"there, and the network has to let the others through ({_first_line(error)})"
+        )
+    return CollectiveTimeoutError(
+        f"not all ranks came to {host}:{port} within train.timeout_minutes: see the output of "
+        f"those that did not ({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _open_host_group() -> None:

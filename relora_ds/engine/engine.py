@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,14 +15,20 @@ from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.backend import Backend, start_backend
-from relora_ds.engine.optimizer import build_optimizer
+from relora_ds.engine.device import check_places
+from relora_ds.engine.finite import FiniteCheck
+from relora_ds.engine.optimizer import build_optimizer, unapplied
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
 from relora_ds.engine.zero.fragments import clocked_fragments, rounding_streams
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.engine.zero.state import Probe, ZeroState
-from relora_ds.engine.zero.tensor_gradients import TensorGradients, global_norm
+from relora_ds.engine.zero.tensor_gradients import (
+    TensorGradients,
+    global_norm,
+    square_sums_of_slices,
+)
 from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.optim.grouped import GroupedOptimizer
@@ -31,6 +37,14 @@ from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
+
+Admit = Callable[[torch.Tensor], bool]
+"""Asked on every rank between the last backward pass of an update and the update, which is applied
+only if all answer yes; they must answer alike.
+
+The argument is (3,) fp64 on the device: this rank's mean loss; its share of the squared norm of the
+gradient, such that the shares of all ranks add up to it; and the squared norm of the slices that it
+holds, shared with others or not."""
 
 
 class TrainEngine:
@@ -61,6 +75,7 @@ class TrainEngine:
         self.groups = [(group.role, list(group.parameters)) for group in groups]
         rules = matrix_rules(method, config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
+        self._probe_output = probe
         edited = method.edited_weights(model)
         if exact is None:  # taken before DeepSpeed casts the model
             exact = {w: w.detach().clone().view(-1) for w in edited}
@@ -68,6 +83,7 @@ class TrainEngine:
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
         self.layout: Layout = self._engine.layout([parameters for _, parameters in self.groups])
+        check_places(config.optimizer.name, self.layout, edited)
         self.bases = self._store(edited, KINDS[base_precision(config)], exact)
         self._restore_slices(exact)
         axes = method.vector_axes(model).items()
@@ -79,30 +95,41 @@ class TrainEngine:
         if isinstance(self.optimizer, GroupedOptimizer):
             self.optimizer.matrices = self.matrices.placed
             self.optimizer.exchange = self.matrices
-        self._digest = ReplicaDigest(
+        self._digest = self._digest_of_replicas()
+        self.state = ZeroState(
+            self.layout,
+            self.bases,
+            self.clocks,
+            self.completed_steps,
+            self._probe,
+            lambda weight: self._digest.seal([weight]),
+            tp,
+        )
+        self._shares = TensorGradients(model, self.layout, tp)
+        # before DeepSpeed's own hook, which gathers; methods edit between the passes
+        self._before_forward = self.model.register_forward_pre_hook(
+            lambda *_: self.layout.order_gathers(), prepend=True
+        )
+        kept = [base.tensors() for base in self.bases.values()]
+        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
+        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
+        self._engine.watch_updates(self.memory.after_backward)
+        self._reduces_once = zero.reduces_once
+
+    def _digest_of_replicas(self) -> ReplicaDigest:
+        return ReplicaDigest(
             dict(self.model.named_parameters()),
             self.layout,
             self.bases,
             self.clocks,
             self.matrices,
             self._engine.data_parallel_group,
-            tp,
+            self._tp,
         )
-        self.state = ZeroState(
-            self.layout,
-            self.bases,
-            self.clocks,
-            self.completed_steps,
-            probe,
-            lambda weight: self._digest.seal([weight]),
-            tp,
-        )
-        self._shares = TensorGradients(model, self.layout, tp)
-        kept = [base.tensors() for base in self.bases.values()]
-        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
-        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
-        self._engine.watch_updates(self.memory.after_backward)
-        self._reduces_once = zero.reduces_once
+
+    def _probe(self) -> torch.Tensor | None:
+        self.layout.order_gathers()  # a probe may enter the model below its forward pass
+        return self._probe_output()
 
     def _store(
         self,
@@ -131,6 +158,14 @@ class TrainEngine:
         """
         self._digest.check(more or {}, event)
 
+    def non_finite(self) -> str | None:
+        """What of weights, masters and moments is not finite, with its ranks; None if all is.
+
+        A collective call that waits for the device.
+        """
+        names = dict(self.model.named_parameters())
+        return FiniteCheck(names, self.layout, self.bases, self.matrices).problem()
+
     def completed_steps(self) -> int:
         """Updates that the optimizer itself has applied in this phase, skipped ones not counted."""
         for owner in self.layout.owners():
@@ -145,9 +180,14 @@ class TrainEngine:
             group["lr"] = rates[group["role"]]
 
     def train_step(
-        self, micro_batches: Iterable[torch.Tensor]
+        self, micro_batches: Iterable[torch.Tensor], admit: Admit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One update from this rank's micro-batches of tokens (B, S + 1).
+
+        Args:
+            micro_batches: of this rank.
+            admit: decides whether the update is applied; where it is not, weights, masters,
+                moments and clocks stay as they are. By default it is.
 
         Returns:
             The mean loss over this rank's micro-batches, not yet averaged over ranks, and the
@@ -166,28 +206,40 @@ class TrainEngine:
                 losses.append(loss.detach().float())
                 self.memory.after_backward()
                 if not self._reduces_once:
-                    norm = self._update(self._engine.is_gradient_accumulation_boundary())
+                    at_boundary = self._engine.is_gradient_accumulation_boundary()
+                    norm = self._update(losses, admit, at_boundary)
         if self._reduces_once:
-            norm = self._update(at_boundary=True)
-        self.memory.finish()
+            norm = self._update(losses, admit, at_boundary=True)
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
 
-    def _update(self, at_boundary: bool) -> torch.Tensor | None:
+    def _update(
+        self, losses: list[torch.Tensor], admit: Admit | None, at_boundary: bool
+    ) -> torch.Tensor | None:
         """DeepSpeed's step, which updates at an accumulation boundary only.
 
         Returns:
             The gradient norm, where DeepSpeed is not going to know it.
         """
-        norm = None
         with recorder.phase("step"), doing("optimizer"):
-            if at_boundary:
-                self._shares.complete()
-                if not self._engine.reports_norm:
-                    norm = self._gradient_norm()
-            self._engine.step()
-        return norm
+            if not at_boundary:
+                self._engine.step()
+                return None
+            self._shares.complete()
+            norm = None if self._engine.reports_norm else self._gradient_norm()
+            if admit is None or admit(self._figures(losses)):
+                self._engine.step()
+                self.memory.finish()
+                return norm
+            with unapplied(self.optimizer):
+                self._engine.step()
+            return torch.full((), torch.nan) if norm is None else norm
+
+    def _figures(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """What `Admit` is asked with."""
+        own = square_sums_of_slices(self.layout, self._tp, self.device)
+        return torch.cat([torch.stack(losses).mean().double().view(1), own])
 
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
@@ -212,6 +264,8 @@ class TrainEngine:
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
         del self._digest, self.memory, self._shares, self.matrices
+        del self._probe_output
+        self._before_forward.remove()
         self.bases, self.clocks = {}, {}
         gc.collect()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,19 @@ def build_optimizer(
         assert all(ruled) or not any(ruled), "a group is updated in one way"
         description["matrix_wise"] = ruled[0]
     return GroupedOptimizer(described, **settings)
+
+
+@contextmanager
+def unapplied(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, a step of the optimizer changes nothing: neither what it steps nor its state.
+
+    What drives it does the rest of a step: it lets go of the gradients and begins a new update.
+    """
+    vars(optimizer)["step"] = lambda *args, **settings: None  # hides the method of the class
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
 
 
 def _vector_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -271,6 +271,10 @@ class TrainState(ABC):
         self.moments = moments
         self.vectors = vectors
         self.host = host
+        self.before_event: Callable[[str, bytes], None] = lambda kind, state: None
+        """To be called first in an event, with its kind and with what it is going to do or with the
+        method's own state, as far as that must be the same on all ranks: those that are not about
+        to do the same end here instead of in each other's collectives."""
 
     @property
     @abstractmethod

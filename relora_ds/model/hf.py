@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.files.tensors import write_safetensors
+from relora_ds.files.durable import (
+    describe,
+    exchange,
+    remedy,
+    sync_directory,
+    sync_tree,
+    write_file,
+)
+from relora_ds.files.scratch import scratch_folder
+from relora_ds.files.tensors import stream_safetensors
 from relora_ds.model.hf_tokenizer import write_tokenizer
 from relora_ds.model.init import dense_shapes
 
@@ -30,6 +37,7 @@ _SHARD_BYTES = 5_000_000_000
 # "format" is what transformers looks for; "producer" tells our exports from a model of the user's
 _METADATA = {"format": "pt", "producer": "relora_ds"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NEW, _OLD = "new", "old"  # in the scratch folder: the export, and the one that it replaces
 _LISTED = 8  # names shown in an error
 
 
@@ -56,24 +64,31 @@ def write_hf(
 
     Raises:
         ConfigError: the target is taken, or `dtype` cannot be stored.
-        CheckpointError: a tensor is missing, unexpected, repeated or of the wrong shape.
+        CheckpointError: a tensor is missing, unexpected, repeated, of the wrong shape or not
+            finite; or the directory cannot be written.
         DataError: the tokenizer cannot be exported.
     """
     target = Path(directory).resolve()
     if dtype not in _DTYPES:
         raise ConfigError(f"an export cannot be stored as {dtype}; use fp32, bf16 or fp16")
-    _check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    check_target(target)
     try:
-        _dump(_config_json(config, dtype), work / "config.json")
-        _dump(_generation_json(config), work / "generation_config.json")
-        if tokenizer_path is not None:
-            write_tokenizer(Path(tokenizer_path), work)
-        _write_weights(work, _checked(weights, dense_shapes(config)), dtype, shard_bytes)
-        _publish(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _restore_interrupted(target)
+        with scratch_folder(target.parent, f".{target.name}.") as scratch:
+            work = scratch / _NEW
+            work.mkdir()
+            _dump(_config_json(config, dtype), work / "config.json")
+            _dump(_generation_json(config), work / "generation_config.json")
+            if tokenizer_path is not None:
+                write_tokenizer(Path(tokenizer_path), work)
+            _write_weights(work, _checked(weights, dense_shapes(config)), dtype, shard_bytes)
+            sync_tree(work)
+            _publish(work, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"the export to {target} cannot be written: {describe(error)}; {remedy(error)}"
+        ) from error
 
 
 def read_hf(directory: str | Path) -> tuple[ModelConfig, HfWeights]:
@@ -164,6 +179,11 @@ def _checked(
         seen[name] = tuple(tensor.shape)
         expected = {name: shapes[name]} if name in shapes else {}
         _raise_unless_same({name: seen[name]}, expected)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} holds values that are not finite: the model diverged before it was "
+                "saved, and is not exported; use an earlier checkpoint"
+            )
         yield name, tensor
     _raise_unless_same(seen, shapes)
 
@@ -212,7 +232,8 @@ def _write_weights(
     total = size = 0
 
     def flush() -> None:
-        write_safetensors(directory / f"shard-{len(shards)}", pending, _METADATA)
+        path = directory / f"shard-{len(shards)}"
+        write_file(path, lambda file: stream_safetensors(file, pending, _METADATA))
         shards.append(list(pending))
         pending.clear()
 
@@ -239,7 +260,12 @@ def _write_weights(
         _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / _INDEX)
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Make sure that an export may be written to a directory.
+
+    Raises:
+        ConfigError: something else is there.
+    """
     if not target.exists() or _is_export(target):
         return
     if not target.is_dir() or any(target.iterdir()):
@@ -260,17 +286,19 @@ def _is_export(target: Path) -> bool:
 
 def _publish(work: Path, target: Path) -> None:
     """Put the finished directory in place of whatever `_check_target` allowed to stand there."""
-    mask = os.umask(0)
-    os.umask(mask)
-    work.chmod(0o777 & ~mask)  # mkdtemp made it private
-    if target.exists():
+    if target.exists() and not exchange(work, target):
         # a directory that is not empty cannot be replaced in one step; keep it until the new stands
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.replace(target, old)
+        os.replace(target, work.with_name(_OLD))
+    if work.exists() and not target.exists():
         os.replace(work, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(work, target)
+    sync_directory(target.parent)
+
+
+def _restore_interrupted(target: Path) -> None:
+    """Put back the export that a process had moved away when it was killed."""
+    for old in sorted(target.parent.glob(f".{target.name}.*/{_OLD}")):
+        if not target.exists() and _is_export(old):
+            os.replace(old, target)
 
 
 def _weight_files(directory: Path) -> list[Path]:

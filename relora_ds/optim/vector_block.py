@@ -145,18 +145,20 @@ def _compiled() -> Callable[..., None]:
     """`_step` as one kernel; as it is where no compiler is installed."""
     # its compiler takes seconds to import, and processes without a GPU never need it
     from torch._dynamo import config as dynamo
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     # a kernel per shape is a sixth faster than one for all; there are about three shapes per method
     # and two more where a rank's slice ends, while the compiler gives up after eight
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _SHAPES)
+    limit = max(dynamo.recompile_limit, _SHAPES)
     kernel: Callable[..., None] = torch.compile(_step, dynamic=False, fullgraph=True)
 
     def step(*arguments: Any) -> None:
         nonlocal kernel
         try:
-            kernel(*arguments)
-        except TorchDynamoException as error:
+            # settings of the compiler belong to a thread, and updates may run in autograd's
+            with dynamo.patch(recompile_limit=limit):
+                kernel(*arguments)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             # raised before anything is computed
             _logger.warning(
                 "the optimizer's kernel cannot be compiled, its updates take three times as long: "

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from relora_ds.activity import moved
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.engine.distributed import sum_over_ranks
 from relora_ds.model.llama import Llama
@@ -27,6 +28,7 @@ def validation_loss(
     # fp64: the sum over millions of targets, and the count beside it in the same reduction
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for tokens, row_mask in batches:
+        moved()
         loss, count = model.token_losses_sum(tokens.to(device), row_mask.to(device))
         totals[0] += loss
         totals[1] += count

@@ -12,6 +12,7 @@ from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.tokens import TokenFile
+from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.errors import ConfigError
 from relora_ds.train.evaluate import perplexity, validation_loss
 
@@ -47,7 +48,7 @@ def evaluate_checkpoint(
             "tokens, and a batch at least one sequence"
         )
     file = _open(data, dense.architecture.vocab_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(accelerator_type())
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )

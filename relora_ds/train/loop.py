@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import at_step, doing
+from relora_ds.activity import at_step, doing, moved, unlimited
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
@@ -20,7 +20,6 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus
-from relora_ds.engine.distributed import mean_over_ranks
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DivergenceError, PreemptedError
 from relora_ds.methods.interface import Event, Session
@@ -28,7 +27,11 @@ from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.evaluate import perplexity, validation_loss
-from relora_ds.train.stop import StopSignal
+from relora_ds.train.guards.agreement import Agreement, Place, digest_of
+from relora_ds.train.guards.losses import Seen
+from relora_ds.train.guards.steps import Rewind, StepGuard
+from relora_ds.train.guards.weights import newest_good, refuse_drift
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.telemetry.memory import max_allocated_bytes
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.telemetry import Telemetry
@@ -50,6 +53,8 @@ class Trainer:
     telemetry: Telemetry
     checkpoints: CheckpointStore
     stop: StopSignal
+    agreement: Agreement
+    guard: StepGuard
     final: dict[str, Any]
     """Last value of each metric, for the summary."""
     save_figures: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +75,7 @@ class Trainer:
         session: Session[Any],
         meter: ThroughputMeter,
         completed: int,
-    ) -> None:
+    ) -> Rewind | None:
         """Train from `completed` updates to the end of the phase.
 
         Args:
@@ -80,99 +85,155 @@ class Trainer:
             meter: counts the time of steps.
             completed: updates of the run so far.
 
+        Returns:
+            Where the run has to go back to, if the phase did not come to its end.
+
         Raises:
-            DivergenceError: loss or gradient norm is not finite.
+            DivergenceError: loss, gradient or weights are not to be believed; none was saved.
             DesyncError: the processes no longer hold the same run.
             PreemptedError: a signal asked to stop; a checkpoint was saved.
         """
-        losses: list[torch.Tensor] = []
+        seen = Seen()
+        self._meet("start", completed, phase)
         for step in range(completed, phase.last_step):
             at_step(step + 1)
-            recorder.begin_step()
-            rates = self._learning_rates(phase, step)
-            engine.set_learning_rates(rates)
-            loss, norm, metrics = self._update(phase, engine, session, step)
-            losses.append(loss)
+            metrics = self._update(phase, engine, session, step, seen)
+            if self.guard.found is not None:
+                return self.guard.rewind(step, engine.non_finite())
             done = step + 1
             meter.step()
+            stopping = self._meet("end of step", done, phase, self.stop.requested())
             self._ask_for_saves(done)
-            event = metrics.get("method/event")
-            stopping = self.stop.agreed()
             last = done == self.config.train.steps
             saves = stopping or last or _is_due(done, self.config.checkpoint.every)
-            logs = metrics or saves or last or _is_due(done, self.config.log.every)
-            if logs:
-                with recorder.phase("eval"), torch.no_grad():
-                    report = session.report()
-                event = report.event or event
-                metrics |= report.metrics | ({"method/event": event} if event else {})
-            if event or _is_due(done, self.config.train.digest_every):
-                engine.check_replicas(session.replicas(), event)
-            if logs:
-                metrics |= self._step_metrics(losses, norm, rates, meter)
+            if metrics or saves or last or _is_due(done, self.config.log.every):
+                metrics |= self._method_metrics(session, metrics)
+                metrics |= self._step_metrics(seen, self._learning_rates(phase, step), meter)
                 metrics["memory/max_allocated_bytes"] = max_allocated_bytes(engine.device)
-                losses = []
+                seen = Seen()
+            if "method/event" in metrics or _is_due(done, self.config.train.digest_every):
+                engine.check_replicas(session.replicas(), metrics.get("method/event"))
             with meter.paused():
                 if last or _is_due(done, self.config.eval.every):
                     metrics |= self._evaluate(engine)
                 if metrics:
                     self._report(done, metrics)
+                doubt = self._doubt(phase, engine, session, done, metrics, saves)
+                if doubt is not None:
+                    return self.guard.rescue(done, doubt)
                 if saves:
-                    with doing("save"):
+                    with doing("save"), unlimited():
                         self.save(phase, engine, session, done, last or stopping)
             if stopping and not last:
                 raise PreemptedError(f"asked to stop: saved a checkpoint after step {done}")
         at_step(None)
+        return None
+
+    def _meet(self, point: str, done: int, phase: Phase, stop: bool = False) -> bool:
+        """Make sure that all ranks are at the same place; whether any of them wants to stop."""
+        return self.agreement.meet(Place(point, done, phase.name), stop)
 
     def _update(
-        self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int, seen: Seen
+    ) -> dict[str, Any]:
         """The update after `step` completed ones, between the method's two hooks.
 
         Returns:
-            Loss and gradient norm, as `TrainEngine.train_step` has them, and the metrics of events.
+            Metrics of events; loss and gradient norm go to `seen`.
         """
+        recorder.begin_step()
         own_step = step - phase.first_step
+        engine.set_learning_rates(self._learning_rates(phase, step))
+
+        def agree(kind: str, state: bytes) -> None:
+            self.agreement.meet(Place(kind, step, phase.name, digest_of(state)))
+
+        engine.state.before_event = agree
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
-        loss, norm = engine.train_step(self.train_data.micro_batches(step))
+        if not self.guard.leaves_out(step):
+            admit = self.guard.admit(step)
+            loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)), admit)
+            if self.guard.found is not None:
+                return {}
+            if not self.guard.skipped:
+                seen.note(step, loss, norm)
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
-        return loss, norm, self._event_metrics(step + 1, before, after)
+        metrics = self._event_metrics(step + 1, before, after)
+        return metrics | ({"guards/event": "skip"} if self.guard.skipped else {})
+
+    def _method_metrics(self, session: Session[Any], events: Mapping[str, Any]) -> dict[str, Any]:
+        """What the method reports for a line of the log, beside the events of the last update."""
+        with recorder.phase("eval"), torch.no_grad():
+            report = session.report()
+        event = report.event or events.get("method/event")
+        return report.metrics | ({"method/event": event} if event else {})
+
+    def _doubt(
+        self,
+        phase: Phase,
+        engine: TrainEngine,
+        session: Session[Any],
+        done: int,
+        metrics: Mapping[str, Any],
+        saves: bool,
+    ) -> str | None:
+        """Why the weights after `done` updates are not to be believed, saved or reported.
+
+        Raises:
+            DivergenceError: an event changed what the model computes.
+            DesyncError: the processes no longer hold the same run.
+        """
+        refuse_drift(metrics, self.config)
+        loss = metrics.get("eval/loss")
+        if loss is not None and not math.isfinite(loss):
+            return f"step {done}: the validation loss is {loss}; {self._remedy()}"
+        if not saves:
+            return None
+        with recorder.phase("checkpoint"), doing("save: checks"):
+            self._meet("save", done, phase)
+            engine.check_replicas(session.replicas(), metrics.get("method/event"))
+            problem = engine.non_finite()
+        if problem is None:
+            return None
+        return f"step {done}: not finite after the update: {problem}; {self._remedy()}"
+
+    def _remedy(self) -> str:
+        return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (
+            newest_good(self.checkpoints.directory)
+        )
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
         factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
         return {"dense": factor * self.config.optimizer.lr, "adapter": factor * phase.adapter_lr}
 
     def _step_metrics(
-        self,
-        losses: list[torch.Tensor],
-        norm: torch.Tensor,
-        rates: dict[str, float],
-        meter: ThroughputMeter,
+        self, seen: Seen, rates: dict[str, float], meter: ThroughputMeter
     ) -> dict[str, Any]:
         """Figures of the last step; its loss alone, so that a resumed run reports the same number.
 
         Waits for the device.
 
         Raises:
-            DivergenceError: on every rank, a loss since the last report is not finite anywhere.
+            DivergenceError: on every rank: a loss or gradient norm since the last report is not
+                finite on any.
         """
-        # one reduction for the report and for whether any loss since the last one was not finite
-        loss, total = mean_over_ranks(torch.stack([losses[-1], torch.stack(losses).sum()])).tolist()
-        if not math.isfinite(total) or not math.isfinite(float(norm)):
-            raise DivergenceError(
-                f"the training loss is {loss} and the gradient norm {float(norm)}: lower the "
-                "learning rates or lengthen the warm-up, and resume from the last checkpoint"
-            )
+        metrics: dict[str, Any] = {}
+        if seen.steps:
+            loss, norm, broken = seen.over_ranks()
+            if broken is not None:
+                step, what = broken
+                self.guard.note(step, "stop", what)
+                raise DivergenceError(f"step {step + 1}: {what}: {self._remedy()}")
+            metrics = {"train/loss": loss, "train/grad_norm": norm}
         moved = recorder.step_bytes()
-        return {
-            "train/loss": loss,
+        return metrics | {
             "train/lr": rates["dense"],
             "train/adapter_lr": rates["adapter"],
-            "train/grad_norm": float(norm),
             "communication/bytes_per_step": moved.payload,
             "communication/wire_bytes_per_step": round(moved.wire),
+            **self.guard.metrics(),
             **meter.read(),
         }
 
@@ -230,6 +291,7 @@ class Trainer:
                 key: ShardedLike(parameter=name, dim=dim) for key, (name, dim) in shards.items()
             },
             telemetry=dict(self.telemetry.state_dict()),
+            guards=self.guard.state(),
             data_fingerprints=list(self.corpus.fingerprints()),
         )
         with recorder.phase("checkpoint"):
@@ -255,6 +317,13 @@ class Trainer:
             self.save_figures = {"checkpoint/failed": self.failed_saves}
             if self.topology.is_main:
                 _logger.warning("%s; training goes on", result.problem)
+
+
+def _noting(micro_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The micro-batches, each of which shows that the step goes on."""
+    for tokens in micro_batches:
+        moved()
+        yield tokens
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
-import time
 from collections.abc import Sequence
-from typing import NoReturn
 
 from rich.console import Console
 
+from relora_ds.activity import doing
 from relora_ds.config.load import LoadedRun, check_processes, load_run_config
-from relora_ds.errors import CollectiveTimeoutError, ConfigError, ReloraError
-
-_PRECEDENCE_S = 3  # the deepspeed launcher looks once a second
+from relora_ds.errors import PreemptedError
+from relora_ds.train.lifetime.lifetime import Lifetime
+from relora_ds.train.lifetime.requests import listen, say
 
 _EXAMPLE = """
 example:
@@ -34,54 +31,36 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         The exit code: 0 done, otherwise that of the error class (see `errors`).
     """
     parsed = _parser(prog).parse_intermixed_args(arguments)
+    lifetime = Lifetime()
     try:
         loaded = load_run_config(parsed.run, parsed.overrides)
         if parsed.dry_run:
             _dry_run(loaded)
         else:
-            _run(loaded)
-        if parsed.launch_id is not None and _rank() == 0:
-            sys.stderr.write(f"launch {parsed.launch_id}: completed\n")
-    except CollectiveTimeoutError as error:
-        _leave(_report(error))
-    except ReloraError as error:
-        return _report(error)
+            _run(loaded, lifetime)
+    except PreemptedError as error:  # no failure: all ranks have saved, and leave together
+        if lifetime.rank == 0:
+            say(f"rank 0: {error} (exit code {error.exit_code})")
+        return error.exit_code
+    except BaseException as error:
+        return lifetime.leave(error)
+    if parsed.launch_id is not None and lifetime.rank == 0:
+        say(f"launch {parsed.launch_id}: completed")
     return 0
 
 
-def _run(loaded: LoadedRun) -> None:
+def _run(loaded: LoadedRun, lifetime: Lifetime) -> None:
+    listen()
     # imported late: a wrong run file is reported before seconds of library imports
-    from relora_ds.engine import distributed
-    from relora_ds.train.run import run
+    with doing("import"):
+        from relora_ds.train.run import run
 
-    peers_lost = False
     try:
-        run(loaded)
-    except RuntimeError as error:
-        peers_lost = distributed.lost_peers(error)
-        if not peers_lost:
-            raise
-        raise CollectiveTimeoutError(
-            f"lost contact with another rank, or waited for it longer than train.timeout_minutes "
-            f"({loaded.config.train.timeout_minutes:g}): it is dead, stuck, unreachable or took "
-            f"another path; see logs/rank_*.log and resume ({error})"
-        ) from error
-    finally:
-        if not peers_lost:
-            distributed.stop()
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process without talking to the others once more: process groups wait or abort then.
-
-    A peer that failed has an exit code that says more. It leaves first, so that a launcher, which
-    reports the first code it sees, reports that one.
-    """
-    logging.shutdown()
-    time.sleep(_PRECEDENCE_S)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        run(loaded, lifetime)
+    except PreemptedError:
+        lifetime.finish()
+        raise
+    lifetime.finish()
 
 
 def _dry_run(loaded: LoadedRun) -> None:
@@ -96,7 +75,7 @@ def _dry_run(loaded: LoadedRun) -> None:
     check_processes(loaded, copies)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
     check_requirements(loaded, zero)
-    if _rank() == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         console = Console()
         for warning in loaded.warnings:
             console.print(f"warning: {warning}", highlight=False)
@@ -124,20 +103,3 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     # launch scripts find the processes of one launch by it, and learn that the run is complete
     parser.add_argument("--launch-id", help=argparse.SUPPRESS)
     return parser
-
-
-def _report(error: ReloraError) -> int:
-    """One line per problem: from rank 0 for what every rank finds, from the rank concerned else."""
-    if isinstance(error, ConfigError):
-        if _rank() == 0:
-            for problem in error.problems:
-                sys.stderr.write(f"error: {problem}\n")
-    else:
-        logging.getLogger(__name__).error("rank %d: %s", _rank(), error)
-        if not logging.getLogger().handlers or _rank() != 0:
-            sys.stderr.write(f"error: rank {_rank()}: {error}\n")
-    return error.exit_code
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

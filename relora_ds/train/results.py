@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,12 +18,15 @@ from relora_ds.checkpoint.format import layout
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import ValidationBatches, unigram_perplexity
 from relora_ds.data.source import Corpus
+from relora_ds.errors import ReloraError
 from relora_ds.methods.registry import plan_phases
-from relora_ds.train.telemetry.plot import plot_run
-from relora_ds.train.telemetry.sinks.base import Status
+from relora_ds.model.hf import check_target
+from relora_ds.train.telemetry.plot import has_losses, plot_run
+from relora_ds.train.telemetry.sinks.base import Status, last_figures, read_metrics
 from relora_ds.train.telemetry.summary import write_summary
 
 _logger = logging.getLogger(__name__)
+_HF = "hf"
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,71 @@ def warn_of_missing_export(config: RunConfig) -> None:
         )
 
 
+def check_export_target(config: RunConfig) -> None:
+    """Make sure before training that the export will have a place.
+
+    Raises:
+        ConfigError: `hf/` holds files that are not an earlier export.
+    """
+    if _exports(config):
+        check_target(Path(config.output_dir) / _HF)
+
+
+def are_complete(config: RunConfig) -> bool:
+    """Whether everything that a completed run leaves behind is there."""
+    output_dir = Path(config.output_dir)
+    summary = _earlier_summary(output_dir).get("status") == "completed"
+    return summary and (not _exports(config) or (output_dir / _HF).is_dir())
+
+
 def write_results(
     outcome: Outcome, config: RunConfig, corpus: Corpus, valid_data: ValidationBatches | None
-) -> None:
-    """Write plot, summary and, of a completed run, the export; on rank 0 only."""
+) -> list[ReloraError]:
+    """Write plot, summary and, of a completed run, the export; on rank 0 only.
+
+    Returns:
+        What could not be written, and why. The rest was: none of these hides how the run ended.
+    """
     output_dir, final = Path(config.output_dir), dict(outcome.final)
+    steps: list[tuple[str, Callable[[], None]]] = [
+        ("summary", lambda: _write_summary(outcome, final, config, corpus, valid_data)),
+        ("plot", lambda: _plot(output_dir)),
+    ]
+    exports = outcome.status == "completed" and _exports(config)
+    if exports:
+        place = output_dir / layout.CHECKPOINTS, output_dir / _HF
+        steps.append(("export", lambda: export_hf(*place, torch.float32)))
+    problems: list[ReloraError] = []
+    for what, write in steps:
+        try:
+            with doing(what):
+                write()
+        except (ReloraError, OSError) as error:
+            problems.append(_as_problem(what, error, output_dir))
+    if outcome.status == "completed" and not problems:
+        _logger.info(
+            "done: validation perplexity %.2f (unigram %.1f), model in %s",
+            final.get("eval/perplexity") or float("nan"),
+            final.get("data/unigram_perplexity", float("nan")),
+            output_dir / (_HF if exports else layout.CHECKPOINTS),
+        )
+    return problems
+
+
+def _write_summary(
+    outcome: Outcome,
+    final: dict[str, Any],
+    config: RunConfig,
+    corpus: Corpus,
+    valid_data: ValidationBatches | None,
+) -> None:
+    """Write `summary.json`; what is derived from the data is added to `final`."""
     if valid_data is not None and corpus.valid is not None:
         final["data/unigram_perplexity"] = unigram_perplexity(
             corpus.valid, config.train.seq_length, valid_data.num_sequences
         )
     write_summary(
-        output_dir / "summary.json",
+        Path(config.output_dir) / "summary.json",
         status=outcome.status,
         figures=final,
         config=config,
@@ -69,22 +127,36 @@ def write_results(
         tokenizer_sha256=corpus.train[0].tokenizer_sha256,
         reason=outcome.reason,
     )
+
+
+def _plot(output_dir: Path) -> None:
     metrics = output_dir / "metrics.jsonl"
-    if metrics.is_file() and metrics.stat().st_size:
+    if metrics.is_file() and has_losses(read_metrics(metrics)):
         plot_run(metrics, output_dir / "plots" / "loss.png")
-    if outcome.status != "completed":
-        return
-    checkpoints, hf = output_dir / layout.CHECKPOINTS, output_dir / "hf"
-    exports = _exports(config)
-    if exports:
-        with doing("export"):
-            export_hf(checkpoints, hf, torch.float32)
-    _logger.info(
-        "done: validation perplexity %.2f (unigram %.1f), model in %s",
-        final.get("eval/perplexity", float("nan")),
-        final.get("data/unigram_perplexity", float("nan")),
-        hf if exports else checkpoints,
+
+
+def _as_problem(what: str, error: ReloraError | OSError, output_dir: Path) -> ReloraError:
+    if isinstance(error, ReloraError):
+        return error
+    return ReloraError(
+        f"cannot write {error.filename or output_dir} ({what}): {error.strerror}; free some space "
+        "or check its permissions, and start the same command again"
     )
+
+
+def earlier_figures(output_dir: Path) -> dict[str, Any]:
+    """Figures of a run so far, from what it left behind."""
+    earlier = _earlier_summary(output_dir).get("final")
+    known = earlier if isinstance(earlier, dict) else {}
+    return known | last_figures(output_dir / "metrics.jsonl")
+
+
+def _earlier_summary(output_dir: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads((output_dir / "summary.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _exports(config: RunConfig) -> bool:

@@ -3,123 +3,166 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import doing
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.activity import at_step, doing
 from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
     check_resume,
     find_saved_run,
-    phases_left,
-    restore_phase,
     set_aside_earlier_run,
 )
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.config.model import ModelConfig
-from relora_ds.config.schema import RunConfig
-from relora_ds.config.sections import TrainConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
-from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.source import open_corpus
 from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
-from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
 from relora_ds.engine.deepspeed.version import version_advice
-from relora_ds.engine.engine import TrainEngine
-from relora_ds.errors import CheckpointError, DivergenceError, PreemptedError
-from relora_ds.methods.registry import Phase, check_requirements
-from relora_ds.model.attention import check_attention
-from relora_ds.parallel.topology import Topology, share_models
-from relora_ds.parallel.zero import ZeroSettings
-from relora_ds.planning.memory_report import (
-    closed_form,
-    memory_metrics,
-    saved_bytes,
-    storage_plan,
+from relora_ds.engine.device import set_arithmetic
+from relora_ds.errors import (
+    ConfigError,
+    DivergenceError,
+    PreemptedError,
+    ReloraError,
 )
-from relora_ds.train.launcher_watch import LauncherWatch
+from relora_ds.methods.registry import check_requirements
+from relora_ds.model.attention import check_attention
+from relora_ds.parallel.topology import share_models
+from relora_ds.train.guards.agreement import Agreement
+from relora_ds.train.guards.bad_batches import BadBatches
+from relora_ds.train.guards.steps import StepGuard
+from relora_ds.train.lifetime.lifetime import Lifetime
+from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.loop import Trainer
-from relora_ds.train.results import Outcome, warn_of_missing_export, write_results
-from relora_ds.train.stop import StopSignal
+from relora_ds.train.phases import Prepared, train
+from relora_ds.train.results import (
+    Outcome,
+    are_complete,
+    check_export_target,
+    earlier_figures,
+    warn_of_missing_export,
+    write_results,
+)
+from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.logs import configure_logging
-from relora_ds.train.telemetry.meter import ThroughputMeter
-from relora_ds.train.telemetry.peak import peak_flops
 from relora_ds.train.telemetry.telemetry import Telemetry
-from relora_ds.train.transition import take_dense_weights
 
 _logger = logging.getLogger(__name__)
-_PROBE_TOKENS = 128
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run whose settings, processes and data fit each other."""
-
-    config: RunConfig
-    architecture: ModelConfig
-    topology: Topology
-    zero: ZeroSettings
-    corpus: Corpus
-
-
-def run(loaded: LoadedRun) -> None:
+def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
     """Train, evaluate, checkpoint and export what the run file describes.
+
+    Args:
+        loaded: the run.
+        lifetime: of this process; a failure is reported there before anything is cleaned up.
 
     Raises:
         ReloraError: see the classes in `errors`; each has its exit code.
     """
     started_at = datetime.now(UTC)
-    launcher = LauncherWatch()
     with doing("start"):
-        prepared = _prepare(loaded)
+        prepared = _prepare(loaded, lifetime)
     with doing("resume"):
         saved = _find_start(prepared)
+    if saved is not None and saved.record.trainer.step >= loaded.config.train.steps:
+        _finish_again(prepared, saved, started_at)
+        return
     with doing("start"):
-        trainer = _build_trainer(prepared, saved, StopSignal(launcher))
+        trainer = _build_trainer(prepared, saved, StopSignal(lifetime.requests))
         _announce(loaded, prepared)
-    topology = prepared.topology
     status, reason = "failed", None
     try:
         with recorder:
-            _train(prepared, trainer, saved)
+            train(prepared, trainer, saved)
         status = "completed"
     except PreemptedError as error:
         status, reason = "preempted", str(error)
         raise
-    except DivergenceError as error:
-        status, reason = "diverged", str(error)
-        trainer.checkpoints.settle()  # of a step before; all ranks are here
+    except BaseException as error:
+        reason = lifetime.report(error)  # first of all: what follows may fail or hang
+        status = "diverged" if isinstance(error, DivergenceError) else "failed"
+        if isinstance(error, DivergenceError):
+            trainer.checkpoints.settle()  # of a step before; all ranks are here
         raise
     finally:
-        trainer.telemetry.close(status)
-        if topology.is_main:
-            outcome = Outcome(status, reason, started_at, topology.world_size, trainer.final)
-            with doing("results"):
-                write_results(outcome, loaded.config, prepared.corpus, trainer.valid_data)
+        at_step(None)
+        outcome = Outcome(status, reason, started_at, prepared.topology.world_size, trainer.final)
+        problems = _write_results(prepared, trainer, outcome)
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()
+    if problems:
+        raise problems[0]
 
 
-def _prepare(loaded: LoadedRun) -> Prepared:
+def _write_results(prepared: Prepared, trainer: Trainer, outcome: Outcome) -> list[ReloraError]:
+    """Close what shows the run and write its results on the main process.
+
+    Returns:
+        What went wrong with that; each is in the log, and none hides why the run ended.
+    """
+    problems: list[ReloraError] = []
+    with doing("results"):
+        try:
+            trainer.telemetry.close(outcome.status)
+        except ReloraError as error:
+            problems.append(error)
+        if prepared.topology.is_main:
+            data = prepared.corpus, trainer.valid_data
+            problems += write_results(outcome, prepared.config, *data)
+    for problem in problems:
+        _logger.error("results: %s", problem)
+    return problems
+
+
+def _finish_again(prepared: Prepared, saved: SavedRun, started_at: datetime) -> None:
+    """Leave a run alone that has no step left; write results that an earlier process did not.
+
+    Raises:
+        ReloraError: they cannot be written.
+    """
+    config, problems = prepared.config, []
+    if prepared.topology.is_main and are_complete(config):
+        _logger.info(
+            "%s is complete after %d steps: nothing is left to do; checkpoint.resume=false starts "
+            "it anew",
+            config.output_dir,
+            saved.record.trainer.step,
+        )
+    elif prepared.topology.is_main:
+        figures = earlier_figures(Path(config.output_dir))
+        size = prepared.topology.world_size
+        outcome = Outcome("completed", None, started_at, size, figures)
+        with doing("results"):
+            problems = write_results(outcome, config, prepared.corpus, _valid_data(prepared))
+    distributed.barrier()
+    if problems:
+        raise problems[0]
+
+
+def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     """Join the other processes, and make sure that settings, processes and data fit each other."""
-    topology = distributed.start(loaded.config.train.timeout_minutes)
+    set_arithmetic(loaded.config.train)
+    timeout_minutes = loaded.config.train.timeout_minutes
+    topology = distributed.start(timeout_minutes)
+    lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
     for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
         if group is not None:
             recorder.name_group(group, name)
-    configure_logging(Path(loaded.config.output_dir), topology.rank)
+    output_dir = Path(loaded.config.output_dir)
+    earlier_run = lifetime.hold(output_dir)
+    configure_logging(output_dir, topology.rank)
+    if earlier_run is not None:
+        _logger.warning(earlier_run)
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
@@ -142,7 +185,13 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
     for warning in (*loaded.warnings, reduction_advice(prepared.zero), version_advice()):
         if warning is not None:
             _logger.warning(warning)
-    (Path(loaded.config.output_dir) / "run.yaml").write_text(dump_run_config(loaded.config))
+    path = Path(loaded.config.output_dir) / "run.yaml"
+    try:
+        write_atomically(path, dump_run_config(loaded.config).encode())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; choose an output_dir that can be written"
+        ) from error
 
 
 def _find_start(prepared: Prepared) -> SavedRun | None:
@@ -150,6 +199,7 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     config, topology = prepared.config, prepared.topology
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
+        _check_export_target(prepared)
         fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
@@ -164,7 +214,25 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     distributed.barrier()
     if not topology.is_main:
         configure_logging(output_dir, topology.rank)
+    _check_export_target(prepared)
     return None
+
+
+def _check_export_target(prepared: Prepared) -> None:
+    """Make sure on all processes that the export will have a place; the main one looks.
+
+    Raises:
+        ConfigError: `hf/` holds something else.
+    """
+    problem = None
+    if prepared.topology.is_main:
+        try:
+            check_export_target(prepared.config)
+        except ConfigError as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal) -> Trainer:
@@ -176,11 +244,6 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
     train_data = TrainingBatches(
         corpus.train, corpus.weights, train.seq_length, train.global_batch_size, *place, train.seed
     )
-    valid_data = None
-    if corpus.valid is not None:
-        batches = config.eval.batches
-        limit = None if batches is None else batches * train.global_batch_size
-        valid_data = ValidationBatches(corpus.valid, train.seq_length, *place, limit)
     telemetry = Telemetry(
         config,
         output_dir,
@@ -189,6 +252,10 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         wandb_run_id=state.telemetry.get("wandb_run_id") if state else None,
         is_main=topology.is_main,
     )
+    bad_batches = BadBatches(
+        output_dir / "logs" / "bad_batches.jsonl", train_data, topology.is_main
+    )
+    guards = state.guards if state else GuardState()
     return Trainer(
         config=config,
         architecture=prepared.architecture,
@@ -196,116 +263,22 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         zero_stage=prepared.zero.stage,
         corpus=corpus,
         train_data=train_data,
-        valid_data=valid_data,
+        valid_data=_valid_data(prepared),
         telemetry=telemetry,
         checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
         stop=stop,
-        final={},
+        agreement=Agreement(),
+        guard=StepGuard(config.guards, guards, bad_batches.note),
+        final=earlier_figures(output_dir) if saved and topology.is_main else {},
     )
 
 
-def _train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None:
-    """All phases that are left, each with an engine of its own."""
-    config, architecture = prepared.config, prepared.architecture
-    topology, stage = prepared.topology, prepared.zero.stage
-    phases = phases_left(config, saved)
-    completed = saved.record.trainer.step if saved else 0
-    with doing("start"):
-        _make_room(prepared, trainer, saved, phases)
-    weights: DenseWeights = AwaitedState()
-    if saved is None:
-        with doing("start"):
-            weights = _initial_weights(config, architecture)
-    for number, phase in enumerate(phases):
-        with recorder.phase("setup"):
-            with doing("build"):
-                engine = _build_engine(prepared, phase, weights)
-                with torch.no_grad():
-                    session = phase.method.start(engine.state, engine.model)
-            if number == 0 and saved is not None:
-                with doing("resume"):
-                    restore_phase(saved, engine, session, topology, stage)
-        meter = _build_meter(config.train, engine, topology.world_size)
-        trainer.run_phase(phase, engine, session, meter, completed)
-        plan = storage_plan(config, stage, topology.dp_size, topology.device)
-        expected = closed_form(config, architecture, phase.method, plan)
-        trainer.final |= memory_metrics(engine.memory.measured, expected)
-        completed = phase.last_step
-        if number + 1 < len(phases):
-            with recorder.phase("setup"), doing("transition"):
-                weights = take_dense_weights(
-                    engine, architecture, phase.method, config.train, topology.tp
-                )
-            text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
-            trainer.telemetry.event(completed, text, {"method/event": "transition"})
-
-
-def _make_room(
-    prepared: Prepared, trainer: Trainer, saved: SavedRun | None, phases: Sequence[Phase]
-) -> None:
-    """Make sure before training that its checkpoints can be saved. A collective call.
-
-    Raises:
-        CheckpointError: on every rank: they cannot be.
-    """
-    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
-    if saved is not None:
-        moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
-        if moved is not None:
-            _logger.info("moved checkpoints that this run does not continue to %s", moved)
-    plan = storage_plan(config, stage, topology.dp_size, topology.device)
-    largest = max(
-        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
-        for phase in phases
-    )
-    trainer.checkpoints.check_room(largest)
-
-
-def _initial_weights(
-    config: RunConfig, architecture: ModelConfig
-) -> Mapping[str, torch.Tensor] | None:
-    """Dense weights to start from, each read on access; or None for the seed's random draw."""
-    path = config.train.init_from
-    if path is None:
+def _valid_data(prepared: Prepared) -> ValidationBatches | None:
+    """This process's share of the validation set, if the run has one."""
+    config, topology, file = prepared.config, prepared.topology, prepared.corpus.valid
+    if file is None:
         return None
-    model = DenseModel(Path(path))
-    if model.architecture.model_dump() != architecture.model_dump():
-        raise CheckpointError(
-            f"train.init_from: the model in {path} has another architecture than "
-            f"{config.model}; use the same one"
-        )
-    return model.weights()
-
-
-def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:
-    """A fresh engine for a phase, from dense weights or from the seed's random draw."""
-    config, file = prepared.config, prepared.corpus.valid or prepared.corpus.train[0]
-    count = min(_PROBE_TOKENS, config.train.seq_length)
-    engine = build_engine(
-        prepared.architecture,
-        phase.method,
-        config,
-        prepared.zero,
-        prepared.topology,
-        weights,
-        torch.from_numpy(file.window(0, count)).unsqueeze(0),
-    )
-    counts = parameter_counts(engine.model)
-    _logger.info(
-        "phase %s: %s trained and %s frozen parameters",
-        phase.name,
-        f"{counts.trainable:,}",
-        f"{counts.frozen:,}",
-    )
-    return engine
-
-
-def _build_meter(train: TrainConfig, engine: TrainEngine, processes: int) -> ThroughputMeter:
-    device = engine.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return ThroughputMeter(
-        train.global_batch_size * train.seq_length,
-        flops_per_token(engine.model, train.seq_length),
-        peak_flops(name, train.precision),
-        num_devices=processes,
-    )
+    train, batches = config.train, config.eval.batches
+    limit = None if batches is None else batches * train.global_batch_size
+    place = train.micro_batch_size, topology.dp_rank, topology.dp_size
+    return ValidationBatches(file, train.seq_length, *place, limit)

@@ -12,10 +12,11 @@ import torch
 
 from relora_ds.checkpoint.export import export_hf
 from relora_ds.checkpoint.reshape import reshape_checkpoint
-from relora_ds.config.load import load_run_config
+from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.errors import CheckpointError
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
+from relora_ds.train.lifetime.lifetime import Lifetime
 from relora_ds.train.run import run
 from tests.contract.toy import OpaqueToy, toy
 
@@ -29,7 +30,7 @@ def train(topology: Topology, runs: Sequence[Run]) -> list[dict[int, dict[str, A
     with toy():
         for path, overrides in runs:
             loaded = load_run_config(path, overrides)
-            run(loaded)
+            _run(loaded)
             found.append(lines(Path(loaded.config.output_dir)))
     return found
 
@@ -38,7 +39,7 @@ def train_opaque(topology: Topology, path: str, overrides: list[str], data: str)
     """A run of a method without dense weights: what it ended with, and what is made of it."""
     with toy(OpaqueToy):
         loaded = load_run_config(path, overrides)
-        run(loaded)
+        _run(loaded)
         output_dir = Path(loaded.config.output_dir)
         found: dict[str, Any] = {"score": evaluate_checkpoint(output_dir, data, None, 4)}
         try:
@@ -49,6 +50,12 @@ def train_opaque(topology: Topology, path: str, overrides: list[str], data: str)
     found["exported"] = (output_dir / "hf").exists()
     found["log"] = (output_dir / "logs" / "rank_0.log").read_text()
     return found
+
+
+def _run(loaded: LoadedRun) -> None:
+    lifetime = Lifetime()
+    run(loaded, lifetime)
+    lifetime.close()
 
 
 def reshape(topology: Topology, source: str, target: str, **sizes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -65,3 +66,11 @@ def test_one_changed_bit_is_found_by_name(figures: dict[str, Any], stage: int) -
 
 def test_the_warm_start_is_handed_over_slice_by_slice(figures: dict[str, Any]) -> None:
     assert figures["transition"] == {"freed": True, "moved": 0, "error": 0.0}
+
+
+def test_gathers_wait_for_edits() -> None:
+    """Or the first gather after a merge may read what the merge still writes."""
+    order = run_ranks(stage3.stream_order, 1)
+    assert order.count("edit") >= 2
+    for before, after in itertools.pairwise(order):
+        assert (before, after) != ("edit", "gather"), order

@@ -16,15 +16,21 @@ import pickle
 import runpy
 import signal
 import sys
+import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 GROUP_TIMEOUT_MINUTES = 5.0
 """How long a collective of a case may take."""
+
+_TERMINATE_S = 30.0
+"""How long `Launcher` lets ranks end by themselves, as DeepSpeed does."""
 
 _STABLE = ("torch", "megatron.core.parallel_state", "megatron.core.tensor_parallel")
 _STABLE += ("matplotlib.pyplot", "safetensors.torch", "rich.progress", "pydantic", "yaml")
@@ -84,9 +90,45 @@ class Start:
         output: file to which standard output and standard error are appended.
     """
 
-    job: Script | Case
+    job: Script | Case | Launcher
     environment: dict[str, str]
     output: str
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What stands between ranks and the user, as DeepSpeed's `launch.py` does on a node.
+
+    The ranks are its children, in its session and group. Once one of them has failed or it is told
+    to stop, it ends the others, politely at first; its exit code is that of the one that failed.
+
+    Args:
+        ranks: what to fork.
+    """
+
+    ranks: tuple[Start, ...]
+
+    def __call__(self) -> None:
+        children = [_fork(start, None) for start in self.ranks]
+        asked = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal asked
+            asked = True
+
+        signal.signal(signal.SIGTERM, stop)
+        codes: dict[int, int | None] = dict.fromkeys(children)
+        while None in codes.values() and not asked and not any(codes.values()):
+            time.sleep(0.02)
+            _reap(codes)
+        failed = next((code for code in codes.values() if code), int(asked))
+        deadline = time.monotonic() + _TERMINATE_S
+        _signal_all(codes, signal.SIGTERM)
+        while None in codes.values() and time.monotonic() < deadline:
+            time.sleep(0.02)
+            _reap(codes)
+        _signal_all(codes, signal.SIGKILL)
+        raise SystemExit(failed)
 
 
 def serve(descriptor: int) -> None:
@@ -136,6 +178,12 @@ def _compile_kernels() -> None:
         load_kernels(Path(module.__file__).with_suffix(".c"))
 
 
+def _signal_all(codes: Mapping[int, int | None], number: int) -> None:
+    for process, code in codes.items():
+        if code is None:
+            os.kill(process, number)
+
+
 def _reap(codes: dict[int, int | None]) -> None:
     for process, code in codes.items():
         if code is None:
@@ -143,17 +191,19 @@ def _reap(codes: dict[int, int | None]) -> None:
             codes[process] = os.waitstatus_to_exitcode(status) if ended else None
 
 
-def _fork(start: Start, connection: Connection) -> int:
+def _fork(start: Start, connection: Connection | None) -> int:
+    """Fork a process: of a session of its own, or of this one's where there is no connection."""
     process = os.fork()
     if process == 0:
-        connection.close()
+        if connection is not None:
+            connection.close()
+            os.setsid()
         _become(start)
     return process
 
 
 def _become(start: Start) -> NoReturn:
     """Leave nothing of the process that was forked but what it has imported."""
-    os.setsid()
     output = os.open(start.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -199,3 +199,37 @@ def test_what_an_environment_lacks_is_named_in_one_sentence(checkout: Path) -> N
     assert done.returncode == 2
     assert "VENV is nothing; write none" in done.stderr
     assert not (checkout / ".venv").exists()
+
+
+def test_the_gpu_report_uses_the_python_that_has_torch(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "gpu_report.sh", tmp_path / "launch")
+    _program(tmp_path / "bare", 'case "$2" in *torch*) exit 1 ;; esac\n')
+    _program(tmp_path / "torch_only", 'case "$*" in *deepspeed*) echo deepspeed hjson ;; esac\n')
+    noted = 'echo "$*" >>"$LOG"; echo "${PYTHONPATH:-}" >>"$LOG"\n'
+    _program(tmp_path / "complete", f'case "$*" in *pip*) mkdir .whl/site ;; esac; {noted}')
+
+    def report(python: str, *arguments: str) -> tuple[int, str, list[str]]:
+        (tmp_path / "log").write_text("")
+        done = subprocess.run(
+            ["bash", "launch/gpu_report.sh", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(tmp_path / python), "LOG": str(tmp_path / "log")},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stderr, (tmp_path / "log").read_text().splitlines()
+
+    code, said, _ = report("bare")
+    assert (code, "has no torch: set PYTHON" in said) == (2, True)
+    code, said, _ = report("torch_only", "checks")
+    assert (code, "the libraries deepspeed hjson are missing" in said) == (2, True)
+    _, _, log = report("complete", "checks", "--budget", "9")
+    assert log[-2] == "tools/gpu_report.py checks --budget 9"
+    (tmp_path / ".whl").mkdir()
+    (tmp_path / ".whl" / "one.whl").touch()
+    for first in (True, False):
+        code, _, log = report("complete", "speed")
+        # once for these wheels, which come after the project itself
+        assert (code, any("pip install" in line for line in log)) == (0, first)
+        assert log[-1].startswith(f"{tmp_path}:{tmp_path}/.whl/site")

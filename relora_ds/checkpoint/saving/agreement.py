@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+_UNKNOWN = -(1 << 62)
 
 
 class Agreement:
@@ -34,6 +35,27 @@ class Agreement:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
         pending, any_failed = flags.tolist()
         return not pending, bool(any_failed)
+
+    def begin(self, failed: bool, size: int, free: int | None) -> tuple[bool, int, int | None]:
+        """One meeting of all ranks before they write. A collective call.
+
+        Args:
+            failed: whether this rank cannot take part.
+            size: bytes that it is going to write.
+            free: bytes that it sees free; None if it does not know.
+
+        Returns:
+            Whether any rank has failed, the bytes of all, and the fewest that are free.
+        """
+        if self._group is None:
+            return failed, size, free
+        # one reduction: sizes have a place each, and the least is the largest of the negated
+        sizes = [0] * self._size
+        sizes[torch.distributed.get_rank()] = size
+        said = torch.tensor([int(failed), _UNKNOWN if free is None else -free, *sizes])
+        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        any_failed, negated, *sizes = said.tolist()
+        return bool(any_failed), sum(sizes), None if negated == _UNKNOWN else -negated
 
     def gather(self, value: T) -> list[T]:
         """What every rank says, by rank. A collective call."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 import torch
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.record import RunRecord, encode_record
+from relora_ds.checkpoint.format.record import RECORD, RunRecord, encode_record
+from relora_ds.checkpoint.format.stamp import KEY as STAMP
+from relora_ds.checkpoint.format.stamp import stamp
 from relora_ds.checkpoint.restore import side_slices, side_tensors
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.files.durable import OutputFile
@@ -60,10 +62,12 @@ class Tensors:
     """Tensors by name, in safetensors' format."""
 
     tensors: Mapping[str, torch.Tensor]
+    stamp: Mapping[str, str] = field(default_factory=dict)
+    """Kept in the file's header."""
 
     def write(self, file: OutputFile) -> None:
         """Append them."""
-        stream_safetensors(file, self.tensors)
+        stream_safetensors(file, self.tensors, self.stamp)
 
     def values(self) -> object:
         """The tensors by name."""
@@ -71,7 +75,7 @@ class Tensors:
 
     def with_values(self, values: Any) -> Tensors:
         """A file of other tensors."""
-        return Tensors(values)
+        return Tensors(values, self.stamp)
 
 
 @dataclass(frozen=True)
@@ -96,21 +100,22 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Bytes that are known already."""
+class Described:
+    """One of the files in which a checkpoint says what it is of, encoded when it is written."""
 
-    content: bytes
+    record: RunRecord
+    name: str
 
     def write(self, file: OutputFile) -> None:
-        """Append them."""
-        file.write(self.content)
+        """Append it."""
+        file.write(encode_record(self.record)[self.name])
 
     def values(self) -> object:
         """No tensors."""
         return None
 
-    def with_values(self, values: Any) -> Plain:
-        """The same bytes."""
+    def with_values(self, values: Any) -> Described:
+        """The same file."""
         return self
 
 
@@ -135,32 +140,33 @@ def contents_of_rank(
         topology: the first rank writes what exists once, the first of each tensor-parallel place
             what all copies of the model share.
     """
-    contents: dict[str, Content] = {n: Pickled(value) for n, value in engine.shards().items()}
-    slices = side_slices(engine)
-    if slices:
-        contents[layout.side_of_rank(topology.rank)] = Tensors(slices)
+    step = record.trainer.step
+    contents: dict[str, Content] = {
+        name: Pickled({**value, STAMP: stamp(name, step)})
+        for name, value in engine.shards().items()
+    }
+    named = {layout.side_of_rank(topology.rank): side_slices(engine)}
     if topology.dp_rank == 0:
-        contents[layout.side(topology.tp.suffix)] = Tensors(side_tensors(engine))
-        if method_tensors:
-            contents[layout.method(topology.tp.suffix)] = Tensors(method_tensors)
+        named[layout.method(topology.tp.suffix)] = dict(method_tensors)
+    named = {name: tensors for name, tensors in named.items() if tensors}
+    if topology.dp_rank == 0:
+        named[layout.side(topology.tp.suffix)] = side_tensors(engine)
+    contents |= {n: Tensors(tensors, stamp(n, step)) for n, tensors in named.items()}
     if topology.is_main:
-        contents |= {name: Plain(text) for name, text in encode_record(record).items()}
+        contents |= {name: Described(record, name) for name in RECORD}
         if tokenizer is not None:
             contents[layout.TOKENIZER] = Copied(tokenizer)
     return contents
 
 
 def size_of(contents: Contents) -> int:
-    """Bytes that the files take, without what their formats add."""
+    """Bytes of the tensors in the files, without what their formats add."""
     storages: dict[int, int] = {}
-    size = 0
     for content in contents.values():
-        if isinstance(content, Plain):
-            size += len(content.content)
         for tensor in tensors_in(content.values()):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    return size + sum(storages.values())
+    return sum(storages.values())
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -57,7 +57,7 @@ def explain(
             "with checkpoint.keep"
         )
     left = "there is no complete checkpoint yet" if older is None else f"{older} is complete"
-    more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (
         f"no checkpoint of step {step} was saved: rank {first.rank}: {first.what}{more}; {advice}; "
         f"{left}"

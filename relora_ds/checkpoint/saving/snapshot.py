@@ -120,8 +120,10 @@ class _Copier:
         storage = self._copy_storage(tensor.untyped_storage())
         twin.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(twin, requires_grad=tensor.requires_grad)
-        return twin.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+            twin = nn.Parameter(twin)
+        twin.requires_grad_(tensor.requires_grad)
+        vars(twin).update(self._copy(vars(tensor)))  # what DeepSpeed notes on it
+        return twin
 
     def _copy_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         key = storage._cdata

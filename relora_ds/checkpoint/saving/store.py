@@ -29,9 +29,9 @@ from relora_ds.checkpoint.saving.contents import Contents, contents_of_rank, siz
 from relora_ds.checkpoint.saving.problem import Problem, explain, size
 from relora_ds.checkpoint.saving.publish import begin, give_up, publish
 from relora_ds.checkpoint.saving.retention import abandon_later, prune
-from relora_ds.checkpoint.saving.room import check_room, fewest, free_bytes
+from relora_ds.checkpoint.saving.room import check_room, free_bytes
 from relora_ds.checkpoint.saving.snapshot import HostBuffers, take_snapshot
-from relora_ds.checkpoint.saving.task import Files, Task, write_contents
+from relora_ds.checkpoint.saving.task import Files, Task, Worker, write_contents
 from relora_ds.checkpoint.store import list_checkpoints
 from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine.engine import TrainEngine
@@ -120,6 +120,7 @@ class CheckpointStore:
         self._topology = topology
         self._agreement = Agreement(topology.world_size)
         self._buffers = HostBuffers(topology.device)
+        self._worker = Worker(topology.rank)
         self._flight: _Flight | None = None
 
     def continue_from(self, source: Path, step: int) -> Path | None:
@@ -255,11 +256,11 @@ class CheckpointStore:
                 contents, wait = snapshot.contents, snapshot.wait
         except (OSError, MemoryError) as error:
             problem = Problem.of(error, self._topology.rank)
-        own = problem, size_of(contents), free_bytes(self.directory)
         # nobody goes on before all have their copies: ranks of a node share some of the memory
-        found = self._agreement.gather(own)
-        problems = [p for p, _, _ in found if p is not None]
-        needed, free = sum(s for _, s, _ in found), fewest([f for _, _, f in found])
+        failed, needed, free = self._agreement.begin(
+            problem is not None, size_of(contents), free_bytes(self.directory)
+        )
+        problems = [p for p in self._agreement.gather(problem) if p is not None] if failed else []
         if not problems and free is not None and free < needed:
             problems = [Problem(0, f"{staging}: not enough space", "", no_space=True)]
         cancelled = Event()
@@ -269,7 +270,7 @@ class CheckpointStore:
             return write_contents(contents, staging, cancelled)
 
         work = _do_nothing if problems else write
-        task = Task(work, self._topology.rank, cancelled)
+        task = self._worker.start(work, cancelled)
         self._flight = _Flight(step, task, last, needed, free, started)
         if problems:
             self._give_up(self._flight, problems)
@@ -315,7 +316,7 @@ class CheckpointStore:
                 prune(final, keep)
             return _NOTHING
 
-        flight.task = Task(work if self._topology.is_main else _do_nothing, self._topology.rank)
+        flight.task = self._worker.start(work if self._topology.is_main else _do_nothing)
 
     def _give_up(self, flight: _Flight, problems: list[Problem]) -> None:
         flight.stage, flight.problems = "give up", problems
@@ -325,7 +326,7 @@ class CheckpointStore:
             give_up(staging)
             return _NOTHING
 
-        flight.task = Task(work if self._topology.is_main else _do_nothing, self._topology.rank)
+        flight.task = self._worker.start(work if self._topology.is_main else _do_nothing)
 
     def _result(self, flight: _Flight) -> SaveResult:
         problem = None

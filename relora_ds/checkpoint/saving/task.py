@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from typing import NoReturn
 
 import torch
 
@@ -22,31 +24,61 @@ class CancelledError(Exception):
     """Another rank has failed: going on would be in vain."""
 
 
-class Task:
-    """A function that is running, or has ended with files or a problem.
-
-    The thread ends with the process, whatever it waits for.
+class Worker:
+    """A thread that runs one task after the other, and ends with the process, whatever it waits
+    for.
 
     Args:
-        work: returns what it wrote.
-        rank: this process, for the problem.
-        cancelled: set when the result is no longer wanted; `work` may look at it.
+        rank: this process, for what problems say.
     """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, work: Callable[[], Files], cancelled: threading.Event | None = None) -> Task:
+        """Have a function run.
+
+        Args:
+            work: returns what it wrote.
+            cancelled: set when the result is no longer wanted; `work` may look at it.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="save", daemon=True)
+            self._thread.start()
+        task = Task(work, self._rank, cancelled)
+        self._tasks.put(task)
+        return task
+
+    @torch.no_grad()
+    def _run(self) -> NoReturn:
+        while True:
+            self._tasks.get().run()
+
+
+class Task:
+    """A function that is running, or has ended with files or a problem; see `Worker.start`."""
 
     def __init__(
         self, work: Callable[[], Files], rank: int, cancelled: threading.Event | None = None
     ) -> None:
         self.cancelled = cancelled or threading.Event()
+        self._work: Callable[[], Files] | None = work
         self._rank = rank
         self._future: Future[Files] = Future()
-        threading.Thread(target=self._run, args=(work,), name="save", daemon=True).start()
 
-    def _run(self, work: Callable[[], Files]) -> None:
+    def run(self) -> None:
+        """Run the function, and let go of what it holds."""
+        assert self._work is not None, "a task runs once"
         try:
-            with torch.no_grad():
-                self._future.set_result(work())
+            result = self._work()
         except BaseException as error:  # whatever it is, all ranks must hear of it
+            self._work = None
             self._future.set_exception(error)
+        else:
+            self._work = None
+            self._future.set_result(result)
 
     @property
     def done(self) -> bool:

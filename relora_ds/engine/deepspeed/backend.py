@@ -113,9 +113,20 @@ class DeepSpeedBackend:
         return self._engine.get_global_grad_norm()
 
     def shards(self) -> dict[str, Any]:
-        """What this rank writes of model and optimizer, by name of the file; live."""
+        """What this rank writes of model and optimizer, by name of the file; live.
+
+        The parts of DeepSpeed's `save_checkpoint` that fill the files: as a whole it waits four
+        times for all ranks, on their devices, around directories that it does not make here.
+        """
+        engine, place = self._engine, ("unused", "unused")
         self._files.collected = {}
-        self._engine.save_checkpoint("unused", tag="unused", save_latest=False)
+        if hasattr(engine.optimizer, "checkpoint_event_prologue"):
+            engine.optimizer.checkpoint_event_prologue()
+        engine._save_checkpoint(*place)
+        if engine.save_zero_checkpoint:
+            engine._save_zero_checkpoint(*place)
+        if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
+            engine.optimizer.checkpoint_event_epilogue()
         collected, self._files.collected = self._files.collected, {}
         return collected
 

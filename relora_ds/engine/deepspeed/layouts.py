@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -44,6 +45,21 @@ class _Bf16Wrapper(Protocol):
     """Views of this rank's parts of them."""
 
 
+class _Stream(Protocol):
+    """A stream of the accelerator."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Let what is queued later wait for what is queued in `stream` now; nobody else waits."""
+        ...
+
+
+class _Gathers(Protocol):
+    """`DeepSpeedZeRoOffload`."""
+
+    _DeepSpeedZeRoOffload__allgather_stream: _Stream | None
+    """Where parameters are gathered ahead of their use; None without streams."""
+
+
 class _Stage3Wrapper(Protocol):
     """`DeepSpeedZeroOptimizer_Stage3`."""
 
@@ -55,6 +71,9 @@ class _Stage3Wrapper(Protocol):
     """Where those tiles lie."""
     grad_position: dict[int, list[int]]
     """Sub-group, offset in its flat tensor and length of a parameter's slice."""
+
+    parameter_offload: _Gathers
+    """Whatever gathers parameters for the model's passes."""
 
     def get_param_id(self, param: nn.Parameter) -> int:
         """The key of `grad_position`."""
@@ -184,6 +203,13 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
         yield from super().gradient_storages()
         yield from _listed(self._wrapper.averaged_gradients)
         yield self._wrapper.grad_partitions_flat_buffer
+
+    def order_gathers(self) -> None:
+        # DeepSpeed lets the model wait for its gathers, but not the gathers for us
+        stream = self._wrapper.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        if stream is not None:
+            accelerator: Any = get_accelerator()
+            stream.wait_stream(accelerator.current_stream())
 
     def weight_storages(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         yield from super().weight_storages(parameter)

@@ -6,6 +6,7 @@ that stays behind when processes die.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import mmap
@@ -96,10 +97,34 @@ class NodeMemory:
             memory = mmap.mmap(self._file, space, offset=self._size)
         self._size += space
         flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape))
-        if torch.cuda.is_available():
-            runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), space, 0)))
+        if torch.cuda.is_initialized():
+            _pin(flat, space)
         return flat.view(tuple(shape))
+
+
+def _pin(flat: torch.Tensor, space: int) -> None:
+    """Let the GPU copy from and to memory by itself, until the tensor's storage goes; where the
+    system refuses, copies are slower."""
+    runtime: Any = torch.cuda.cudart()
+    address = flat.data_ptr()
+    problem = int(runtime.cudaHostRegister(address, space, 0))
+    if problem:
+        # or the next call of anybody reports it
+        runtime.cudaGetLastError()
+        _warn_of_pageable_memory(space, problem)
+        return
+    # the same address may be mapped again, and must not be registered then
+    weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
+
+
+@functools.cache
+def _warn_of_pageable_memory(space: int, problem: int) -> None:
+    _logger.warning(
+        "%d bytes of host memory cannot be pinned (CUDA error %d), copies from them are slower: "
+        "raise the limit on locked memory (ulimit -l unlimited)",
+        space,
+        problem,
+    )
 
 
 class ZeroHostMemory(HostMemory):

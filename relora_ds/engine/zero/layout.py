@@ -107,6 +107,13 @@ class Layout(ABC):
     def drop_copies(self, parameter: nn.Parameter) -> None:  # noqa: B027
         """Forget such copies after an edit of the slices; the next use gathers them again."""
 
+    def order_gathers(self) -> None:  # noqa: B027
+        """Let gathers on another stream wait for the edits that this stream has queued.
+
+        To be called once between a batch of edits and the next pass of the model. The host does not
+        wait.
+        """
+
     @property
     def weights_sharded(self) -> bool:
         """Whether a rank stores only a slice of each working weight."""

@@ -39,7 +39,8 @@ class TensorGradients:
             return
         pieces = [piece for p in self._partial for piece in self._layout.gradient(p)]
         if pieces:
-            flat = torch.cat(pieces)
+            # offloaded slices are on the host, where no collective of the devices reaches them
+            flat = torch.cat(pieces).to(self._partial[0].device)
             sums = self._tp.sum(flat).split([piece.numel() for piece in pieces])
             for piece, total in zip(pieces, sums, strict=True):
                 piece.copy_(total)
@@ -54,3 +55,27 @@ def global_norm(parameters: Sequence[nn.Parameter], tp: TensorParallel) -> torch
     ]
     norm = torch.linalg.vector_norm(torch.stack(counted))
     return norm if tp.size == 1 else tp.sum(norm.square()).sqrt()
+
+
+@torch.no_grad()
+def square_sums_of_slices(layout: Layout, tp: TensorParallel, device: torch.device) -> torch.Tensor:
+    """Squared norms of the gradients that this rank holds slices of, before an update.
+
+    Args:
+        layout: where the slices are.
+        tp: the group that shares this copy of the model.
+        device: where the sums are wanted.
+
+    Returns:
+        (2,), fp64: a share, of which those of all ranks add up to the square of the global norm;
+        and the sum over all slices, those that other ranks hold as well included.
+    """
+    cut = layout.partition_group is not None
+    first = cut or torch.distributed.get_rank() // tp.size == 0
+    sums = []
+    for parameter in layout.placements:
+        once = first and (shard_of(parameter) is not None or tp.rank == 0)
+        for piece in layout.gradient(parameter):
+            square = torch.linalg.vector_norm(piece, dtype=torch.float32).to(device).double() ** 2
+            sums.append(torch.stack([square * once, square]))
+    return torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64, device=device)

@@ -70,6 +70,7 @@ class ReLoRASession(Session[ReLoRA]):
         if not self.method.is_merge_step(step):
             return None
         with doing("merge"):
+            self.state.before_event("merge", str(step).encode())
             return self._merge(step)
 
     def _merge(self, step: int) -> Event:

@@ -68,7 +68,11 @@ class CandidatePool:
         return sum(chunk.numel() * chunk.element_size() for chunk in self._chunks)
 
     def take(self, slots: np.ndarray) -> torch.Tensor:
-        """Vectors of parked slots, (k, width), on the factor's device. Nothing is waited for."""
+        """Vectors of parked slots, (k, width), on the factor's device.
+
+        Parked vectors are not waited for; the numbers of slots that are drawn are copied to the
+        device at once.
+        """
         out = torch.empty(len(slots), self._width, dtype=self._dtype, device=self._device)
         fresh = self._place[slots] < 0
         if fresh.any():

@@ -66,6 +66,11 @@ class _Work:
     candidates: tuple[torch.Tensor, torch.Tensor]
     """This rank's spans of rows of A, (k, span of n), and columns of B, (k, span of m)."""
 
+    def description(self) -> bytes:
+        """Which vectors are exchanged for which candidates; the same on every rank."""
+        parts = (part.tobytes() for part in (*self.plan.vectors, *self.plan.slots))
+        return self.switched.layer.spec.name.encode() + b"".join(parts)
+
 
 class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     """Switches between updates: none before the first, none after the last."""
@@ -166,6 +171,8 @@ class SwitchLoRASession(Session[SwitchLoRA]):
             work = self._plan(step, ahead=0)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+        # also where nothing is due: another rank may think otherwise
+        self.state.before_event("switch", b"".join(item.description() for item in work))
         if work:
             # reports wait for the device: one event per line of the log, the first
             self._switch(work, measured=self._metrics.events == 0)
@@ -294,6 +301,9 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         return found
 
     def state_dict(self) -> dict[str, Any]:
+        if self._stream is not None:  # vectors on their way to and from the host
+            self._stream.synchronize()
+            torch.cuda.current_stream().synchronize()
         saved: dict[str, Any] = {
             "cursors": {name: list(s.state.cursors) for name, s in self.layers.items()},
             "switched_vectors": self._metrics.switched,

@@ -21,12 +21,15 @@ class _Device:
 
 # The first pattern found in the device name wins: variants stand before the plain name.
 _DEVICES = (
+    # NVIDIA Blackwell Ultra datasheet: GB300 NVL72 and HGX B300
+    _Device(r"\bG?B300\b", 2500.0, 75.0),
     # nvidia.com/en-us/data-center/dgx-b200 and gb200-nvl72 (72 PFLOP/s sparse FP8 for 8 B200)
     _Device(r"\bGB200\b", 2500.0, 80.0),
     _Device(r"\bB200\b", 2250.0, 75.0),
     # NVIDIA H200 datasheet: SXM, NVL
     _Device(r"\bH200 NVL\b", 835.5, 60.0),
     _Device(r"\bG?H200\b", 989.4, 66.9),
+    _Device(r"\bH20\b", 148.0, 44.0),
     # NVIDIA H100 datasheet and Hopper whitepaper, appendix A: PCIe, NVL, SXM5 (also sold as H800)
     _Device(r"\bH[18]00 PCIe\b", 756.0, 51.2),
     _Device(r"\bH100 NVL\b", 835.5, 60.0),
@@ -44,6 +47,9 @@ _DEVICES = (
     _Device(r"\bL40\b", 181.05, 90.5),
     _Device(r"\bL4\b", 121.0, 30.3),
     _Device(r"\bRTX 6000 Ada\b", 364.2, 91.1),
+    # RTX Blackwell architecture whitepaper: bf16 with fp32 accumulation
+    _Device(r"\bRTX PRO 6000 Blackwell\b", 503.8, 126.0),
+    _Device(r"\bRTX 5090(?! (?:D|Laptop)\b)", 209.5, 104.8),
     # Ada and Ampere GA102 whitepapers, appendix A: bf16 with fp32 accumulation
     _Device(r"\bRTX 4090(?! (?:D|Laptop)\b)", 165.2, 82.6),
     _Device(r"\bRTX 3090(?! Ti\b)", 71.0, 35.6),

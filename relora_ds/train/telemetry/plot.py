@@ -17,6 +17,7 @@ from relora_ds.train.telemetry.sinks.base import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_LOSSES = "train/loss", "eval/loss"
 _LOSS_COLOUR = "#1f5fa8"
 _EVAL_COLOUR = "#c8391f"
 _LR_COLOUR = "#4a4a4a"
@@ -47,7 +48,7 @@ def plot_run(metrics_path: Path, output_path: Path) -> Path:
         raise ConfigError(
             f"cannot read {metrics_path}: {error.strerror}; give the output_dir of a run"
         ) from error
-    if all(record.get(key) is None for record in records for key in ("train/loss", "eval/loss")):
+    if not has_losses(records):
         raise ConfigError(f"{metrics_path} holds no finite loss; there is nothing to plot")
 
     figure = Figure(figsize=(9.0, 5.4), dpi=150, layout="constrained")
@@ -67,6 +68,11 @@ def plot_run(metrics_path: Path, output_path: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write {output_path}: {error.strerror}") from error
     return output_path
+
+
+def has_losses(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether there is anything to plot."""
+    return any(record.get(key) is not None for record in records for key in _LOSSES)
 
 
 def _draw_loss(axes: Axes, records: Sequence[dict[str, Any]]) -> None:

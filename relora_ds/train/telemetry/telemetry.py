@@ -97,6 +97,17 @@ class Telemetry:
         if metrics:
             self.log(step, metrics)
 
+    def rewind(self, step: int) -> None:
+        """Forget the figures of later steps: the run goes back to a checkpoint of `step` updates.
+
+        Displays go on from where they are.
+
+        Raises:
+            ReloraError: metrics.jsonl cannot be written.
+        """
+        if self._metrics_file is not None:
+            self._metrics_file.rewind(step)
+
     def close(self, status: Status) -> None:
         """Finish all sinks; reports after it are an error. Further calls do nothing.
 

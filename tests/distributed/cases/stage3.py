@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import build_partitioner
 from relora_ds.methods.build import build_model
 from relora_ds.methods.registry import plan_phases
@@ -235,3 +238,42 @@ def figures(topology: Topology) -> dict[str, Any]:
         "digest": {stage: digest(topology, stage) for stage in STAGES},
         "transition": transition(topology),
     }
+
+
+def stream_order(topology: Topology) -> list[str]:
+    """What happens between the last backward pass of a merge's update and the next step, on an
+    accelerator whose gathers run on a stream of their own: edits, waits of that stream, gathers."""
+    run = start(topology, "zero", "fp32", stage3_param_persistence_threshold=0)
+    order: list[str] = []
+    layout = run.engine.layout
+    assert isinstance(layout, PartitionedParameters)
+    offload = cast(Any, layout._wrapper.parameter_offload)
+
+    def note(event: str) -> None:
+        if not order or order[-1] != event:
+            order.append(event)
+
+    def noting(event: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            note(event)
+            return call(*arguments, **named)
+
+        return noted
+
+    coordinator: Any = PartitionedParameterCoordinator
+    assert hasattr(offload, "_DeepSpeedZeRoOffload__allgather_stream"), "DeepSpeed renamed it"
+    layout.drop_copies = noting("edit", layout.drop_copies)
+    layout.write_copies = noting("edit", layout.write_copies)
+    fetch = coordinator.fetch_sub_module
+    offload._DeepSpeedZeRoOffload__allgather_stream = SimpleNamespace(
+        wait_stream=lambda current: note("wait")
+    )
+    try:
+        coordinator.fetch_sub_module = noting("gather", fetch)
+        for step, tokens in enumerate(batches(2 * MERGE_EVERY + 1)):
+            run.update(step, tokens, RATES)
+    finally:
+        coordinator.fetch_sub_module = fetch
+        offload._DeepSpeedZeRoOffload__allgather_stream = None
+    run.destroy()
+    return order

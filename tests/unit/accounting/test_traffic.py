@@ -68,8 +68,11 @@ def test_reduction_to_owners_is_another_operation() -> None:
 
 
 def test_the_loop_adds_a_stop_flag_and_the_logged_loss() -> None:
-    assert bytes_of(control_payloads(2, logged=False)) == StepBytes(8, 8.0)
-    assert bytes_of(control_payloads(2, logged=True)) == StepBytes(16, 16.0)
+    assert bytes_of(control_payloads(2, logged=False)) == StepBytes(24, 24.0)
+    assert bytes_of(control_payloads(2, logged=True)) == StepBytes(36, 36.0)
+    # of an all-gather, half of what everyone gets comes from elsewhere
+    guarded = control_payloads(2, logged=False, guarded=True)
+    assert bytes_of(guarded) == StepBytes(24 + 48, 24.0 + 24.0)
 
 
 def test_stage_3_needs_the_order_of_modules() -> None:

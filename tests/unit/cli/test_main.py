@@ -96,7 +96,11 @@ def test_exit_codes_are_those_of_the_errors(
     assert main(["export", "--checkpoint", missing, "--output", f"{missing}/hf"]) == 4
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
-    assert all(line.startswith("error: ") and missing in line for line in lines)
+    assert all(missing in line for line in lines)
+    # a run has ranks, so its failures name one
+    assert lines[0].startswith("ROOT CAUSE rank 0 (start): ")
+    assert lines[0].endswith("(exit code 2)")
+    assert all(line.startswith("error: ") for line in lines[1:])
 
 
 def test_a_verb_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

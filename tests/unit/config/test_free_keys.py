@@ -23,6 +23,7 @@ FREE = {
     "train.micro_batch_size",
     "train.attention",
     "train.activation_checkpointing",
+    "train.deterministic",
     "train.digest_every",
     "train.timeout_minutes",
     "train.init_from",

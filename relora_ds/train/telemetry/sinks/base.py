@@ -6,9 +6,10 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TextIO
 
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.train.telemetry.atomic import write_atomically
@@ -49,7 +50,8 @@ class MetricsFile:
     every parser can read the file. A run that diverged says so in summary.json.
 
     A resumed run repeats the steps after its checkpoint. Their old lines are dropped first, so the
-    file always holds one series; lines up to and including `resume_step` are kept byte for byte.
+    file always holds one series; lines up to and including `resume_step` are kept byte for byte,
+    but for what followed the report of that step: it happens after the checkpoint, and so again.
 
     Args:
         path: the file; its directory is created.
@@ -63,19 +65,30 @@ class MetricsFile:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                _drop_after(path, resume_step)
-            self._file = path.open("a", encoding="ascii", buffering=1)
+            self._file = _open_after(path, resume_step)
         except OSError as error:
             raise ConfigError(
                 f"cannot write {path}: {error.strerror}; choose an output_dir that can be written"
             ) from error
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps: the run goes back to a checkpoint of `step` updates.
+
+        Raises:
+            ReloraError: the file cannot be written.
+        """
+        try:
+            self._file.close()
+            self._file = _open_after(self._path, step)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line.
 
         Raises:
-            ReloraError: the line could not be written, for example because the disk is full.
+            ReloraError: the line could not be written, for example because the disk is full, or
+                was written to a file that has been removed.
         """
         record = {"step": step} | {name: finite_or_none(value) for name, value in metrics.items()}
         try:
@@ -84,22 +97,61 @@ class MetricsFile:
             # The unwritten line stays in the buffer: closing would try, and fail, again.
             with contextlib.suppress(OSError):
                 self._file.close()
-            raise ReloraError(
-                f"cannot write {self._path}: {error.strerror}; free some space and resume"
-            ) from error
+            raise self._unwritable(error) from error
+        self._check_place()
 
     def close(self, status: Status = "completed") -> None:
-        """Close the file. `status` is not recorded here."""
-        self._file.close()
+        """Close the file. `status` is not recorded here.
+
+        Raises:
+            ReloraError: the file is no longer where it was.
+        """
+        if self._file.closed:
+            return
+        try:
+            self._check_place()
+        finally:
+            self._file.close()
+
+    def _check_place(self) -> None:
+        """A file that was removed takes up lines as if nothing had happened.
+
+        Raises:
+            ReloraError: another file, or none, has its name by now.
+        """
+        try:
+            is_there = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise ReloraError(
+                f"{self._path} was removed or replaced while the run was writing to it, and what "
+                "the run wrote before may be lost with it; leave output_dir alone, and resume or "
+                "start again"
+            )
+
+    def _unwritable(self, error: OSError) -> ReloraError:
+        return ReloraError(
+            f"cannot write {self._path}: {error.strerror}; free some space and resume"
+        )
+
+
+def _open_after(path: Path, resume_step: int) -> TextIO:
+    """Open the file behind what an earlier part of the run is kept of."""
+    if path.exists():
+        _drop_after(path, resume_step)
+    return path.open("a", encoding="ascii", buffering=1)
 
 
 def _drop_after(path: Path, resume_step: int) -> None:
-    """Remove the lines of later steps, and unreadable ones, from an earlier part of the run."""
-    kept = [
-        line
-        for line, record in _parse(path)
-        if resume_step > 0 and record is not None and record["step"] <= resume_step
-    ]
+    """Remove what the checkpoint of a step does not know of, and unreadable lines."""
+    kept, reported = [], False
+    for line, record in _parse(path) if resume_step > 0 else ():
+        if record is None or record["step"] > resume_step:
+            continue
+        if record["step"] < resume_step or not reported:
+            kept.append(line)
+        reported |= record["step"] == resume_step and "tokens" in record  # then the run saves
     write_atomically(path, b"".join(line + b"\n" for line in kept))
 
 
@@ -110,6 +162,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
     """
     return [record for _, record in _parse(path) if record is not None]
+
+
+def last_figures(path: Path) -> dict[str, Any]:
+    """The last known value of every figure that steps reported, as a summary holds them.
+
+    Empty where there is no such file, or none that can be read.
+    """
+    figures: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        for record in read_metrics(path):
+            if "tokens" in record:
+                figures |= record
+    return figures
 
 
 def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

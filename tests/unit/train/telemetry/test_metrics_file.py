@@ -115,3 +115,37 @@ def test_a_failed_atomic_write_leaves_the_earlier_file(
         write_atomically(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_was_removed_does_not_take_lines_as_if_nothing_had_happened(
+    tmp_path: Path,
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.log(1, {"train/loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ReloraError, match="was removed or replaced"):
+        file.log(2, {"train/loss": 1.0})
+    with pytest.raises(ReloraError, match="was removed or replaced"):
+        file.close()
+    file.close()
+
+
+def test_what_followed_the_report_of_the_resumed_step_happens_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.log(3, {"tokens": 30, "train/loss": 1.0})
+    file.log(3, {"method/event": "transition"})
+    file.log(4, {"tokens": 40, "train/loss": 0.5})
+    file.close()
+    MetricsFile(path, resume_step=3).close()
+    assert read_metrics(path) == [{"step": 3, "tokens": 30, "train/loss": 1.0}]
+
+
+def test_a_rewound_file_goes_on_from_an_earlier_step(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.log(step, {"tokens": step, "train/loss": float(step)})
+    file.rewind(1)
+    file.log(2, {"tokens": 2, "train/loss": 9.0})
+    file.close()
+    assert [line["train/loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 9.0]

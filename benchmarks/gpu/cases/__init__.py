@@ -1,0 +1,1 @@
+"""The cases of the report, one module per stage; `catalogue` lists them."""

@@ -1,0 +1,88 @@
+"""Do all ranks stand at the same place of the same run? Asked once a step and before every event.
+
+A rank that is one step ahead, or whose method is in another state, would enter a collective that
+the others do not, and the run would hang or mix up values. All ranks therefore meet in one small
+reduction on the host, the same one wherever they are: ranks that come from different places meet
+as well, and find out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple, dataclass
+
+import torch
+
+from relora_ds.errors import DesyncError
+
+_BYTES = 7  # of a digest: it and its complement fit int64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands."""
+
+    point: str
+    """What it is about to do, in a word or two."""
+    step: int
+    """Completed updates of the run."""
+    phase: str
+    """Method in charge."""
+    state: str = ""
+    """Digest of the method's own state, where it has one."""
+
+    def __str__(self) -> str:
+        state = f", method state {self.state}" if self.state else ""
+        return f"{self.point} after {self.step} updates in phase {self.phase}{state}"
+
+    def digest(self) -> int:
+        """56 bits of all of it."""
+        return int(digest_of(repr(astuple(self)).encode()), 16)
+
+
+def digest_of(content: bytes) -> str:
+    """56 bits of any content, in hexadecimal."""
+    return hashlib.blake2b(content, digest_size=_BYTES).hexdigest()
+
+
+class Agreement:
+    """Meetings of all ranks, in a group of their own on the host: the answer must not wait for work
+    that is queued on a device. Made on every rank."""
+
+    def __init__(self) -> None:
+        self._group = torch.distributed.new_group(backend="gloo")
+
+    def meet(self, place: Place, stop: bool = False) -> bool:
+        """Wait for all ranks and make sure that they are at the same place. A collective call.
+
+        Args:
+            place: where this rank is.
+            stop: whether this rank wants the run to end here.
+
+        Returns:
+            Whether any rank wants that.
+
+        Raises:
+            DesyncError: on every rank: they are at different places; names them.
+        """
+        digest = place.digest()
+        # the largest and, inverted, the smallest in one reduction
+        flags = torch.tensor([int(stop), digest, ~digest])
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        wanted, high, low = flags.tolist()
+        if high != ~low:
+            self._refuse(place)
+        return bool(wanted)
+
+    def _refuse(self, place: Place) -> None:
+        places: list[str] = ["" for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(places, str(place), group=self._group)
+        ranks: dict[str, list[str]] = {}
+        for rank, text in enumerate(places):
+            ranks.setdefault(text, []).append(str(rank))
+        found = "; ".join(f"rank {', '.join(where)}: {text}" for text, where in ranks.items())
+        raise DesyncError(
+            f"the ranks are not at the same place of the run ({found}): they read different "
+            "checkpoints, run files or code, or one of them is at fault; make these the same on "
+            "every node and resume from the last checkpoint"
+        )

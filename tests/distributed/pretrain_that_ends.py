@@ -1,0 +1,63 @@
+"""launch/pretrain.py on a machine where one rank meets its end in a step: `END` says how and when.
+
+`END` is "HOW RANK STEP", as "kill 1 3".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from relora_ds.train.loop import Trainer
+from relora_ds.train.main import main
+
+_HOW, _RANK, _STEP = os.environ.get("END", "never 0 0").split()
+_update = Trainer._update
+
+
+def _fail() -> None:
+    raise ZeroDivisionError("on purpose")
+
+
+def _wait() -> None:
+    threading.Event().wait()
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _never_destroyed(group: object = None) -> None:
+    threading.Event().wait()
+
+
+_ENDS: dict[str, Callable[[], None]] = {
+    "raise": _fail,
+    "wait": _wait,
+    "stop": _stop,
+    "kill": _kill,
+    "never": lambda: None,
+}
+
+
+def _faulty(self: Trainer, phase: Any, engine: Any, session: Any, step: int, seen: Any) -> Any:
+    if os.environ.get("RANK", "0") == _RANK and step + 1 == int(_STEP):
+        _ENDS[_HOW]()
+    return _update(self, phase, engine, session, step, seen)
+
+
+if __name__ == "__main__":
+    Trainer._update = _faulty
+    # what NCCL does while a peer has queued work
+    torch.distributed.destroy_process_group = _never_destroyed
+    sys.exit(main(sys.argv[1:]))

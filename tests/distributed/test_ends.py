@@ -1,0 +1,137 @@
+"""However a rank ends, the job ends: with the cause, in time, with its code, and leaving nobody."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness.ranks import meeting_point, place, rank_environment, warm_process
+from tests.harness.run import write_run
+from tests.harness.warm import Script, Start
+
+pytestmark = pytest.mark.distributed
+
+_TIMEOUT_MINUTES = 0.1
+"""A rank is given up after three quarters of it."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended: exit codes and output by rank, and how long it took."""
+
+    codes: list[int | None]
+    said: list[str]
+    seconds: float
+
+    def last_line(self, rank: int) -> str:
+        return self.said[rank].rstrip().splitlines()[-1]
+
+
+def _end(run: dict[str, Any], tmp_path: Path, end: str, ranks: int) -> End:
+    run["train"] |= {"steps": 5000, "timeout_minutes": _TIMEOUT_MINUTES}
+    run["checkpoint"], run["eval"] = {"every": 0}, {"every": 0, "batches": 1}
+    description = write_run(run, tmp_path / "run.yaml")
+    environment = rank_environment() | meeting_point() | {"END": end}
+    job = Script("tests/distributed/pretrain_that_ends.py", (str(description),))
+    outputs = [tmp_path / f"rank_{rank}.txt" for rank in range(ranks)]
+    starts = [
+        Start(job, environment | place(rank, ranks), str(output))
+        for rank, output in enumerate(outputs)
+    ]
+    begun = time.monotonic()
+    warm = warm_process()
+    processes = warm.start(starts)
+    codes = warm.wait(processes, 60).codes
+    assert not any(psutil.pid_exists(process) for process in processes)
+    return End(codes, [output.read_text() for output in outputs], time.monotonic() - begun)
+
+
+def _reports(run: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    paths = Path(run["output_dir"]).glob("logs/error_rank_*.json")
+    found = [json.loads(path.read_text()) for path in paths]
+    return {report["rank"]: report for report in found}
+
+
+@pytest.mark.parametrize(("ranks", "failing"), [(1, 0), (2, 0), (2, 1), (4, 3)])
+def test_the_error_of_a_rank_is_the_error_of_the_job(
+    tiny_run: dict[str, Any], tmp_path: Path, ranks: int, failing: int
+) -> None:
+    """Although destroying the process group takes for ever, as it does under NCCL."""
+    end = _end(tiny_run, tmp_path, f"raise {failing} 3", ranks)
+    cause = f"ROOT CAUSE rank {failing} (step 3: between its parts): ZeroDivisionError: on purpose"
+    assert end.codes[failing] == 1
+    assert "in _fail" in end.said[failing], "the traceback is kept"
+    assert end.last_line(failing) == f"{cause} (exit code 1)"
+    others = [rank for rank in range(ranks) if rank != failing]
+    assert [end.codes[rank] for rank in others] == [7] * len(others)
+    if others:
+        assert end.last_line(others[0]).endswith(f"{cause} (exit code 1)")
+        assert all("ROOT CAUSE" not in end.said[rank] for rank in others[1:]), "one speaks for all"
+    reports = _reports(tiny_run)
+    assert sorted(reports) == list(range(ranks))
+    assert {rank: report["exit_code"] for rank, report in reports.items()} == dict(
+        enumerate(end.codes)
+    )
+    assert {report["root_cause"]["rank"] for report in reports.values()} == {failing}
+
+
+@pytest.mark.parametrize(("ranks", "killed"), [(2, 0), (4, 2)])
+def test_a_killed_rank_is_named_by_the_others(
+    tiny_run: dict[str, Any], tmp_path: Path, ranks: int, killed: int
+) -> None:
+    end = _end(tiny_run, tmp_path, f"kill {killed} 3", ranks)
+    assert end.codes == [-9 if rank == killed else 7 for rank in range(ranks)]
+    speaker = 1 if killed == 0 else 0
+    line = end.last_line(speaker)
+    assert line.startswith(f"rank {speaker} ends with exit code 7; ROOT CAUSE")
+    assert f"rank {speaker}: lost contact with another rank" in end.said[speaker]
+    assert f"ROOT CAUSE rank {killed} (" in line
+    assert "killed by a signal" in line
+
+
+@pytest.mark.parametrize(("ranks", "stopped"), [(2, 1), (2, 0)])
+def test_a_stopped_rank_is_given_up_and_not_left_behind(
+    tiny_run: dict[str, Any], tmp_path: Path, ranks: int, stopped: int
+) -> None:
+    end = _end(tiny_run, tmp_path, f"stop {stopped} 3", ranks)
+    assert end.codes == [-9 if rank == stopped else 7 for rank in range(ranks)]
+    said = end.said[1 - stopped]
+    assert f"ROOT CAUSE rank {stopped} (" in said.rstrip().splitlines()[-1]
+    assert "did not answer for" in said
+    assert f"stacks of rank {1 - stopped} in 'step 3: " in said
+    assert "in train_step" in said, "the stack of the thread that waits"
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_rank_that_waits_for_ever_is_named(
+    tiny_run: dict[str, Any], tmp_path: Path, ranks: int
+) -> None:
+    stuck = ranks // 2
+    end = _end(tiny_run, tmp_path, f"wait {stuck} 3", ranks)
+    assert end.codes == [7] * ranks
+    line = end.last_line(0)
+    assert f"ROOT CAUSE rank {stuck} (step 3: between its parts): no progress for" in line
+    for rank in range(ranks):
+        assert f"stacks of rank {rank} in 'step 3: " in end.said[rank]
+    assert "in _wait" in end.said[stuck]
+    assert end.seconds < 60 * _TIMEOUT_MINUTES + 30
+
+
+def test_the_end_of_a_complete_run_does_not_wait_for_ever(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has written everything: a process group that is not destroyed is no failure."""
+    from relora_ds.train.lifetime import lifetime
+
+    left: list[int] = []
+    monkeypatch.setattr(lifetime, "_GOODBYE_S", 0.1)
+    monkeypatch.setattr(lifetime.Lifetime, "_leave", lambda self, code: left.append(code))
+    monkeypatch.setattr("relora_ds.engine.distributed.stop", lambda: time.sleep(1.0))
+    lifetime.Lifetime().finish()
+    assert left == [0]

@@ -1,0 +1,113 @@
+"""What a run left behind, in a form that two runs can be compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+_OF_THE_START = re.compile(r"^throughput/|seconds|memory/max_allocated|^communication/")
+"""Figures of a line of metrics.jsonl that tell of this machine and this start, not of the run. At
+stage 3, DeepSpeed's first update after a start moves more: it has no trace to follow yet."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's results.
+
+    Args:
+        lines: of metrics.jsonl in order, without figures of the start that wrote them.
+        checkpoint: name of the last one.
+        state: what it holds, by file and entry: hashes of tensors, and plain values.
+        export: hashes of the exported tensors by name.
+        status: in summary.json.
+    """
+
+    lines: list[dict[str, Any]]
+    checkpoint: str
+    state: dict[str, Any]
+    export: dict[str, str]
+    status: str
+
+
+def outcome(output_dir: Path) -> Outcome:
+    """What a completed run left behind."""
+    checkpoints = output_dir / "checkpoints"
+    last = (checkpoints / "latest").read_text()
+    return Outcome(
+        lines(output_dir),
+        last,
+        state(checkpoints / last),
+        {name: sha256(t) for name, t in load_file(output_dir / "hf/model.safetensors").items()},
+        json.loads((output_dir / "summary.json").read_text())["status"],
+    )
+
+
+def lines(output_dir: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl, without figures of the start that wrote them."""
+    read = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
+    return [{k: v for k, v in line.items() if not _OF_THE_START.search(k)} for line in read]
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """Everything in a checkpoint but where it lies: hashes of tensors and plain values."""
+    found: dict[str, Any] = {}
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".pt":
+            found |= {f"{path.name}{k}": v for k, v in _leaves(_unpickled(path))}
+        elif path.suffix == ".safetensors":
+            found |= {f"{path.name}/{k}": sha256(t) for k, t in load_file(path).items()}
+        elif path.name == "trainer.json":
+            found |= {f"{path.name}{k}": v for k, v in _leaves(json.loads(path.read_text()))}
+    return found
+
+
+def difference(found: Outcome, expected: Outcome) -> str:
+    """What differs first between two runs; empty if nothing does."""
+    for number, (ours, theirs) in enumerate(zip(found.lines, expected.lines, strict=False)):
+        if ours != theirs:
+            keys = [k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)]
+            pairs = {k: (ours.get(k), theirs.get(k)) for k in sorted(keys)}
+            return f"line {number + 1} of metrics.jsonl, step {theirs['step']}: {pairs}"
+    if len(found.lines) != len(expected.lines):
+        return f"{len(found.lines)} lines of metrics.jsonl, not {len(expected.lines)}"
+    for part in ("checkpoint", "state", "export", "status"):
+        ours, theirs = getattr(found, part), getattr(expected, part)
+        if isinstance(ours, dict):
+            keys = [k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)]
+            ours, theirs = ({k: part.get(k) for k in sorted(keys)[:3]} for part in (ours, theirs))
+        if ours != theirs:
+            return f"{part}: {ours}, not {theirs}"
+    return ""
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """Hash of a tensor's type, shape and bits."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _unpickled(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)  # we wrote it ourselves
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and plain values below a node, each with its path."""
+    if isinstance(node, torch.Tensor):
+        yield path, sha256(node)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}/{key}")
+    elif isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            yield from _leaves(value, f"{path}/{number}")
+    elif isinstance(node, str | int | float | bool | None):
+        yield path, node

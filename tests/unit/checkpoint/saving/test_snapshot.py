@@ -1,0 +1,69 @@
+"""A snapshot is what was there, in memory of its own, and shares memory as the original did."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.checkpoint.saving.contents import Pickled, Tensors, size_of, tensors_in
+from relora_ds.checkpoint.saving.snapshot import HostBuffers, take_snapshot
+
+CPU = torch.device("cpu")
+
+
+def live() -> dict[str, Any]:
+    flat = torch.arange(10.0)
+    module = OrderedDict(head=flat[:4].view(2, 2), tail=flat[4:], tied=flat[4:])
+    vars(module)["_metadata"] = {"": {"version": 1}}
+    noted = torch.ones(3)
+    vars(noted)["ds_id"] = "0_20"
+    state = {"step": torch.tensor(3), "moments": (noted, [flat.t()]), "name": "adam", "lr": 0.1}
+    weight = nn.Parameter(torch.zeros(2), requires_grad=False)
+    return {"module": module, "optimizer": state, "weight": weight, "same": state}
+
+
+def pickled(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def copied(value: object, buffers: HostBuffers | None = None) -> Any:
+    snapshot = take_snapshot({"file": Pickled(value)}, CPU, buffers or HostBuffers(CPU))
+    snapshot.wait()
+    return snapshot.contents["file"].values()
+
+
+def test_the_copy_is_written_to_the_same_bytes() -> None:
+    value = live()
+    before = pickled(value)
+    copy = copied(value)
+    value["module"]["head"].zero_()
+    value["optimizer"]["lr"] = 0.2
+    assert pickled(copy) == before
+    assert pickled(value) != before
+
+
+def test_memory_is_copied_once_for_all_files() -> None:
+    flat = torch.arange(1000.0)
+    contents = {"a": Pickled([flat[:10], flat[10:]]), "b": Tensors({"x": flat})}
+    assert size_of(contents) == 4000
+    snapshot = take_snapshot(contents, CPU, HostBuffers(CPU)).contents
+    assert size_of(snapshot) == 4000
+    found = [t for content in snapshot.values() for t in tensors_in(content.values())]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+    assert len(found) == 3
+
+
+def test_buffers_are_used_again_and_hold_one_snapshot() -> None:
+    buffers, value = HostBuffers(CPU), torch.arange(100.0)
+    first = copied(value, buffers)
+    second = copied(value, buffers)
+    assert first.data_ptr() != second.data_ptr()
+    buffers.recycle()
+    places = {copied(value + number, buffers).data_ptr() for number in range(2)}
+    assert places == {first.data_ptr(), second.data_ptr()}
