@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,10 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
+def _write(text: str, path: Path) -> None:
+    path.write_text(text)
+
+
 def _copy_as_rank_7(path: Path) -> None:
     shutil.copy(path, path.with_name(path.name.replace("rank_1", "rank_7")))
 
@@ -55,9 +60,9 @@ _ALTERATIONS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "shard missing": (f"{_NEWEST}/{_OPTIMIZER}", Path.unlink, _OPTIMIZER),
     "stale shard": (f"{_NEWEST}/{_OPTIMIZER}", _copy_as_rank_7, "rank_7"),
     "latest missing": ("latest", Path.unlink, "latest"),
-    "latest empty": ("latest", lambda path: path.write_bytes(b"") and None, "latest"),
-    "latest outside": ("latest", lambda path: path.write_text("../step_20") and None, "latest"),
-    "latest lost": ("latest", lambda path: path.write_text("step_99") and None, "latest"),
+    "latest empty": ("latest", partial(_write, ""), "latest"),
+    "latest outside": ("latest", partial(_write, "../step_20"), "latest"),
+    "latest lost": ("latest", partial(_write, "step_99"), "latest"),
 }
 
 
