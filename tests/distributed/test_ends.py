@@ -81,6 +81,16 @@ def test_the_error_of_a_rank_is_the_error_of_the_job(
     assert {report["root_cause"]["rank"] for report in reports.values()} == {failing}
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_all_ranks_find_is_said_once(
+    tiny_run: dict[str, Any], tmp_path: Path, late: int
+) -> None:
+    end = _end(tiny_run, tmp_path, f"tell {late} 3", 2)
+    assert end.codes == [4, 4]
+    assert "".join(end.said).count("ROOT CAUSE") == 1, end.said
+    assert "".join(end.said).count("told to all ranks (exit code 4)") == 1
+
+
 @pytest.mark.parametrize(("ranks", "killed"), [(2, 0), (4, 2)])
 def test_a_killed_rank_is_named_by_the_others(
     tiny_run: dict[str, Any], tmp_path: Path, ranks: int, killed: int
