@@ -154,7 +154,8 @@ def test_ranks_that_cannot_meet_say_so_in_one_line(
         if rank == 0:
             taken.listen()
         job = Script("launch/pretrain.py", (str(description),))
-        environment = rank_environment() | place(rank, 2) | meeting
+        here = place(rank, 2) | {"LOCAL_RANK": "0"}  # each on a node of its own
+        environment = rank_environment() | here | meeting
         warm = warm_process()
         codes = warm.wait(warm.start([Start(job, environment, str(output))]), 60).codes
     said = output.read_text()
