@@ -9,7 +9,7 @@ from pathlib import Path
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
-from relora_ds.checkpoint.format.record import RunRecord, write_record
+from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, write_record
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
@@ -63,12 +63,19 @@ def reshape_checkpoint(
 
 def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
     saved = run.state()
-    write_state(saved, directory)
-    write_tensors(saved.clocks, directory / layout.side(""))
-    _, tensors = split_tensors(run.method_state())
+    step = record.trainer.step
+    write_state(saved, directory, step)
+    write_tensors(saved.clocks, directory / layout.side(""), step)
+    method = run.method_state()
+    _, tensors = split_tensors(method)
     if tensors:
-        write_tensors(tensors, directory / layout.method(""))
-    write_record(record, directory)
+        write_tensors(tensors, directory / layout.method(""), step)
+    shards = {
+        key: ShardedLike(parameter=name, dim=dim)
+        for key, (name, dim) in run.likeness(method).items()
+    }
+    trainer = record.trainer.model_copy(update={"method_shards": shards})
+    write_record(replace(record, trainer=trainer), directory)
     tokenizer = run.checkpoint / layout.TOKENIZER
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, directory / layout.TOKENIZER)

@@ -8,20 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import verify_manifest
-from relora_ds.checkpoint.format.record import read_record
+from relora_ds.checkpoint.format.manifest import Listed
+from relora_ds.checkpoint.format.record import RunRecord
 from relora_ds.checkpoint.format.tensors import read_tensors
+from relora_ds.checkpoint.format.verify import shares, verify_description, verify_files
 from relora_ds.checkpoint.restore import load_side_tensors, load_state, side_slices
 from relora_ds.checkpoint.saved_run import SavedRun, fitting
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
 from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.retention import unused_previous
-from relora_ds.checkpoint.store import find_checkpoint, latest_checkpoint, list_checkpoints
+from relora_ds.checkpoint.store import (
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+)
+from relora_ds.checkpoint.store import (
+    remedy as other_checkpoint,
+)
 from relora_ds.checkpoint.tp_state import PartOfState
 from relora_ds.config.free import free_keys
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.distributed import barrier, broadcast_object
+from relora_ds.engine.distributed import (
+    barrier,
+    broadcast_object,
+    gather_objects,
+    rank,
+    world_size,
+)
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
 from relora_ds.files.durable import describe, remedy
@@ -30,6 +44,8 @@ from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import Topology
 
 _logger = logging.getLogger(__name__)
+_TOKEN_FILES = "token files"
+_VALUE = 60  # characters of a value in a message
 
 
 def find_saved_run(config: RunConfig, is_main: bool) -> SavedRun | None:
@@ -46,8 +62,6 @@ def find_saved_run(config: RunConfig, is_main: bool) -> SavedRun | None:
         try:
             recover(Path(config.output_dir) / layout.CHECKPOINTS)
             checkpoint = choose_checkpoint(config)
-            if checkpoint is not None:
-                verify_manifest(checkpoint)
         except CheckpointError as error:
             problem = str(error)
         except OSError as error:
@@ -55,7 +69,57 @@ def find_saved_run(config: RunConfig, is_main: bool) -> SavedRun | None:
     problem, checkpoint = broadcast_object((problem, checkpoint))
     if problem is not None:
         raise CheckpointError(problem)
-    return None if checkpoint is None else SavedRun(checkpoint)
+    if checkpoint is None:
+        return None
+    record, problem = verified_by_all(checkpoint, is_main)
+    if record is not None:
+        return SavedRun(checkpoint, record)
+    return _older_run(checkpoint, config, is_main, problem)
+
+
+def verified_by_all(checkpoint: Path, is_main: bool) -> tuple[RunRecord | None, str]:
+    """Check a checkpoint, each process a share of its files. A collective call.
+
+    Returns:
+        What it says of itself, or None and what is wrong with it; the same on every rank.
+    """
+    problem = ""
+    described: tuple[RunRecord, dict[str, Listed]] | None = None
+    if is_main:
+        try:
+            described = verify_description(checkpoint)
+        except CheckpointError as error:
+            problem = str(error)
+    described, problem = broadcast_object((described, problem))
+    if described is None:
+        return None, problem
+    record, listed = described
+    own = shares(listed, world_size())[rank()]
+    try:
+        if own:
+            verify_files(checkpoint, record, listed, own)
+    except CheckpointError as error:
+        problem = str(error)
+    found = [each for each in gather_objects(problem) if each]
+    return (None, found[0]) if found else (record, "")
+
+
+def _older_run(checkpoint: Path, config: RunConfig, is_main: bool, problem: str) -> SavedRun:
+    """The newest whole checkpoint before a damaged one, if the run may take it.
+
+    Raises:
+        CheckpointError: it may not, or there is none; says what is wrong and what is left.
+    """
+    step = layout.step_of(checkpoint.name)
+    found = None if step is None else find_earlier(checkpoint.parent, step - 1, is_main)
+    if found is None:
+        raise CheckpointError(f"{problem}; {other_checkpoint([])}")
+    # a run that asks for a certain checkpoint gets no other one
+    if not config.checkpoint.fallback or config.checkpoint.resume not in ("auto", True):
+        raise CheckpointError(f"{problem}; {other_checkpoint([found.checkpoint])}")
+    if is_main:
+        _logger.warning("%s; taking %s in its place", problem, found.checkpoint)
+    return found
 
 
 def find_earlier(directory: Path, step: int, is_main: bool) -> SavedRun | None:
@@ -63,17 +127,15 @@ def find_earlier(directory: Path, step: int, is_main: bool) -> SavedRun | None:
 
     A collective call, like `find_saved_run`.
     """
-    found = None
-    for checkpoint in reversed(list_checkpoints(directory)) if is_main else ():
-        try:
-            verify_manifest(checkpoint)
-            if read_record(checkpoint).trainer.step <= step:
-                found = checkpoint
-                break
-        except CheckpointError as error:
-            _logger.warning("passed over: %s", error)
-    found = broadcast_object(found)
-    return None if found is None else SavedRun(found)
+    complete = list_checkpoints(directory) if is_main else []
+    found = [path for path in reversed(complete) if (layout.step_of(path.name) or 0) <= step]
+    for checkpoint in broadcast_object(found):
+        record, problem = verified_by_all(checkpoint, is_main)
+        if record is not None:
+            return SavedRun(checkpoint, record)
+        if is_main:
+            _logger.warning("passed over: %s", problem)
+    return None
 
 
 def choose_checkpoint(config: RunConfig) -> Path | None:
@@ -86,17 +148,26 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
     directory = Path(config.output_dir) / layout.CHECKPOINTS
     if resume is False:
         return None
-    if resume == "auto":
-        return latest_checkpoint(directory)
-    if resume is True:
-        found = latest_checkpoint(directory)
-        if found is None:
+    if resume in ("auto", True):
+        found = _newest(directory, config.checkpoint.fallback)
+        if found is None and resume is True:
             raise CheckpointError(
                 f"checkpoint.resume is true, but {directory} holds no checkpoint; use "
                 "checkpoint.resume=auto to start from the beginning if there is none"
             )
         return found
     return find_checkpoint(Path(resume))
+
+
+def _newest(directory: Path, fallback: bool) -> Path | None:
+    try:
+        return latest_checkpoint(directory)
+    except CheckpointError as error:
+        complete = list_checkpoints(directory)
+        if not fallback or not complete:
+            raise
+        _logger.warning("%s; taking %s", error, complete[-1])
+        return complete[-1]
 
 
 def set_aside_earlier_run(output_dir: Path) -> Path | None:
@@ -132,18 +203,34 @@ def check_resume(
     before = _settings(record.config, record.architecture, record.trainer.data_fingerprints)
     now = _settings(config, architecture, fingerprints)
     allowed = free_keys(RunConfig).union(config.checkpoint.allow_change)
-    differences = [
-        f"  {key}: checkpoint {before.get(key)!r}, run {now.get(key)!r}"
+    differing = [
+        (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not _covered(key, allowed)
     ]
-    if differences:
+    if differing:
+        keys = ", ".join(key for key, _, _ in differing if key in before and key != _TOKEN_FILES)
         raise CheckpointError(
             f"{saved.checkpoint}: belongs to a run that differs in\n"
-            + "\n".join(differences)
-            + "\nrestore these values, start anew with checkpoint.resume=false, or allow a change "
-            "with checkpoint.allow_change"
+            + _table(differing)
+            + "\nrestore these values, start anew with checkpoint.resume=false, or allow "
+            f"this with checkpoint.allow_change=[{keys}]"
         )
+
+
+def _table(differing: Sequence[tuple[str, Any, Any]]) -> str:
+    """One line per key, in columns: the key, its value in the checkpoint, its value now."""
+    rows = [("key", "checkpoint", "run")]
+    rows += [(key, _short(before), _short(now)) for key, before, now in differing]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(
+        f"  {key:<{widths[0]}}  {before:<{widths[1]}}  {now}" for key, before, now in rows
+    )
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else repr(value)
+    return text if len(text) <= _VALUE else f"{text[: _VALUE - 3]}..."
 
 
 def phases_left(config: RunConfig, saved: SavedRun | None) -> list[Phase]:
@@ -233,7 +320,7 @@ def _settings(
     """Everything that two runs may differ in, by dotted key, as plain values."""
     flat = dict(_flat(config.model_dump(mode="json")))
     flat |= _flat(architecture.model_dump(mode="json"), "architecture.")
-    return flat | {"token files": list(fingerprints)}
+    return flat | {_TOKEN_FILES: list(fingerprints)}
 
 
 def _covered(key: str, allowed: frozenset[str]) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import verify_manifest
-from relora_ds.checkpoint.format.record import read_record
+from relora_ds.checkpoint.format.record import RunRecord, read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
+from relora_ds.checkpoint.format.verify import verify_checkpoint
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
 from relora_ds.checkpoint.method_state import Likeness, join_parts, likeness_by_name, part_of
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
@@ -37,14 +37,15 @@ class SavedRun:
 
     Args:
         checkpoint: a directory `step_N` of any known format.
+        record: what it says of itself, where that was read already.
 
     Raises:
         CheckpointError: see `read_record`; or the files are of different runs.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, record: RunRecord | None = None) -> None:
         self.checkpoint = checkpoint
-        self.record = read_record(checkpoint)
+        self.record = record or read_record(checkpoint)
         self.method: Method[Any] = self._method_in_charge()
         # rewritten for other processes: by name, and whole
         self._ranks = 1 if is_written_state(checkpoint) else self.record.trainer.tp_size
@@ -86,7 +87,7 @@ class SavedRun:
             return states[0]
         with fitting(self.checkpoint, "the entries of its method's state"):
             shards = [self.shards(group) for group in groups]
-            return join_parts(states, shards, self._likeness(states[0]))
+            return join_parts(states, shards, self.likeness(states[0]))
 
     def own_method_state(self, tp: TensorParallel) -> dict[str, Any]:
         """One tensor-parallel rank's part of the method's state, as `load_state_dict` takes it.
@@ -100,15 +101,19 @@ class SavedRun:
         if self.is_sharded_like(tp):
             return self._method_file(tp)
         whole = self.method_state()
-        return whole if tp.size == 1 else part_of(whole, self.shards(tp), self._likeness(whole))
+        return whole if tp.size == 1 else part_of(whole, self.shards(tp), self.likeness(whole))
 
     def shards(self, tp: TensorParallel) -> Mapping[str, TPShard]:
         """Which part of every sharded parameter a rank of a tensor-parallel group holds."""
         parts = self.record.architecture, self.method, self.record.config.train
         return shards_of(sharded_meta_model(*parts, tp))
 
-    def _likeness(self, state: Mapping[str, Any]) -> Likeness:
-        """How the tensors of the method's state are sharded."""
+    def likeness(self, state: Mapping[str, Any]) -> Likeness:
+        """How the tensors of the method's state are sharded.
+
+        Args:
+            state: as `method_state` or `own_method_state` returns it.
+        """
         recorded = self.record.trainer.method_shards
         if recorded is None:
             return likeness_by_name(state)
@@ -151,8 +156,7 @@ def open_saved_run(path: Path) -> SavedRun:
         CheckpointError: there is none, it is not what was written, or cannot be read.
     """
     checkpoint = find_checkpoint(path)
-    verify_manifest(checkpoint)
-    return SavedRun(checkpoint)
+    return SavedRun(checkpoint, verify_checkpoint(checkpoint))
 
 
 @contextmanager

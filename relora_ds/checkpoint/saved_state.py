@@ -140,8 +140,11 @@ class WorkingValues(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def write_state(state: SavedState, directory: Path) -> None:
+def write_state(state: SavedState, directory: Path, step: int) -> None:
     """Write a state so that any topology can read it; at most one file is held in memory.
+
+    Args:
+        step: updates that the checkpoint in `directory` holds.
 
     Raises:
         CheckpointError: a tensor of it is damaged, or holds values that are not finite.
@@ -156,11 +159,11 @@ def write_state(state: SavedState, directory: Path) -> None:
             )
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
-            write_tensors(pending, directory / layout.state(number))
+            write_tensors(pending, directory / layout.state(number), step)
             pending, size, number = {}, 0, number + 1
         pending[key] = tensor
         size += grown
-    write_tensors(pending, directory / layout.state(number))
+    write_tensors(pending, directory / layout.state(number), step)
 
 
 def is_written_state(directory: Path) -> bool:

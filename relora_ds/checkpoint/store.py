@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import is_complete
 from relora_ds.errors import CheckpointError
+from relora_ds.files.regular import read_regular
 
 _POINTER_BYTES = 100  # more than any name of a checkpoint has
+_DESCRIPTION_BYTES = 64 << 20
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -26,7 +30,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def _is_of(path: Path, step: int) -> bool:
     """Whether a checkpoint says of itself that it is of this step."""
     try:
-        said = json.loads((path / layout.TRAINER).read_bytes())
+        said = json.loads(read_regular(path / layout.TRAINER, _DESCRIPTION_BYTES))
         return isinstance(said, dict) and said.get("step") == step
     except (OSError, ValueError, RecursionError):
         return False
@@ -40,8 +44,7 @@ def named_by_latest(directory: Path) -> str | None:
 def read_pointer(path: Path) -> str | None:
     """The name of a checkpoint in a file that holds one; None if it holds none."""
     try:
-        with path.open("rb") as file:
-            name = file.read(_POINTER_BYTES).decode().strip()
+        name = read_regular(path, _POINTER_BYTES).decode().strip()
     except (OSError, ValueError):
         return None
     return name if layout.step_of(name) is not None else None
@@ -51,20 +54,37 @@ def latest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint that `latest` names; None if there is none yet.
 
     Raises:
-        CheckpointError: `latest` names something that is not a checkpoint beside it.
+        CheckpointError: `latest` names something that is not a checkpoint beside it, is damaged, or
+            is missing where complete checkpoints are.
     """
     pointer = directory / layout.LATEST
-    if not pointer.is_file():
+    name = read_pointer(pointer)
+    if name is not None and (directory / name).is_dir():
+        return directory / name
+    complete = list_checkpoints(directory)
+    if name is not None:
+        problem = f"names {name!r}, which is not a checkpoint in that directory"
+    elif os.path.lexists(pointer):
+        problem = "is damaged: it names no checkpoint"
+    elif complete:
+        problem = "is missing beside complete checkpoints"
+    else:
         return None
-    name = pointer.read_text().strip()
-    path = directory / name
-    if layout.step_of(name) is None or not path.is_dir():
-        complete = [p.name for p in list_checkpoints(directory)]
-        remedy = f"resume from {complete[-1]}" if complete else "no complete checkpoint is left"
-        raise CheckpointError(
-            f"{pointer}: names {name!r}, which is not a checkpoint in that directory; {remedy}"
-        )
-    return path
+    raise CheckpointError(f"{pointer}: {problem}; {remedy(complete[-1:])}")
+
+
+def remedy(complete: Sequence[Path]) -> str:
+    """What to do where a checkpoint cannot be used.
+
+    Args:
+        complete: the one to use in its place, if there is one.
+    """
+    if not complete:
+        return "no complete checkpoint is left: start anew with checkpoint.resume=false"
+    return (
+        f"{complete[0]} is complete: resume from it with checkpoint.resume={complete[0]}, or let "
+        "checkpoint.fallback=true take it"
+    )
 
 
 def find_checkpoint(path: Path) -> Path:

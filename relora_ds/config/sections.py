@@ -218,6 +218,9 @@ class CheckpointConfig(Section):
     """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
     checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
     `previous_N`. A path: that `step_N`."""
+    fallback: bool = False
+    """Where the latest checkpoint is damaged, or `latest` is lost, go on from the newest whole one
+    instead of ending with exit code 4. Updates since then are trained again."""
     asynchronous: bool = False
     """Write checkpoints in the background from a copy of the state in host memory, while training
     goes on; one at a time. The last one of a run is always waited for."""

@@ -99,6 +99,11 @@ def rank() -> int:
     return torch.distributed.get_rank()
 
 
+def world_size() -> int:
+    """Number of processes."""
+    return torch.distributed.get_world_size()
+
+
 def barrier() -> None:
     """Wait for every process, however long one of them works on its host.
 

@@ -2,11 +2,14 @@
 
     python -m tests.golden.make_checkpoint --method relora --format 1
     python -m tests.golden.make_checkpoint --method relora --format 0 --project OTHER --record
+    python -m tests.golden.make_checkpoint --method relora --format 2 --stamp
 
 `checkpoints/METHOD_format_N` is the run of `checkpoints/METHOD.yaml` after STEP updates, written by
 a checkout that writes format N; for format 0, which has no number, that was commit 9371481. All
 formats of a method hold the same run: `METHOD.expected.json` was recorded once, by the checkout of
-format 0, and every later version has to continue each of them to the same numbers.
+format 0, and every later version has to continue each of them to the same numbers. Format 2 is that
+of format 1 with a stamp in every file of tensors: initial weights are drawn in another way since
+then, so that the run cannot be trained again.
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from relora_ds.checkpoint.format.manifest import write_manifest
+from relora_ds.checkpoint.format.record import read_record, write_record
+from relora_ds.checkpoint.format.stamp import KEY, stamp
+from relora_ds.checkpoint.format.tensors import write_tensors
+from relora_ds.engine.deepspeed.files import read_shard
 from tests.golden.record_runs import outcome
 
 GOLDEN = Path(__file__).resolve().parent / "checkpoints"
@@ -130,6 +138,19 @@ def make(project: Path, method: str, number: int, record: bool) -> None:
     expected(method).write_text(json.dumps(found, indent=1) + "\n")
 
 
+def stamp_files(method: str) -> None:
+    """Make format 2 of format 1."""
+    source, target = checkpoint(method, 1), checkpoint(method, 2)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    for path in target.glob("*.pt"):
+        torch.save({**read_shard(path), KEY: stamp(path.name, STEP)}, path)
+    for path in target.glob("*.safetensors"):
+        write_tensors(load_file(source / path.name), path, STEP)
+    write_record(read_record(target), target)
+    write_manifest(target)
+
+
 def main() -> None:
     """Write what is asked for."""
     parser = argparse.ArgumentParser(
@@ -139,7 +160,11 @@ def main() -> None:
     parser.add_argument("--format", type=int, required=True, help="number that the checkout writes")
     parser.add_argument("--project", type=Path, default=ROOT, help="checkout [this one]")
     parser.add_argument("--record", action="store_true", help="write METHOD.expected.json too")
+    parser.add_argument("--stamp", action="store_true", help="make format 2 of format 1")
     parsed = parser.parse_args()
+    if parsed.stamp:
+        stamp_files(parsed.method)
+        return
     make(parsed.project.resolve(), parsed.method, parsed.format, parsed.record)
 
 

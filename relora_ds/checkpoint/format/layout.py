@@ -27,6 +27,7 @@ per rank T that shares a copy of the model.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def going(directory: Path) -> list[Path]:
 def state(number: int) -> str:
     """Name of one of the files that hold every parameter by name."""
     return f"state-{number:05d}.safetensors"
+
+
+def is_state(name: str) -> bool:
+    """Whether a file of this name holds parameters by name."""
+    return fnmatch.fnmatchcase(name, STATES)
 
 
 def side(suffix: str) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, Contents, upgrade
+from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, STAMPED, Contents, format_of, upgrade
 from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
 from relora_ds.config.explain import explain
 from relora_ds.config.load import dump_run_config, validate_run
@@ -19,10 +20,15 @@ from relora_ds.config.reading.document import Document
 from relora_ds.config.reading.source import read_yaml
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.files.regular import read_regular
 
 S = TypeVar("S", bound=Section)
 RECORD = (layout.TRAINER, layout.RUN, layout.MODEL)
 """Names of the files that hold a `RunRecord`."""
+
+_SUMS = "sha256"
+"""Where `trainer.json` keeps the SHA-256 of the other two descriptions."""
+_MAX_BYTES = 64 << 20  # what a method keeps beside its tensors is some thousand numbers
 
 
 class ShardedLike(Section):
@@ -95,17 +101,19 @@ class RunRecord:
     """The resolved run."""
     architecture: ModelConfig
     """Its model."""
+    format: int = field(default=FORMAT, compare=False)
+    """Number of the format that it was read from."""
 
 
 def encode_record(record: RunRecord) -> dict[str, bytes]:
     """Contents of `trainer.json`, `run.yaml` and `model.json` in today's format, by name."""
-    trainer = {KEY: FORMAT, **record.trainer.model_dump(mode="json")}
-    texts = {
-        layout.TRAINER: json.dumps(trainer, indent=1) + "\n",
-        layout.RUN: dump_run_config(record.config),
-        layout.MODEL: record.architecture.model_dump_json(indent=1) + "\n",
+    others = {
+        layout.RUN: dump_run_config(record.config).encode(),
+        layout.MODEL: (record.architecture.model_dump_json(indent=1) + "\n").encode(),
     }
-    return {name: text.encode() for name, text in texts.items()}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in others.items()}
+    trainer = {KEY: FORMAT, _SUMS: sums, **record.trainer.model_dump(mode="json")}
+    return {layout.TRAINER: (json.dumps(trainer, indent=1) + "\n").encode(), **others}
 
 
 def write_record(record: RunRecord, directory: Path) -> None:
@@ -126,8 +134,12 @@ def read_record(checkpoint: Path) -> RunRecord:
         run = read_yaml(checkpoint / layout.RUN)
     except ConfigError as error:
         raise _unusable(error.problems) from error
-    read = Contents(_read_json(trainer_path), run.data, _read_json(model_path))
+    trainer = _read_json(trainer_path)
+    sums = trainer.pop(_SUMS, {})
+    read = Contents(trainer, run.data, _read_json(model_path))
     contents = upgrade(read, trainer_path)
+    if format_of(read) >= STAMPED:
+        _check_sums(checkpoint, sums)
     try:
         config = validate_run(replace(run, data=contents.run))
     except ConfigError as error:
@@ -136,12 +148,25 @@ def read_record(checkpoint: Path) -> RunRecord:
         _validated(TrainerState, contents.trainer, trainer_path),
         config,
         _validated(ModelConfig, contents.model, model_path),
+        format_of(read),
     )
+
+
+def _check_sums(checkpoint: Path, sums: object) -> None:
+    """Make sure that the three descriptions were written together.
+
+    Raises:
+        CheckpointError: one of them is of another checkpoint, or was cut or edited.
+    """
+    for name in (layout.RUN, layout.MODEL):
+        found = hashlib.sha256(read_regular(checkpoint / name, _MAX_BYTES)).hexdigest()
+        if not isinstance(sums, dict) or sums.get(name) != found:
+            raise _unusable([f"{checkpoint / name}: is not the one that {layout.TRAINER} names"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_regular(path, _MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise _unusable([f"{path}: cannot be read ({reason})"]) from error

@@ -38,12 +38,20 @@ def _from_0(old: Contents) -> Contents:
     return replace(old, trainer=trainer)
 
 
-_UPGRADES: tuple[Callable[[Contents], Contents], ...] = (_from_0,)
+def _from_1(old: Contents) -> Contents:
+    """Nothing to do: files of tensors say since then which file of which step they are."""
+    return old
+
+
+_UPGRADES: tuple[Callable[[Contents], Contents], ...] = (_from_0, _from_1)
 """Entry N makes format N + 1 of format N. It raises nothing: what is missing or of another type is
 found when the result is validated."""
 
 FORMAT = len(_UPGRADES)
 """The number that is written today."""
+
+STAMPED = 2
+"""The first format whose files of tensors have a stamp."""
 
 
 def upgrade(read: Contents, path: Path) -> Contents:
@@ -56,7 +64,7 @@ def upgrade(read: Contents, path: Path) -> Contents:
     Raises:
         CheckpointError: the number is no format, or one of a later version.
     """
-    number = read.trainer.get(KEY, 0)
+    number = format_of(read)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise CheckpointError(
             f"{path}: {KEY} is {show(number)}, but must be a number from 0 to {FORMAT}: the file "
@@ -72,6 +80,11 @@ def upgrade(read: Contents, path: Path) -> Contents:
     for step in _UPGRADES[number:]:
         contents = step(contents)
     return contents
+
+
+def format_of(read: Contents) -> Any:
+    """The format number that a description has, whatever stands there."""
+    return read.trainer.get(KEY, 0)
 
 
 def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

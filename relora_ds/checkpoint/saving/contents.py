@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -11,6 +11,8 @@ import torch
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RECORD, RunRecord, encode_record
+from relora_ds.checkpoint.format.stamp import KEY as STAMP
+from relora_ds.checkpoint.format.stamp import stamp
 from relora_ds.checkpoint.restore import side_slices, side_tensors
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.files.durable import OutputFile
@@ -60,10 +62,12 @@ class Tensors:
     """Tensors by name, in safetensors' format."""
 
     tensors: Mapping[str, torch.Tensor]
+    stamp: Mapping[str, str] = field(default_factory=dict)
+    """Kept in the file's header."""
 
     def write(self, file: OutputFile) -> None:
         """Append them."""
-        stream_safetensors(file, self.tensors)
+        stream_safetensors(file, self.tensors, self.stamp)
 
     def values(self) -> object:
         """The tensors by name."""
@@ -71,7 +75,7 @@ class Tensors:
 
     def with_values(self, values: Any) -> Tensors:
         """A file of other tensors."""
-        return Tensors(values)
+        return Tensors(values, self.stamp)
 
 
 @dataclass(frozen=True)
@@ -136,14 +140,18 @@ def contents_of_rank(
         topology: the first rank writes what exists once, the first of each tensor-parallel place
             what all copies of the model share.
     """
-    contents: dict[str, Content] = {n: Pickled(value) for n, value in engine.shards().items()}
-    slices = side_slices(engine)
-    if slices:
-        contents[layout.side_of_rank(topology.rank)] = Tensors(slices)
+    step = record.trainer.step
+    contents: dict[str, Content] = {
+        name: Pickled({**value, STAMP: stamp(name, step)})
+        for name, value in engine.shards().items()
+    }
+    named = {layout.side_of_rank(topology.rank): side_slices(engine)}
     if topology.dp_rank == 0:
-        contents[layout.side(topology.tp.suffix)] = Tensors(side_tensors(engine))
-        if method_tensors:
-            contents[layout.method(topology.tp.suffix)] = Tensors(method_tensors)
+        named[layout.method(topology.tp.suffix)] = dict(method_tensors)
+    named = {name: tensors for name, tensors in named.items() if tensors}
+    if topology.dp_rank == 0:
+        named[layout.side(topology.tp.suffix)] = side_tensors(engine)
+    contents |= {n: Tensors(tensors, stamp(n, step)) for n, tensors in named.items()}
     if topology.is_main:
         contents |= {name: Described(record, name) for name in RECORD}
         if tokenizer is not None:

@@ -20,7 +20,7 @@ from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
 from tests.golden.make_checkpoint import VALID, checkpoint, expected, export_hash, machine
 
-KNOWN = [("relora", 0), ("relora", 1), ("switchlora", 0)]
+KNOWN = [("relora", 0), ("relora", 1), ("relora", 2), ("switchlora", 0)]
 golden = pytest.mark.parametrize(("method", "number"), KNOWN)
 
 
@@ -58,7 +58,10 @@ def test_rewriting(method: str, number: int, tmp_path: Path) -> None:
     reshape_checkpoint(source, target, dp_size=2, stage=3)
     assert json.loads((target / layout.TRAINER).read_text())[KEY] == FORMAT
     before, after = SavedRun(source), SavedRun(target)
-    changes = {"dp_size": 2, "zero_stage": 3}
+    # earlier formats did not say how tensors of the method's state are sharded
+    shards = after.record.trainer.method_shards
+    assert shards is not None
+    changes = {"dp_size": 2, "zero_stage": 3, "method_shards": shards}
     assert after.record.trainer == before.record.trainer.model_copy(update=changes)
     assert after.record.config == before.record.config
     _assert_equal(dict(before.state().tensors()), dict(after.state().tensors()))

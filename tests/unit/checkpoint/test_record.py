@@ -95,7 +95,7 @@ def test_damaged_files(saved: Saved, name: str, content: str) -> None:
 @pytest.mark.parametrize("name", [layout.RUN, layout.MODEL])
 def test_missing_files(saved: Saved, name: str) -> None:
     saved.remove(name)
-    with pytest.raises(CheckpointError, match=f"{name}: cannot be read \\(No such file"):
+    with pytest.raises(CheckpointError, match=f"{name}: missing from {layout.MANIFEST}"):
         DenseModel(saved.path)
 
 

@@ -80,23 +80,27 @@ def test_every_difference_is_listed() -> None:
         continues(checkpoint("relora", 0), *overrides, fingerprints=["x"])
     first, *differences, remedy = str(caught.value).splitlines()
     assert first == f"{checkpoint('relora', 0)}: belongs to a run that differs in"
-    assert differences[:-1] == [
-        "  method.rank: checkpoint 2, run 4",
-        "  method.reset.joint: checkpoint True, run False",
-        "  optimizer.lr: checkpoint 0.01, run 0.5",
+    assert [row.split() for row in differences[:-1]] == [
+        ["key", "checkpoint", "run"],
+        ["method.rank", "2", "4"],
+        ["method.reset.joint", "True", "False"],
+        ["optimizer.lr", "0.01", "0.5"],
     ]
-    assert differences[-1].startswith("  token files: checkpoint ['1621d33c")
+    assert differences[-1].startswith("  token files         ['1621d33c")
+    starts = {row.index(value) for row, value in zip(differences[1:4], "2T0", strict=True)}
+    assert len(starts) == 1, "values stand below each other"
     assert "checkpoint.resume=false" in remedy
-    assert "checkpoint.allow_change" in remedy
+    assert "checkpoint.allow_change=[method.rank, method.reset.joint, optimizer.lr]" in remedy
 
 
 def test_another_method_and_another_model(saved: Saved) -> None:
     with pytest.raises(CheckpointError) as caught:
         continues(checkpoint("switchlora", 0))
-    assert "  method.name: checkpoint 'switchlora', run 'relora'" in str(caught.value)
-    assert "  method.interval: checkpoint 4.0, run None" in str(caught.value)
+    rows = [row.split(maxsplit=2) for row in str(caught.value).splitlines()]
+    assert ["method.name", "'switchlora'", "'relora'"] in rows
+    assert ["method.interval", "4.0", "not there"] in rows
     saved.edit(layout.MODEL, lambda data: data.update(rope_theta=500.0))
-    with pytest.raises(CheckpointError, match=r"architecture\.rope_theta: checkpoint 500\.0"):
+    with pytest.raises(CheckpointError, match=r"architecture\.rope_theta +500\.0"):
         continues(saved.path)
 
 
@@ -104,7 +108,7 @@ def test_a_permitted_change() -> None:
     key = "checkpoint.allow_change"
     continues(checkpoint("relora", 0), "train.steps=9", f"{key}=[train.steps]")
     continues(checkpoint("relora", 0), "schedule.warmup_steps=2", f"{key}=[schedule]")
-    with pytest.raises(CheckpointError, match=r"train\.steps: checkpoint 8, run 9"):
+    with pytest.raises(CheckpointError, match=r"train\.steps +8 +9"):
         continues(checkpoint("relora", 0), "train.steps=9", f"{key}=[train.seed]")
 
 
@@ -123,8 +127,8 @@ def test_keys_that_were_added_later_count_as_their_defaults(saved: Saved) -> Non
     continues(saved.path)
     with pytest.raises(CheckpointError) as caught:
         continues(saved.path, "train.gradient_reduction=step")
-    line = "  train.gradient_reduction: checkpoint 'micro_batch', run 'step'"
-    assert str(caught.value).splitlines()[1:-1] == [line]
+    row = ["train.gradient_reduction", "'micro_batch'", "'step'"]
+    assert [line.split() for line in str(caught.value).splitlines()[2:-1]] == [row]
 
 
 def _has(data: dict[str, Any], key: str) -> bool:
@@ -158,10 +162,17 @@ def test_what_resume_asks_for(output_dir: Path, tmp_path: Path) -> None:
             choose_checkpoint(config(nowhere, f"checkpoint.resume={wanted}"))
 
 
-def test_a_saved_run_is_verified_before_it_is_read(
-    output_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process is all of them."""
     monkeypatch.setattr(resume, "broadcast_object", lambda value: value)
+    monkeypatch.setattr(resume, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(resume, "rank", lambda: 0)
+    monkeypatch.setattr(resume, "world_size", lambda: 1)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_saved_run_is_verified_before_it_is_read(output_dir: Path) -> None:
     run = config(f"output_dir={output_dir}")
     found = find_saved_run(run, is_main=True)
     assert found is not None
@@ -173,15 +184,80 @@ def test_a_saved_run_is_verified_before_it_is_read(
         find_saved_run(run, is_main=True)
 
 
+@pytest.fixture
+def two_saved(tmp_path: Path) -> Path:
+    """A run with two whole checkpoints, after 5 and 6 updates, the later one named in `latest`."""
+    checkpoints = tmp_path / "run" / layout.CHECKPOINTS
+    for step in (5, 6):
+        path = checkpoints / f"step_{step}"
+        shutil.copytree(checkpoint("relora", 1), path)
+        copied = Saved(path)
+        copied.edit(layout.TRAINER, lambda data, n=step: data.update(step=n, tokens=n * 64))
+    (checkpoints / layout.LATEST).write_text("step_6")
+    return tmp_path / "run"
+
+
+def damage(path: Path) -> str:
+    """Flip a bit of the model; returns the file's name."""
+    model = next(path.glob("*model_states.pt"))
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    return model.name
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_damaged_checkpoint_names_the_whole_one_before_it(two_saved: Path) -> None:
+    checkpoints = two_saved / layout.CHECKPOINTS
+    name = damage(checkpoints / "step_6")
+    with pytest.raises(CheckpointError) as caught:
+        find_saved_run(config(f"output_dir={two_saved}"), is_main=True)
+    assert f"step_6/{name}: the content changed" in str(caught.value)
+    assert f"checkpoint.resume={checkpoints / 'step_5'}" in str(caught.value)
+    run = config(f"output_dir={two_saved}", "checkpoint.fallback=true")
+    found = find_saved_run(run, is_main=True)
+    assert found is not None
+    assert found.checkpoint == checkpoints / "step_5"
+    damage(checkpoints / "step_5")
+    with pytest.raises(CheckpointError, match="no complete checkpoint is left"):
+        find_saved_run(run, is_main=True)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_certain_checkpoint_is_never_replaced(two_saved: Path) -> None:
+    wanted = two_saved / layout.CHECKPOINTS / "step_6"
+    damage(wanted)
+    overrides = [f"output_dir={two_saved}", f"checkpoint.resume={wanted}"]
+    with pytest.raises(CheckpointError, match="the content changed"):
+        find_saved_run(config(*overrides, "checkpoint.fallback=true"), is_main=True)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("wanted", ["auto", "true"])
+def test_a_lost_latest_never_starts_over(two_saved: Path, wanted: str) -> None:
+    (two_saved / layout.CHECKPOINTS / layout.LATEST).unlink()
+    overrides = [f"output_dir={two_saved}", f"checkpoint.resume={wanted}"]
+    with pytest.raises(CheckpointError, match="is missing beside complete checkpoints"):
+        find_saved_run(config(*overrides), is_main=True)
+    found = find_saved_run(config(*overrides, "checkpoint.fallback=true"), is_main=True)
+    assert found is not None
+    assert found.checkpoint.name == "step_6"
+
+
+@pytest.mark.usefixtures("alone")
+def test_every_rank_reports_what_any_found(
+    two_saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(f"output_dir={two_saved}")
+    monkeypatch.setattr(resume, "gather_objects", lambda value: [value, "side: changed", "late"])
+    with pytest.raises(CheckpointError, match=r"^side: changed"):
+        find_saved_run(run, is_main=True)
+
+
 def test_every_rank_reports_what_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = checkpoint("relora", 1)
     monkeypatch.setattr(resume, "broadcast_object", lambda value: ("step_5: missing", None))
     with pytest.raises(CheckpointError, match="step_5: missing"):
         find_saved_run(config(), is_main=False)
-    monkeypatch.setattr(resume, "broadcast_object", lambda value: (None, path))
-    found = find_saved_run(config(f"checkpoint.resume={path.parent}/none"), is_main=False)
-    assert found is not None
-    assert found.checkpoint == path
 
 
 def test_phases_that_are_left(saved: Saved) -> None:

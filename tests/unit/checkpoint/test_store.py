@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +35,45 @@ def test_nothing_to_find(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["step_9", "step_5.tmp", "../elsewhere", ""])
-def test_latest_names_something_else(tmp_path: Path, place: Place, name: str) -> None:
-    place(tmp_path, 5)
-    (tmp_path / layout.LATEST).write_text(name)
-    with pytest.raises(CheckpointError, match=f"names {name!r}, .*; resume from step_5"):
+LATEST: dict[str, tuple[bytes, str]] = {
+    "gone": (b"step_9", "names 'step_9'"),
+    "unfinished": (b"step_5.tmp", "is damaged"),
+    "elsewhere": (b"../elsewhere", "is damaged"),
+    "absolute": (b"/etc", "is damaged"),
+    "empty": (b"", "is damaged"),
+    "no text": (b"\xff\x00", "is damaged"),
+    "long": (b"step_5" * 1000, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", LATEST)
+def test_latest_names_something_else(tmp_path: Path, place: Place, case: str) -> None:
+    content, words = LATEST[case]
+    whole = place(tmp_path, 5)
+    (tmp_path / layout.LATEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        latest_checkpoint(tmp_path)
+    assert f"checkpoint.resume={whole}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "link to nothing"])
+def test_latest_is_no_file(tmp_path: Path, place: Place, kind: str) -> None:
+    whole, pointer = place(tmp_path, 5), tmp_path / layout.LATEST
+    if kind == "directory":
+        pointer.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(pointer)
+    elif kind == "link to nothing":
+        pointer.symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=f"{layout.LATEST}: is ") as caught:
+        latest_checkpoint(tmp_path)
+    assert f"checkpoint.resume={whole}" in str(caught.value)
+    assert "checkpoint.fallback=true" in str(caught.value)
+
+
+def test_latest_without_any_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / layout.LATEST).write_text("step_5")
+    with pytest.raises(CheckpointError, match=r"start anew with checkpoint\.resume=false"):
         latest_checkpoint(tmp_path)
 
 

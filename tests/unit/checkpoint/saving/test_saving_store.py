@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import verify_manifest
+from relora_ds.checkpoint.format.manifest import check_file, read_manifest
 from relora_ds.checkpoint.format.record import RunRecord, read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.saving import task
@@ -81,6 +81,12 @@ class Run:
             return self.save(step)[0]
         except CheckpointError as error:
             return str(error)
+
+
+def verify_manifest(directory: Path) -> None:
+    """Every listed file is what was written."""
+    for name, listed in read_manifest(directory).items():
+        check_file(directory / name, listed)
 
 
 def names(directory: Path) -> list[str]:
@@ -251,7 +257,7 @@ def test_the_last_save_must_succeed(tmp_path: Path) -> None:
 
 def test_an_error_of_the_program_is_not_lost(run: Run) -> None:
     def shards() -> dict[str, Any]:
-        return {SHARD: threading.Lock()}
+        return {SHARD: {"lock": threading.Lock()}}
 
     run.engine.shards = shards
     with pytest.raises(CheckpointError, match="TypeError: cannot pickle"):
