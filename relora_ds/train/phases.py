@@ -210,7 +210,7 @@ def _refuse_non_finite(engine: TrainEngine, saved: SavedRun) -> None:
     problem = engine.non_finite()
     if problem is not None:
         raise CheckpointError(
-            f"{saved.checkpoint} holds values that are not finite: {problem}; the run diverged "
+            f"{saved.checkpoint} cannot be continued, not finite: {problem}; the run diverged "
             "before it was saved: name an earlier checkpoint with checkpoint.resume=PATH"
         )
 

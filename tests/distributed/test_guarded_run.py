@@ -39,6 +39,24 @@ def test_a_destroyed_model_is_neither_saved_nor_exported(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
 
+def test_weights_too_large_to_compute_with_are_not_saved(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """They are finite themselves, and no evaluation looks at them before the save."""
+    tiny_run["method"] = {"name": "lora", "rank": 4}
+    tiny_run["train"] |= {"steps": 4}
+    tiny_run["optimizer"] = {"lr": 1e30, "clip": 0.0}
+    tiny_run["schedule"] = {"warmup_steps": 1, "min_lr_ratio": 1.0}
+    tiny_run["checkpoint"] = {"every": 1}
+    tiny_run["eval"] = {"every": 0}
+    code, output = run([str(write_run(tiny_run, tmp_path / "run.yaml"))], processes=2)
+    assert code == 5, output
+    assert "step 2: not finite after the update: the model's output" in output
+    assert f"resume from {tmp_path / 'run' / 'checkpoints' / 'step_1'}" in output
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_1"]
+    assert not (tmp_path / "run" / "hf").exists()
+
+
 def test_a_start_from_weights_that_are_not_finite_is_refused(
     tiny_run: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from relora_ds.checkpoint.export import DenseModel, FiniteWeights, export_hf
 from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.manifest import write_manifest
+from relora_ds.checkpoint.format.tensors import write_tensors
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.errors import CheckpointError
 from tests.unit.checkpoint.conftest import Saved
@@ -31,10 +34,11 @@ def rewritten(saved: Saved, tmp_path: Path) -> Saved:
 
 
 def poison(saved: Saved, key: str, value: float) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[key].view(-1)[3] = value
-
-    saved.edit(layout.state(0), change)
+    path = saved.path / layout.state(0)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not a view of it
+    tensors[key].view(-1)[3] = value
+    write_tensors(tensors, path, step=5)
+    write_manifest(saved.path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
