@@ -76,7 +76,7 @@ def test_a_kill_between_skips_changes_nothing(tiny_corpus: TinyCorpus, tmp_path:
     whole = runs.write("relora", tiny_corpus, tmp_path / "whole", **settings)
     expected = completed(whole, run_job(whole.arguments(), *bad))
     assert lines(whole.output_dir)[-1]["guards/skipped_steps"] == 3
-    run = runs.write("relora", tiny_corpus, tmp_path / "killed", **settings)
+    run = runs.write("relora", tiny_corpus, tmp_path / "other", **settings)
     for step in (10, 14):
         end = run_job(run.arguments(), *bad, Fault(at.AFTER_UPDATE, _KILL, step=step))
         assert at.AFTER_UPDATE.name in end.struck
@@ -115,7 +115,7 @@ def test_a_rollback_meets_a_save_in_the_background_and_a_kill(
     assert (last["guards/skipped_steps"], last["guards/rollbacks"]) == (1, 1)
 
     behind = {"checkpoint": {"every": 4, "keep": 2, "asynchronous": True}}
-    run = runs.write("relora", tiny_corpus, tmp_path / "background", **settings, **behind)
+    run = runs.write("relora", tiny_corpus, tmp_path / "along", **settings, **behind)
     slow = Fault(_SLOW_WRITE, Sleep(1.0), step=None, again=True)
     end = run_job(run.arguments(), nan(10), slow)
     assert _SLOW_WRITE.name in end.struck
@@ -123,7 +123,7 @@ def test_a_rollback_meets_a_save_in_the_background_and_a_kill(
     assert difference(replace(found, lines=[]), replace(expected, lines=[])) == ""
     assert bad_steps(run) == [10]
 
-    run = runs.write("relora", tiny_corpus, tmp_path / "killed", **settings)
+    run = runs.write("relora", tiny_corpus, tmp_path / "other", **settings)
     end = run_job(run.arguments(), nan(10), Fault(at.AFTER_UPDATE, _KILL, step=11))
     assert at.AFTER_UPDATE.name in end.struck
     found = completed(run, run_job(run.arguments(), nan(10)))
