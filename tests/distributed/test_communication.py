@@ -59,6 +59,10 @@ def reductions() -> dict[str, list[list[float]]]:
 def test_every_group_is_bounded_by_the_run() -> None:
     """DeepSpeed names no timeout for its groups; torch's own default is 30 minutes."""
     timeouts = run_ranks(communication.group_timeouts, WORLD_SIZE)
+    # one group waits for a host's work, which may take longer than any collective of a step
+    host = max(timeouts)
+    assert timeouts.count(host) == 1
+    timeouts.remove(host)
     assert len(timeouts) > 1
     assert set(timeouts) == {60 * GROUP_TIMEOUT_MINUTES}
 

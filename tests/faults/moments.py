@@ -23,21 +23,21 @@ BEFORE_EVALUATION = Moment("before an evaluation", Doing("evaluate"))
 AFTER_EVALUATION = Moment("after an evaluation", Doing("evaluate", "after"))
 
 SAVE_BEGINS = Moment("save begins", Doing("save"))
-SHARD_TORN = Moment("first shard written", Call("torch:save", "after"))
-BETWEEN_SHARDS = Moment("between shards", Call("torch:save"), nth=2)
-BEFORE_SIDE_FILES = Moment(
-    "before side files", Call("relora_ds.checkpoint.format.tensors:write_tensors")
-)
+IN_SHARD = Moment("a shard half written", Call("relora_ds.files.durable:OutputFile.write"), nth=20)
+BETWEEN_SHARDS = Moment("between shards", File("open", r"_states\.pt$"), nth=2)
+BEFORE_SIDE_FILES = Moment("before side files", File("open", r"/side[^/]*\.safetensors$"))
 BEFORE_MANIFEST = Moment("before the manifest", File("open", r"manifest\.json"))
 BEFORE_RENAME = Moment("before the checkpoint's rename", File("os.rename", r"/step_\d+$"))
 BEFORE_LATEST = Moment("before latest", File("os.rename", r"/latest$"))
-BEFORE_PRUNING = Moment("after latest, before pruning", File("shutil.rmtree", r"/step_\d+$"))
+BEFORE_PRUNING = Moment("after latest, before pruning", File("os.rename", r"/step_\d+\.stale$"))
 IN_PRUNING = Moment("pruning half done", File("os.remove", r"optim_states\.pt$"))
 AFTER_SAVE = Moment("after a save", Doing("save", "after"))
 
-BEFORE_RESTORE = Moment("before the state is loaded", Call("relora_ds.train.run:restore_phase"))
+BEFORE_RESTORE = Moment(
+    "before the state is loaded", Call("relora_ds.checkpoint.resume:restore_phase")
+)
 AFTER_RESTORE = Moment(
-    "after the state was loaded", Call("relora_ds.train.run:restore_phase", "after")
+    "after the state was loaded", Call("relora_ds.checkpoint.resume:restore_phase", "after")
 )
 
 EXPORT_BEGINS = Moment("export begins", Call("relora_ds.model.hf:write_hf"))

@@ -17,7 +17,7 @@ from tests.conftest import TinyCorpus
 from tests.faults import moments as at
 from tests.faults import runs
 from tests.faults.conftest import Unbroken
-from tests.harness.faults import Fault, Kill, Tear
+from tests.harness.faults import Fault, Kill
 from tests.harness.jobs import run_job
 from tests.harness.outcome import Outcome, difference, lines, outcome
 
@@ -25,34 +25,35 @@ pytestmark = pytest.mark.distributed
 
 _JOB, _RANK, _LAUNCHER = Kill("job"), Kill("rank"), Kill("launcher")
 
-# In the order in which a run meets them: a checkpoint follows every fourth update.
-_BEGINNING = (
+# In the order in which a run meets them: a checkpoint follows every fourth update, and one that was
+# complete when its writer was killed is found and used.
+_FIRST = (
     Fault(at.STARTED, _JOB),
     Fault(at.MID_ACCUMULATION, _JOB, rank=1, step=3),
     Fault(at.SAVE_BEGINS, _RANK, rank=1, step=4),
-    Fault(at.SHARD_TORN, Tear(), step=4),
+    Fault(at.IN_SHARD, _JOB, step=4),
     Fault(at.BETWEEN_SHARDS, _JOB, step=4),
     Fault(at.AFTER_BACKWARD, _JOB, rank=1, step=6),
+    Fault(at.BEFORE_EVALUATION, _RANK, rank=1, step=8),
     Fault(at.BEFORE_SIDE_FILES, _JOB, step=8),
     Fault(at.BEFORE_MANIFEST, _JOB, step=8),
     Fault(at.BEFORE_RENAME, _JOB, step=8),
-    Fault(at.BEFORE_LATEST, _JOB, step=8),
-    Fault(at.BEFORE_EVALUATION, _RANK, rank=1, step=8),
 )
-_END = (
+_LAST = (
     Fault(at.BEFORE_RESTORE, _JOB),
     Fault(at.AFTER_RESTORE, _JOB, rank=1),
     Fault(at.IN_OPTIMIZER, _JOB, step=14),
     Fault(at.AFTER_LINE, _JOB, step=15),
     Fault(at.AFTER_EVALUATION, _JOB, rank=1, step=16),
-    Fault(at.BEFORE_PRUNING, _JOB, step=16),
-    Fault(at.IN_PRUNING, _JOB, step=20),
-    Fault(at.AFTER_UPDATE, _LAUNCHER, step=21),
-    Fault(at.BEFORE_SUMMARY, _JOB),
-    Fault(at.BEFORE_PLOT, _JOB),
+    Fault(at.BEFORE_LATEST, _JOB, step=16),
+    Fault(at.BEFORE_PRUNING, _JOB, step=20),
+    Fault(at.AFTER_UPDATE, _LAUNCHER, step=22),
+    Fault(at.IN_PRUNING, _JOB, step=24),
     Fault(at.EXPORT_BEGINS, _JOB),
     Fault(at.IN_EXPORT, _RANK),
     Fault(at.EXPORT_UNNAMED, _JOB),
+    Fault(at.BEFORE_PLOT, _JOB),
+    Fault(at.BEFORE_SUMMARY, _JOB),
 )
 _OWN = {
     "relora": (
@@ -71,28 +72,32 @@ _OWN = {
     ),
     "sltrain": (),
 }
-
-
+_IN_SAVE = (
+    at.IN_SHARD,
+    at.BETWEEN_SHARDS,
+    at.BEFORE_MANIFEST,
+    at.BEFORE_RENAME,
+    at.BEFORE_LATEST,
+    at.BEFORE_PRUNING,
+    at.IN_PRUNING,
+)
 _TAKEN = {
-    "relora": (slice(0, None, 2), slice(0, None, 3)),
+    "relora": (slice(0, 6, 2), slice(0, None, 2)),  # its transition comes before update 8
     "switchlora": (slice(1, None, 2), slice(1, None, 2)),
-    "sltrain": (slice(0, None, 3), slice(None)),
+    "sltrain": (slice(4, None, 2), slice(None)),
 }
-"""Which moments of beginning and end a method is tried at by default: all of them, together."""
+"""Which moments of the first and last updates a method is tried at by default: all, together."""
 
 
 def _chain(method: str) -> Sequence[Fault]:
-    beginning, end = _TAKEN[method]
-    return (*_BEGINNING[beginning], *_OWN[method], *_END[end])
+    first, last = _TAKEN[method]
+    return (*_FIRST[first], *_OWN[method], *_LAST[last])
 
 
 def _matrix() -> Iterator[tuple[str, Fault]]:
     """Every victim at every moment of every method."""
     for method in runs.METHODS:
-        for fault in (*_BEGINNING, *_OWN[method], *_END):
-            if isinstance(fault.action, Tear):
-                yield method, fault
-                continue
+        for fault in (*_FIRST, *_OWN[method], *_LAST):
             ranks = (0,) if fault.moment in at.MAIN_ONLY else (0, 1)
             for rank in ranks:
                 yield method, replace(fault, action=_RANK, rank=rank)
@@ -110,6 +115,16 @@ def test_a_run_that_is_killed_again_and_again_is_the_unbroken_one(
     for fault in chain:
         _break(run, fault, unbroken(method))
     _complete(run, unbroken(method))
+
+
+def test_a_save_in_the_background_may_be_killed_at_any_moment(
+    tiny_corpus: TinyCorpus, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """Whatever the next updates are doing meanwhile: the first save of a process is struck."""
+    run = runs.write("relora", tiny_corpus, tmp_path, checkpoint={"asynchronous": True})
+    for moment in _IN_SAVE:
+        _break(run, Fault(moment, _JOB), unbroken("relora"))
+    _complete(run, unbroken("relora"))
 
 
 @pytest.mark.slow

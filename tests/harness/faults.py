@@ -99,11 +99,6 @@ class Seen:
     arguments: tuple[Any, ...] = ()
     result: Any = None
 
-    @property
-    def path(self) -> Path:
-        """The first argument that is a path."""
-        return Path(next(a for a in self.arguments if isinstance(a, str | Path)))
-
 
 class Action(Protocol):
     """What a fault does to the process that it strikes."""
@@ -141,15 +136,6 @@ class Signal:
 
     def __call__(self, seen: Seen) -> None:
         os.kill(os.getpid(), self.number)
-
-
-@dataclass(frozen=True)
-class Tear:
-    """Half of the file that was just written is lost, and the process is killed."""
-
-    def __call__(self, seen: Seen) -> None:
-        os.truncate(seen.path, seen.path.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-_OF_THE_START = re.compile(r"^throughput/|seconds|memory/max_allocated|^communication/")
+_OF_THE_START = re.compile(
+    r"^throughput/|seconds|memory/max_allocated|^communication/|^checkpoint/"
+)
 """Figures of a line of metrics.jsonl that tell of this machine and this start, not of the run. At
-stage 3, DeepSpeed's first update after a start moves more: it has no trace to follow yet."""
+stage 3, DeepSpeed's first update after a start moves more: it has no trace to follow yet. The size
+of a checkpoint follows the length of the paths in its run file."""
 
 
 @dataclass(frozen=True)
