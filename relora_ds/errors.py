@@ -51,7 +51,7 @@ class CheckpointError(ReloraError):
 
 
 class DivergenceError(ReloraError):
-    """The loss or the gradient norm is not finite."""
+    """Loss, gradient, weights or an event are not to be believed; nothing of it was saved."""
 
     exit_code = 5
 
