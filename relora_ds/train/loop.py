@@ -62,6 +62,8 @@ class Trainer:
     that a run that is killed behind a save misses no line."""
     failed_saves: int = 0
     """Since this process started."""
+    build_peak: int = 0
+    """Most memory in use until the phase's first step, in bytes."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -110,6 +112,7 @@ class Trainer:
                 metrics |= self._method_metrics(session, metrics)
                 metrics |= self._step_metrics(seen, self._learning_rates(phase, step), meter)
                 metrics["memory/max_allocated_bytes"] = max_allocated_bytes(engine.device)
+                metrics["memory/build_allocated_bytes"] = self.build_peak
                 seen = Seen()
             if "method/event" in metrics or _is_due(done, self.config.train.digest_every):
                 engine.check_replicas(session.replicas(), metrics.get("method/event"))

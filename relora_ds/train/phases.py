@@ -43,6 +43,7 @@ from relora_ds.planning.memory_report import (
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
+from relora_ds.train.telemetry.memory import restart_peak
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
 from relora_ds.train.telemetry.sinks.base import last_figures
@@ -135,6 +136,8 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
                     restore_phase(saved, engine, session, topology, stage)
                     _refuse_non_finite(engine, saved)
         meter = _build_meter(config.train, engine, topology.world_size)
+        # that of the steps shall not hide behind the start's
+        trainer.build_peak = restart_peak(engine.device)
         trainer.stop.take_over()
         rewind = trainer.run_phase(phase, engine, session, meter, completed)
         if rewind is not None:
