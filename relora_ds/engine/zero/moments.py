@@ -37,6 +37,10 @@ class ZeroMoments(Moments):
         self._completed_steps = completed_steps
         self._collectives = collectives
 
+    @property
+    def updates(self) -> int:
+        return self._completed_steps()
+
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         first = self._layout.optimizer_state(parameter, "exp_avg")
         second = self._layout.optimizer_state(parameter, "exp_avg_sq")
