@@ -43,6 +43,7 @@ from relora_ds.planning.memory_report import (
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
+from relora_ds.train.telemetry.memory import restart_peak
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
 from relora_ds.train.telemetry.sinks.base import last_figures
@@ -176,6 +177,8 @@ def _train_phase(
                 restore_phase(resumed, engine, session, topology, prepared.zero.stage)
                 _refuse_non_finite(engine, resumed)
     meter = _build_meter(prepared.config.train, engine, topology.world_size)
+    # that of the steps shall not hide behind the start's
+    trainer.build_peak = restart_peak(engine.device)
     trainer.stop.take_over()
     return engine, trainer.run_phase(phase, engine, session, meter, completed)
 

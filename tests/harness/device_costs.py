@@ -53,9 +53,9 @@ class SimulatedDevice(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        keywords: dict[str, Any] = kwargs or {}
         name = func.name().removeprefix("aten::").partition(".")[0]
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(_tensors((args, keywords)))
         here = [t for t in tensors if t.device == DEVICE]
         there = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0]
         if name == "_local_scalar_dense" and here:
@@ -68,9 +68,9 @@ class SimulatedDevice(TorchDispatchMode):
             self.costs.waits.append(name)
             return args[0]  # the most that may be chosen
         if name == "_to_copy":
-            return self._moved(func, args[0], args, kwargs)
+            return self._moved(func, args[0], args, keywords)
         if name == "copy_" and args[0].device != args[1].device:
-            return self._copied(args[0], args[1], args[2] if len(args) > 2 else False, kwargs)
+            return self._copied(args[0], args[1], args[2] if len(args) > 2 else False, keywords)
         if here and there:
             if name not in _INDEXED or args[0].device != DEVICE:
                 raise MixedDevicesError(
@@ -79,12 +79,12 @@ class SimulatedDevice(TorchDispatchMode):
             # torch takes an index of the host to the device first
             self.costs.blocking += [name] * len(there)
             args = _taken(args)
-            kwargs = _taken(kwargs)
-        made = kwargs.get("device")
+            keywords = _taken(keywords)
+        made = keywords.get("device")
         takes_part = here or (made is not None and torch.device(made) == DEVICE)
         if takes_part and not (func.is_view or name.startswith(_FREE)):
             self.costs.launches.append(name)
-        return func(*args, **kwargs)
+        return func(*args, **keywords)
 
     def _moved(self, func: Any, source: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         target = torch.device(kwargs.get("device") or source.device)
@@ -127,7 +127,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _taken(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device=DEVICE)
+        return value if value.device == DEVICE else torch.empty_like(value, device=DEVICE)
     if isinstance(value, (list, tuple)):
         return type(value)(_taken(item) for item in value)
     if isinstance(value, dict):
