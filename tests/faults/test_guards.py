@@ -12,7 +12,7 @@ from tests.conftest import TinyCorpus
 from tests.faults import moments as at
 from tests.faults import runs
 from tests.faults.actions import EnlargeLeft, FlipBit
-from tests.harness.faults import Call, Fault, Kill, Moment, Scale
+from tests.harness.faults import Call, Fault, Kill, Moment, Scale, Sleep
 from tests.harness.jobs import End, run_job
 from tests.harness.outcome import Outcome, difference, lines, outcome
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed
 
 _LOSS = Moment("loss", Call("relora_ds.model.llama:Llama.forward", "after"))
 _PRODUCT = Moment("product added", Call("relora_ds.engine.zero.weights:ZeroWeights.add_product"))
+_SLOW_WRITE = Moment("slow write", Call("torch:save"))
 _STEPS = {"steps": 15}
 _KILL = Kill("job")
 
@@ -101,3 +102,30 @@ def test_which_tensor_parallel_rank_finds_it_does_not_matter(
         found.append(completed(run, run_job(run.arguments(), nan(9, rank))))
         assert lines(run.output_dir)[-1]["guards/skipped_steps"] == 1
     assert difference(*found) == ""
+
+
+def test_a_rollback_meets_a_save_in_the_background_and_a_kill(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """Step 10 is left out after the run went back to step 8, whose save is still under way."""
+    settings = {"guards": {"non_finite": "rollback"}, "train": _STEPS}
+    run = runs.write("relora", tiny_corpus, tmp_path / "plain", **settings)
+    expected = completed(run, run_job(run.arguments(), nan(10)))
+    last = lines(run.output_dir)[-1]
+    assert (last["guards/skipped_steps"], last["guards/rollbacks"]) == (1, 1)
+
+    behind = {"checkpoint": {"every": 4, "keep": 2, "asynchronous": True}}
+    run = runs.write("relora", tiny_corpus, tmp_path / "along", **settings, **behind)
+    slow = Fault(_SLOW_WRITE, Sleep(1.0), step=None, again=True)
+    end = run_job(run.arguments(), nan(10), slow)
+    assert _SLOW_WRITE.name in end.struck
+    found = completed(run, end)
+    assert difference(replace(found, lines=[]), replace(expected, lines=[])) == ""
+    assert bad_steps(run) == [10]
+
+    run = runs.write("relora", tiny_corpus, tmp_path / "other", **settings)
+    end = run_job(run.arguments(), nan(10), Fault(at.AFTER_UPDATE, _KILL, step=11))
+    assert at.AFTER_UPDATE.name in end.struck
+    found = completed(run, run_job(run.arguments(), nan(10)))
+    assert difference(found, expected) == ""
+    assert bad_steps(run) == [10]
