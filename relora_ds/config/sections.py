@@ -98,7 +98,7 @@ class TrainConfig(Section):
     tf32: bool = False
     """On GPUs: let matrix products of fp32 runs round their inputs to 10 bits of mantissa. Edits of
     base weights are fp32 products too and lose as much."""
-    timeout_minutes: Free[PositiveFloat] = 10.0
+    timeout_minutes: Free[Annotated[float, Field(gt=0, le=1e6)]] = 10.0
     """A collective that takes longer ends the run with exit code 7."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_results_altered_checkpoint_and_other_run(
 
     code, output = run([description, "method.rank=2"])
     assert code == 4
-    assert "method.rank: checkpoint 4, run 2" in output
+    assert re.search(r"method\.rank +4 +2", output)
 
     shard = next((output_dir / "checkpoints" / "step_11").glob("*optim_states.pt"))
     content = bytearray(shard.read_bytes())
