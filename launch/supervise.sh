@@ -1,4 +1,4 @@
-# Sourced by single_node.sh and multi_node.sh: runs a launcher that stops when asked and cleans up.
+# Sourced by the scripts that train: runs a launcher that stops when asked and cleans up.
 # shellcheck shell=bash
 #
 # The deepspeed command must not be signalled: on one machine it forgets its ranks, with a hostfile it
@@ -65,6 +65,12 @@ code_of_table() { # CODE: what it means where a launcher or a signal has changed
   esac
 }
 
+code_of_cause() { # CODE: for one that says little, that of the rank which failed first, if a rank told it
+  local stated=""
+  case "$1" in 1 | 7) stated="$(sed -n '1s/.*(exit code \([1-9][0-9]*\))$/\1/p' "$state_dir/cause")" ;; esac
+  echo "${stated:-$1}"
+}
+
 explain() { # CODE: the last line of a launch that failed
   local cause
   cause="$(head -n 1 "$state_dir/cause")"
@@ -122,8 +128,11 @@ supervise() { # COMMAND...: returns the ranks' exit code
   fi
   mapfile -t codes <"$state_dir/exits"
   code="$(code_of_table "$(root_cause "${codes[@]}" "$code")")"
+  code="$(code_of_cause "$code")"
   case "$asked$code" in
-    early* | yes1 | yes143 | yes129 | yes130) code=75 ;; # nothing had begun that could be saved
+    early*) code=75 ;;
+    yes1 | yes143 | yes129 | yes130) # nothing had begun that could be saved, unless a rank says otherwise
+      if [ ! -s "$state_dir/cause" ]; then code=75; fi ;;
   esac
   explain "$code"
   return "$code"

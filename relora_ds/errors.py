@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_SHOWN = 50
+
 
 class ReloraError(ValueError):
     """Base of every error that is reported to the user as one line instead of a traceback."""
@@ -26,7 +28,14 @@ class ConfigError(ReloraError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(self.shown))
+
+    @property
+    def shown(self) -> list[str]:
+        """The problems as a user is told them: the first ones, and how many there are beyond."""
+        beyond = len(self.problems) - _SHOWN
+        more = [f"and {beyond:,} more problems"] if beyond > 0 else []
+        return [*self.problems[:_SHOWN], *more]
 
 
 class DataError(ReloraError):
@@ -42,7 +51,7 @@ class CheckpointError(ReloraError):
 
 
 class DivergenceError(ReloraError):
-    """The loss or the gradient norm is not finite."""
+    """Loss, gradient, weights or an event are not to be believed; nothing of it was saved."""
 
     exit_code = 5
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.device import set_arithmetic
 from relora_ds.methods.interface import Event
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import Topology, share_models
@@ -99,10 +100,8 @@ def join(config: RunConfig) -> Topology:
 
 
 def be_deterministic() -> None:
-    """Ask torch for the same bits every time. The variable that cuBLAS needs is set by the tool."""
-    torch.use_deterministic_algorithms(True)
-    # what is allocated is written before it is read; filling it first costs bandwidth
-    cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
+    """Choose kernels as a run with `train.deterministic` does."""
+    set_arithmetic(run_config(METHODS["full"], deterministic=True).train)
 
 
 @dataclass(frozen=True)

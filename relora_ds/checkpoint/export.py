@@ -92,6 +92,36 @@ class _InFp32(Mapping[str, torch.Tensor]):
         return len(self._weights)
 
 
+class FiniteWeights(Mapping[str, torch.Tensor]):
+    """Weights of which none that is read may be NaN or infinite.
+
+    Args:
+        weights: read on access.
+        source: where they are from, for the message.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], source: Path) -> None:
+        self._weights, self._source = weights, source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(
+                f"{self._source}: {name} holds values that are not finite: the model there "
+                "diverged or the file is damaged; start from another one"
+            )
+        return weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # the inherited one would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     """Write the dense model of a checkpoint as a Hugging Face directory.
 

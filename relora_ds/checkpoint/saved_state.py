@@ -151,10 +151,18 @@ def write_state(state: SavedState, directory: Path, step: int) -> None:
 
     Args:
         step: updates that the checkpoint in `directory` holds.
+
+    Raises:
+        CheckpointError: a tensor of it is damaged, or holds values that are not finite.
     """
     pending: dict[str, torch.Tensor] = {_STEP: torch.tensor(state.completed)}
     size, number = 0, 0
     for key, tensor in state.tensors():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{key} holds values that are not finite: the run diverged before this checkpoint "
+                "was saved, and nothing can go on from it; use an earlier one"
+            )
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
             write_tensors(pending, directory / layout.state(number), step)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.redaction import mask_urls
 
 _SCRIPT = re.compile(r"python tools/\w+\.py")
 
@@ -75,7 +76,7 @@ def run_tool(work: Callable[[], None]) -> int:
     try:
         work()
     except ReloraError as error:
-        problems = error.problems if isinstance(error, ConfigError) else [error]
-        sys.stderr.writelines(f"error: {problem}\n" for problem in problems)
+        problems = error.shown if isinstance(error, ConfigError) else [error]
+        sys.stderr.writelines(f"error: {mask_urls(str(problem))}\n" for problem in problems)
         return error.exit_code
     return 0

@@ -25,6 +25,8 @@ _RULES = {
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
+    "string_pattern_mismatch": "must be a path",
+    "string_too_long": "must be a path",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
     "dict_type": "must be a section of keys",

@@ -25,6 +25,7 @@ from relora_ds.config.reading.override import apply_overrides
 from relora_ds.config.reading.source import dump_yaml, read_text, read_yaml
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
+from relora_ds.redaction import mask_urls
 
 __all__ = [
     "LoadedRun",
@@ -104,8 +105,11 @@ def check_processes(run: LoadedRun, processes: int) -> None:
 
 
 def dump_run_config(config: RunConfig) -> str:
-    """The run as YAML, defaults written out, that `load_run_config` reads to an equal config."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """The run as YAML, defaults written out, that `load_run_config` reads to an equal config.
+
+    What is between `//` and `@` of a URL is left out: it is written into files that travel.
+    """
+    return mask_urls(dump_yaml(config.model_dump(mode="json")))
 
 
 def _validate(data: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from relora_ds.config.base import PositiveFloat, PositiveInt, Section
 
+Width = Annotated[int, Field(gt=0, le=2**22)]
+"""A dimension of a weight. The largest vocabularies and models stay well below."""
+
 
 class ModelConfig(Section):
     """A decoder-only LLaMA: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
@@ -15,19 +18,19 @@ class ModelConfig(Section):
     `load.read_model_config` builds it from an HF `config.json`, old or new spelling.
     """
 
-    vocab_size: PositiveInt
+    vocab_size: Width
     """Rows of the embedding and of the head."""
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width of the residual stream."""
-    intermediate_size: PositiveInt
+    intermediate_size: Width
     """Width of the gated MLP."""
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1000)]
     """Decoder layers."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Width
     """Query heads."""
-    num_key_value_heads: PositiveInt
+    num_key_value_heads: Width
     """Key and value heads; fewer than query heads is grouped-query attention."""
-    head_dim: PositiveInt
+    head_dim: Width
     """Width of one head; even, because rotary positions turn pairs."""
     max_position_embeddings: PositiveInt = 2048
     """Longest sequence; `train.seq_length` may not exceed it."""

@@ -6,7 +6,7 @@ reading files in `load`.
 
 from __future__ import annotations
 
-from relora_ds.config.base import Free, Section
+from relora_ds.config.base import FilePath, Free, Section
 from relora_ds.config.methods.catalogue import MethodConfig
 from relora_ds.config.sections import (
     CheckpointConfig,
@@ -24,11 +24,11 @@ from relora_ds.config.sections import (
 class RunConfig(Section):
     """One training run. Paths are taken relative to the current directory."""
 
-    output_dir: Free[str]
+    output_dir: Free[FilePath]
     """Everything the run writes goes here."""
-    model: Free[str]
+    model: Free[FilePath]
     """JSON file with HF `LlamaConfig` keys."""
-    deepspeed: Free[str]
+    deepspeed: Free[FilePath]
     """JSON file with DeepSpeed's own keys; `"auto"` values are filled in from this file."""
     method: MethodConfig
     """Training method and its settings."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from relora_ds.config.base import (
+    FilePath,
     Free,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,12 +24,12 @@ class DataConfig(Section):
     """What is read. `files`: token files written by `tools/prepare_data.py`. `builtin`: a small
     English corpus built on first use from the documentation that ships with Python, with its own
     tokenizer."""
-    train: Free[list[tuple[PositiveFloat, str]] | str | None] = None
+    train: Free[list[tuple[PositiveFloat, FilePath]] | FilePath | None] = None
     """Token file prefix of the training set, or a blend of them: `[[weight, prefix], ...]`. Weights
     are normalised."""
-    valid: Free[str | None] = None
+    valid: Free[FilePath | None] = None
     """Token file prefix of the validation set."""
-    tokenizer: Free[str | None] = None
+    tokenizer: Free[FilePath | None] = None
     """SentencePiece model that produced the token files; copied into checkpoints and exports."""
     verify: Free[Literal["whole", "ends"]] = "whole"
     """How token files are checked against what was recorded of them before training. `whole`: every
@@ -37,7 +38,7 @@ class DataConfig(Section):
     unnoticed. Files without a record are always read whole."""
     builtin_vocab_size: Annotated[int, Field(ge=512, le=32000)] = 2048
     """Vocabulary of the tokenizer trained on the builtin corpus."""
-    cache_dir: Free[str | None] = None
+    cache_dir: Free[FilePath | None] = None
     """Where the builtin corpus is kept. Default: `$XDG_CACHE_HOME/relora_ds` or
     `~/.cache/relora_ds`."""
 
@@ -84,7 +85,7 @@ class TrainConfig(Section):
     a process keeps its part only. `step`: once per update, which moves 1/k of the bytes with k
     micro-batches and keeps whole gradients of what is trained in between, as stages 0 and 1 do
     anyway."""
-    init_from: Free[str | None] = None
+    init_from: Free[FilePath | None] = None
     """Start from these weights instead of a random draw: an HF LLaMA directory or a checkpoint of
     ours (a directory `step_N`, or `checkpoints` for the latest). The step count starts at zero."""
     digest_every: Free[NonNegativeInt] = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -12,10 +13,13 @@ from torch.distributed import ProcessGroup
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.backend import DeepSpeedBackend
+from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.per_layer import PerLayerEngine
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
+
+_logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -108,4 +112,16 @@ def start_backend(
     if config.train.per_layer_update:
         device = next(model.parameters()).device
         return PerLayerEngine(model, optimizer, zero, device, config.train.master_weights)
+    if zero.stage == 0 and _waits_per_parameter(config):
+        _logger.warning(
+            "zero_optimization.stage is 0 with train.precision bf16 on a GPU: DeepSpeed's wrapper "
+            "for it waits for the device once per parameter in every update; take stage 1, which "
+            "computes the same and is faster on one GPU too"
+        )
     return DeepSpeedBackend(model, optimizer, zero, tp)
+
+
+def _waits_per_parameter(config: RunConfig) -> bool:
+    """Whether the device is one that can be waited for, and stage 0 has fp32 masters of bf16."""
+    train = config.train
+    return train.precision == "bf16" and train.master_weights and accelerator_type() == "cuda"

@@ -189,7 +189,8 @@ def _no_meeting(error: Exception) -> ReloraError:
             f"port {port} of this machine is in use, so the ranks cannot meet there: choose "
             "another with --master_port (deepspeed, torchrun) or MASTER_PORT (launch scripts)"
         )
-    if "failed to connect" in text or "connection refused" in text:
+    unanswered = ("failed to connect", "connection refused", "while trying to connect")
+    if any(words in text for words in unanswered):
         return ConfigError(
             f"nobody answers at {host}:{port}, where the ranks are to meet: rank 0 has to run "
             f"there, and the network has to let the others through ({_first_line(error)})"

@@ -16,7 +16,7 @@ from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.device import check_places
-from relora_ds.engine.finite import FiniteCheck
+from relora_ds.engine.finite import FiniteCheck, is_finite_everywhere
 from relora_ds.engine.optimizer import build_optimizer, unapplied
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
@@ -159,12 +159,20 @@ class TrainEngine:
         self._digest.check(more or {}, event)
 
     def non_finite(self) -> str | None:
-        """What of weights, masters and moments is not finite, with its ranks; None if all is.
+        """What of weights, masters and moments is not finite, with its ranks, or that the model's
+        output is not; None if all is.
 
-        A collective call that waits for the device.
+        A collective call that waits for the device. Finite weights can be so large that nothing
+        that is computed with them is finite: the run cannot go on from these either.
         """
         names = dict(self.model.named_parameters())
-        return FiniteCheck(names, self.layout, self.bases, self.matrices).problem()
+        problem = FiniteCheck(names, self.layout, self.bases, self.matrices).problem()
+        if problem is None:
+            with torch.no_grad():
+                output = self.state.probe()
+            if output is not None and not is_finite_everywhere(output):
+                problem = "the model's output on a fixed batch, though its weights are finite"
+        return problem
 
     def completed_steps(self) -> int:
         """Updates that the optimizer itself has applied in this phase, skipped ones not counted."""

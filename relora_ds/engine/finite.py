@@ -47,9 +47,7 @@ class FiniteCheck:
         """
         held = {name: tensor for name, tensor in self._held() if tensor.numel()}
         extent = get_total_norm(list(held.values()), norm_type=float("inf"))
-        found = (~torch.isfinite(extent)).to(self._device(), torch.int32)
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        if not int(found):
+        if is_finite_everywhere(extent.to(self._device())):
             return None
         own = [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]
         return _describe(gather_objects(own))
@@ -78,6 +76,19 @@ class FiniteCheck:
 
     def _device(self) -> torch.device:
         return next(iter(self._names.values())).device
+
+
+def is_finite_everywhere(values: torch.Tensor) -> bool:
+    """Whether the values are finite on every rank; the answer is the same on each.
+
+    A collective call that waits for the device.
+
+    Args:
+        values: of any shape, where collectives take their tensors; they may differ by rank.
+    """
+    found = (~torch.isfinite(values).all()).to(torch.int32)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return not int(found)
 
 
 def _describe(by_rank: list[list[str]]) -> str:

@@ -32,6 +32,9 @@ from relora_ds.parallel.zero import ZeroSettings
 
 _MODEL_FILE = model_file(tensor_rank=0)  # so that exports find it
 
+_AVERAGED = 1 << 23
+"""Elements that travel at once: 32 MiB in fp32, where a collective's latency is negligible."""
+
 
 class PerLayerEngine:
     """`engine.backend.Backend` for per-layer updates at stage 0.
@@ -196,7 +199,7 @@ class PerLayerEngine:
 def _average(grad: torch.Tensor) -> None:
     """Over all processes, in fp32 also where the gradient is in bf16: it is rounded once."""
     size = torch.distributed.get_world_size()
-    for part in _stretches(grad) if size > 1 else ():
+    for part in _stretches(grad, _AVERAGED) if size > 1 else ():
         whole = part.float()
         torch.distributed.all_reduce(whole)
         whole.div_(size)
@@ -204,7 +207,7 @@ def _average(grad: torch.Tensor) -> None:
             part.copy_(whole)
 
 
-def _stretches(grad: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Views of a gradient; where they have to be copied to fp32 they are small."""
+def _stretches(grad: torch.Tensor, length: int = STRETCH) -> Sequence[torch.Tensor]:
+    """Views of a gradient, whole or of `length` where they have to be copied to fp32."""
     flat = grad.view(-1)
-    return [flat] if flat.dtype == torch.float32 else flat.split(STRETCH)
+    return [flat] if flat.dtype == torch.float32 else flat.split(length)

@@ -6,13 +6,16 @@ Shapes: x (T, n), W (m, n), A (r, n), B (m, r), y (T, m).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
+from relora_ds.errors import DivergenceError
 from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
@@ -195,3 +198,27 @@ class AdapterMethod(Method[AdapterT]):
         assert isinstance(layer, AdapterLinear)
         product = layer.lora_B.float() @ layer.lora_A.float()
         return layer.weight.float() + layer.merge_scale() * product
+
+
+def refuse_lost_edits(kind: str, edits: Mapping[str, WeightEdit], dtype: torch.dtype) -> None:
+    """Make sure that edits which were meant to change weights changed them.
+
+    Args:
+        kind: of the event.
+        edits: whole projections by name.
+        dtype: what the model computes in.
+
+    Raises:
+        DivergenceError: no element of a weight changed.
+    """
+    lost = [name for name, e in edits.items() if e.intended_sq > 0.0 and not e.elements]
+    if not lost:
+        return
+    remedy = "raise optimizer.adapter_lr, or let more updates pass between events"
+    if dtype != torch.float32:
+        remedy = f"where train.base_precision is bf16 write bf16_residual; otherwise {remedy}"
+    raise DivergenceError(
+        f"the {kind} changed no element of {lost[0]}.weight ({len(lost)} of {len(edits)} "
+        "projections): the change is below half a unit in the last place of the stored weight, as "
+        f"the adapters have hardly moved; {remedy}"
+    )

@@ -140,6 +140,11 @@ class Weights(ABC):
 class Moments(ABC):
     """Adam's moments of trained parameters, on whatever slices of them this rank holds."""
 
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Updates that went into them in this phase; fewer than its steps if some were skipped."""
+
     @abstractmethod
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         """This rank's part of the moments; None if it owns none or no step was taken yet."""

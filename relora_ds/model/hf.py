@@ -26,6 +26,7 @@ from relora_ds.files.durable import (
     sync_tree,
     write_file,
 )
+from relora_ds.files.regular import open_regular, read_regular
 from relora_ds.files.scratch import scratch_folder
 from relora_ds.files.tensors import stream_safetensors
 from relora_ds.model.hf_tokenizer import write_tokenizer
@@ -34,6 +35,7 @@ from relora_ds.model.init import dense_shapes
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000
+_INDEX_BYTES = 64 << 20
 # "format" is what transformers looks for; "producer" tells our exports from a model of the user's
 _METADATA = {"format": "pt", "producer": "relora_ds"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -306,21 +308,29 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / _SINGLE]
     index = directory / _INDEX
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_regular(index, _INDEX_BYTES))["weight_map"].values())
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} holds neither {_SINGLE} nor {_INDEX}; weights in another format "
             "(such as pytorch_model.bin) must be saved as safetensors first"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error}); copy the model again") from error
+    odd = [
+        name for name in names if not isinstance(name, str) or not name or Path(name).name != name
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{index} names {odd[0]!r}, which is no file beside it; copy the model again"
+        )
     return sorted(directory / name for name in names)
 
 
 def _open(path: Path) -> Any:
     try:
+        open_regular(path).close()
         return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}); copy the model again"
         ) from error

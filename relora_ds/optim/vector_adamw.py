@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
+from relora_ds.numerics.indexing import upload
 from relora_ds.numerics.rounding import round_at_random
 from relora_ds.optim.vector_block import Rectangle, Tensors, update_blocks
 from relora_ds.optim.vector_clock import Fragment, VectorClock
@@ -193,7 +194,7 @@ def _update_run(tensors: Tensors, run: _Run, group: dict[str, Any]) -> None:
         max_exp_avg_sqs=[],
         # the kernel's own count, which it increments
         state_steps=[torch.full((), age - 1, dtype=torch.float32, device=p[0].device)],
-        fused=p[0].device.type in ("cpu", "cuda"),
+        fused=True,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -228,7 +229,7 @@ def _factors(
         factors[3] = corrections[ages] * (group["eps"] / lr)
     # whatever the moment, no update
     np.copyto(factors[3], np.inf, where=~live if lr else True)
-    return torch.from_numpy(factors).to(like)
+    return upload(torch.from_numpy(factors), like.device).to(like.dtype)
 
 
 @functools.lru_cache(maxsize=4)

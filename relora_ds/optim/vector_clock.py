@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from relora_ds.numerics.indexing import upload
 from relora_ds.optim.rectangles import rectangles
 
 
@@ -158,7 +159,6 @@ class Fragment(Stretch):
             view = block.view if axis == 0 else block.view.t()
             asked = ((index >= first) & (index < first + view.shape[0])).nonzero().flatten()
             if len(asked):
-                local = (index[asked] - first).to(flat.device)
-                yield VectorPart(
-                    view, local, asked.to(flat.device), slice(across, across + view.shape[1])
-                )
+                # one copy for both
+                local, which = upload(torch.stack([index[asked] - first, asked]), flat.device)
+                yield VectorPart(view, local, which, slice(across, across + view.shape[1]))

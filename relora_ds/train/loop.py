@@ -62,6 +62,8 @@ class Trainer:
     that a run that is killed behind a save misses no line."""
     failed_saves: int = 0
     """Since this process started."""
+    build_peak: int = 0
+    """Most memory in use until the phase's first step, in bytes."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -109,7 +111,7 @@ class Trainer:
             if metrics or saves or last or _is_due(done, self.config.log.every):
                 metrics |= self._method_metrics(session, metrics)
                 metrics |= self._step_metrics(seen, self._learning_rates(phase, step), meter)
-                metrics["memory/max_allocated_bytes"] = max_allocated_bytes(engine.device)
+                metrics |= self._peaks(engine)
                 seen = Seen()
             if "method/event" in metrics or _is_due(done, self.config.train.digest_every):
                 engine.check_replicas(session.replicas(), metrics.get("method/event"))
@@ -207,6 +209,13 @@ class Trainer:
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
         factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
         return {"dense": factor * self.config.optimizer.lr, "adapter": factor * phase.adapter_lr}
+
+    def _peaks(self, engine: TrainEngine) -> dict[str, int]:
+        """Most memory in use during the phase's steps and before them, in bytes."""
+        return {
+            "memory/max_allocated_bytes": max_allocated_bytes(engine.device),
+            "memory/build_allocated_bytes": self.build_peak,
+        }
 
     def _step_metrics(
         self, seen: Seen, rates: dict[str, float], meter: ThroughputMeter

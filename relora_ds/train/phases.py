@@ -13,7 +13,7 @@ import torch
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.export import DenseModel, FiniteWeights
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
     find_earlier,
@@ -43,6 +43,7 @@ from relora_ds.planning.memory_report import (
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
+from relora_ds.train.telemetry.memory import restart_peak
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
 from relora_ds.train.telemetry.sinks.base import last_figures
@@ -125,18 +126,8 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
         with doing("start"):
             weights = _initial_weights(config, architecture)
     for number, phase in enumerate(phases):
-        with recorder.phase("setup"):
-            with doing("build"):
-                engine = _build_engine(prepared, phase, weights)
-                with torch.no_grad():
-                    session = phase.method.start(engine.state, engine.model)
-            if number == 0 and saved is not None:
-                with doing("resume"):
-                    restore_phase(saved, engine, session, topology, stage)
-                    _refuse_non_finite(engine, saved)
-        meter = _build_meter(config.train, engine, topology.world_size)
-        trainer.stop.take_over()
-        rewind = trainer.run_phase(phase, engine, session, meter, completed)
+        resumed = saved if number == 0 else None
+        engine, rewind = _train_phase(prepared, trainer, phase, weights, resumed, completed)
         if rewind is not None:
             engine.destroy()
             return rewind
@@ -153,6 +144,43 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
             text = f"transition: {phase.name} hands over to {phases[number + 1].name}"
             trainer.telemetry.event(completed, text, {"method/event": "transition"})
     return None
+
+
+def _train_phase(
+    prepared: Prepared,
+    trainer: Trainer,
+    phase: Phase,
+    weights: DenseWeights,
+    resumed: SavedRun | None,
+    completed: int,
+) -> tuple[TrainEngine, Rewind | None]:
+    """Build a phase's engine and train with it.
+
+    Nothing else that holds the model outlives the call: the engine can be freed.
+
+    Args:
+        weights: what the model starts from.
+        resumed: the checkpoint that the phase goes on from, if it does not begin.
+        completed: updates of the run so far.
+
+    Returns:
+        The engine, and where the run has to go back to if the phase did not come to its end.
+    """
+    topology = prepared.topology
+    with recorder.phase("setup"):
+        with doing("build"):
+            engine = _build_engine(prepared, phase, weights)
+            with torch.no_grad():
+                session = phase.method.start(engine.state, engine.model)
+        if resumed is not None:
+            with doing("resume"):
+                restore_phase(resumed, engine, session, topology, prepared.zero.stage)
+                _refuse_non_finite(engine, resumed)
+    meter = _build_meter(prepared.config.train, engine, topology.world_size)
+    # that of the steps shall not hide behind the start's
+    trainer.build_peak = restart_peak(engine.device)
+    trainer.stop.take_over()
+    return engine, trainer.run_phase(phase, engine, session, meter, completed)
 
 
 def _make_room(
@@ -185,7 +213,7 @@ def _refuse_non_finite(engine: TrainEngine, saved: SavedRun) -> None:
     problem = engine.non_finite()
     if problem is not None:
         raise CheckpointError(
-            f"{saved.checkpoint} holds values that are not finite: {problem}; the run diverged "
+            f"{saved.checkpoint} cannot be continued, not finite: {problem}; the run diverged "
             "before it was saved: name an earlier checkpoint with checkpoint.resume=PATH"
         )
 
@@ -193,7 +221,11 @@ def _refuse_non_finite(engine: TrainEngine, saved: SavedRun) -> None:
 def _initial_weights(
     config: RunConfig, architecture: ModelConfig
 ) -> Mapping[str, torch.Tensor] | None:
-    """Dense weights to start from, each read on access; or None for the seed's random draw."""
+    """Dense weights to start from, each read on access; or None for the seed's random draw.
+
+    Raises:
+        CheckpointError: they are of another model. One that is not finite is found when it is read.
+    """
     path = config.train.init_from
     if path is None:
         return None
@@ -203,7 +235,7 @@ def _initial_weights(
             f"train.init_from: the model in {path} has another architecture than "
             f"{config.model}; use the same one"
         )
-    return model.weights()
+    return FiniteWeights(model.weights(), model.path)
 
 
 def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:

@@ -1,6 +1,6 @@
 """launch/pretrain.py on a machine where one rank meets its end in a step: `END` says how and when.
 
-`END` is "HOW RANK STEP", as "kill 1 3".
+`END` is "HOW RANK STEP", as "kill 1 3". "tell 1 3": all ranks find the same, rank 1 a little later.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from relora_ds.errors import CheckpointError
 from relora_ds.train.loop import Trainer
 from relora_ds.train.main import main
 
@@ -23,6 +25,12 @@ _update = Trainer._update
 
 def _fail() -> None:
     raise ZeroDivisionError("on purpose")
+
+
+def _tell() -> None:
+    if os.environ.get("RANK", "0") == _RANK:
+        time.sleep(0.5)
+    raise CheckpointError("told to all ranks")
 
 
 def _wait() -> None:
@@ -43,6 +51,7 @@ def _never_destroyed(group: object = None) -> None:
 
 _ENDS: dict[str, Callable[[], None]] = {
     "raise": _fail,
+    "tell": _tell,
     "wait": _wait,
     "stop": _stop,
     "kill": _kill,
@@ -51,7 +60,8 @@ _ENDS: dict[str, Callable[[], None]] = {
 
 
 def _faulty(self: Trainer, phase: Any, engine: Any, session: Any, step: int, seen: Any) -> Any:
-    if os.environ.get("RANK", "0") == _RANK and step + 1 == int(_STEP):
+    meets = _HOW == "tell" or os.environ.get("RANK", "0") == _RANK
+    if meets and step + 1 == int(_STEP):
         _ENDS[_HOW]()
     return _update(self, phase, engine, session, step, seen)
 

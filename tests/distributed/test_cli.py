@@ -136,6 +136,7 @@ def _check_outputs(output_dir: Path) -> None:
         "train/lr",
         "train/grad_norm",
         "memory/max_allocated_bytes",
+        "memory/build_allocated_bytes",
         "throughput/tokens_per_second",
         "throughput/mfu",
     } <= lines[11].keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,16 @@ def test_the_error_of_a_rank_is_the_error_of_the_job(
     assert {report["root_cause"]["rank"] for report in reports.values()} == {failing}
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_all_ranks_find_is_said_once(
+    tiny_run: dict[str, Any], tmp_path: Path, late: int
+) -> None:
+    end = _end(tiny_run, tmp_path, f"tell {late} 3", 2)
+    assert end.codes == [4, 4]
+    assert "".join(end.said).count("ROOT CAUSE") == 1, end.said
+    assert "".join(end.said).count("told to all ranks (exit code 4)") == 1
+
+
 @pytest.mark.parametrize(("ranks", "killed"), [(2, 0), (4, 2)])
 def test_a_killed_rank_is_named_by_the_others(
     tiny_run: dict[str, Any], tmp_path: Path, ranks: int, killed: int
@@ -121,6 +132,39 @@ def test_a_rank_that_waits_for_ever_is_named(
         assert f"stacks of rank {rank} in 'step 3: " in end.said[rank]
     assert "in _wait" in end.said[stuck]
     assert end.seconds < 60 * _TIMEOUT_MINUTES + 30
+
+
+@pytest.mark.parametrize(
+    ("rank", "host", "told"),
+    [
+        pytest.param(1, "no-such-host.invalid", "has no known address", id="unknown host"),
+        pytest.param(1, "127.0.0.1", "nobody answers at 127.0.0.1:", id="refused connection"),
+        pytest.param(0, "127.0.0.1", "is in use", id="port in use"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_so_in_one_line(
+    tiny_run: dict[str, Any], tmp_path: Path, rank: int, host: str, told: str
+) -> None:
+    tiny_run["train"]["timeout_minutes"] = _TIMEOUT_MINUTES
+    description = write_run(tiny_run, tmp_path / "run.yaml")
+    output = tmp_path / "output.txt"
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("", 0))
+        meeting = {"MASTER_ADDR": host, "MASTER_PORT": str(taken.getsockname()[1])}
+        if rank == 0:
+            taken.listen()
+        job = Script("launch/pretrain.py", (str(description),))
+        here = place(rank, 2) | {"LOCAL_RANK": "0"}  # each on a node of its own
+        environment = rank_environment() | here | meeting
+        warm = warm_process()
+        codes = warm.wait(warm.start([Start(job, environment, str(output))]), 60).codes
+    said = output.read_text()
+    assert codes == [2], said
+    assert "Traceback" not in said
+    assert said.count("ROOT CAUSE") == 1
+    line = said.rstrip().splitlines()[-1]
+    assert line.startswith(f"ROOT CAUSE rank {rank} (start): "), said
+    assert told in line
 
 
 def test_the_end_of_a_complete_run_does_not_wait_for_ever(

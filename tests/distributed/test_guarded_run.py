@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.harness.run import metrics, run, write_run
 
@@ -36,6 +37,63 @@ def test_a_destroyed_model_is_neither_saved_nor_exported(
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_1"]
     assert not (tmp_path / "run" / "hf").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_weights_too_large_to_compute_with_are_not_saved(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """They are finite themselves, and no evaluation looks at them before the save."""
+    tiny_run["method"] = {"name": "lora", "rank": 4}
+    tiny_run["train"] |= {"steps": 4}
+    tiny_run["optimizer"] = {"lr": 1e30, "clip": 0.0}
+    tiny_run["schedule"] = {"warmup_steps": 1, "min_lr_ratio": 1.0}
+    tiny_run["checkpoint"] = {"every": 1}
+    tiny_run["eval"] = {"every": 0}
+    code, output = run([str(write_run(tiny_run, tmp_path / "run.yaml"))], processes=2)
+    assert code == 5, output
+    assert "step 2: not finite after the update: the model's output" in output
+    assert f"resume from {tmp_path / 'run' / 'checkpoints' / 'step_1'}" in output
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_1"]
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_a_start_from_weights_that_are_not_finite_is_refused(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whether ZeRO cuts the model as it is read or not."""
+    tiny_run["train"]["steps"] = 7
+    tiny_run["checkpoint"] = {"every": 0}
+    code, output = run([str(write_run(tiny_run, tmp_path / "run.yaml"))])
+    assert code == 0, output
+    name = "model.layers.1.mlp.up_proj.weight"
+    export = tmp_path / "run" / "hf" / "model.safetensors"
+    tensors = load_file(export)
+    tensors[name][2, 1] = torch.nan
+    save_file(tensors, export)
+    tiny_run["train"]["init_from"] = str(export.parent)
+    tiny_run["output_dir"] = str(tmp_path / "second")
+    path = str(write_run(tiny_run, tmp_path / "second.yaml"))
+    for stage in (1, 3):
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        code, output = run([path], processes=2)
+        assert code == 4, output
+        assert f"{name} holds values that are not finite" in output
+        assert "Traceback" not in output
+
+
+def test_a_warm_start_leaves_nothing_of_its_engine(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_run["method"] |= {"warm_start_steps": 2}
+    tiny_run["train"] |= {"steps": 5, "precision": "bf16"}
+    tiny_run["schedule"] = {"warmup_steps": 1}
+    for stage in (0, 1, 2, 3):
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        path = write_run(tiny_run | {"output_dir": str(tmp_path / str(stage))}, tmp_path / "r.yaml")
+        code, output = run([str(path)], processes=2)
+        assert code == 0, output
+        assert "hands over to relora" in output
+        assert "was not freed" not in output, f"stage {stage}"
 
 
 def test_a_rollback_ends_as_the_run_that_never_saw_the_batch(

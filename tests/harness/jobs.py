@@ -19,6 +19,7 @@ from tests.harness.warm import Launcher, Script, Start
 GONE_S = 35.0
 """How long processes of a job may outlive the first of them that ended."""
 
+_RANKS = 2
 _FAULTY = "tests/faults/pretrain.py"
 
 
@@ -81,26 +82,26 @@ class Job:
             process.kill()
 
 
-def start_job(arguments: Sequence[str], faults: Sequence[Fault], ranks: int = 2) -> Job:
-    """Start `launch/pretrain.py` on ranks below a launcher.
+def start_job(arguments: Sequence[str], faults: Sequence[Fault], **environment: str) -> Job:
+    """Start `launch/pretrain.py` on two ranks below a launcher.
 
     Args:
         arguments: of the script.
         faults: what is to happen.
-        ranks: how many.
+        environment: variables beside those that ranks have anyway, or instead of them.
     """
     folder = Path(tempfile.mkdtemp(prefix="job_"))
     output = str(folder / "output.txt")
-    environment = rank_environment() | meeting_point() | plan(folder, faults)
+    own = rank_environment() | meeting_point() | plan(folder, faults) | environment
     script = Script(_FAULTY, tuple(arguments))
-    starts = [Start(script, environment | place(rank, ranks), output) for rank in range(ranks)]
-    launcher = Start(Launcher(tuple(starts)), environment, output)
+    starts = [Start(script, own | place(rank, _RANKS), output) for rank in range(_RANKS)]
+    launcher = Start(Launcher(tuple(starts)), own, output)
     return Job(warm_process().start([launcher])[0], folder)
 
 
-def run_job(arguments: Sequence[str], *faults: Fault, ranks: int = 2) -> End:
-    """Start a job and wait for its end."""
-    return start_job(arguments, faults, ranks).finish()
+def run_job(arguments: Sequence[str], *faults: Fault, **environment: str) -> End:
+    """Start a job as `start_job` does and wait for its end."""
+    return start_job(arguments, faults, **environment).finish()
 
 
 def session(leader: int) -> list[psutil.Process]:

@@ -32,6 +32,8 @@ def rank_environment() -> dict[str, str]:
     return kept | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        # or a machine with GPUs would be asked for theirs
+        "CUDA_VISIBLE_DEVICES": "",
         # on a CPU nothing is compiled by torch, but DeepSpeed's ZeRO imports Muon, whose kernels
         # would be: a third of the start
         "TORCHDYNAMO_DISABLE": "1",

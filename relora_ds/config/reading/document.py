@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from relora_ds.redaction import redact
+
 KeyPath = tuple[str | int, ...]
 
 
@@ -92,12 +94,18 @@ class Document:
 
 
 def key_name(path: KeyPath) -> str:
-    """A key path as users write it: `data.train[0]`."""
+    """A key path as users write it, `data.train[0]`, shortened where it is longer than any."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return "".join(parts).removeprefix(".")
+    return shorten("".join(parts).removeprefix("."))
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Text in one line of at most about `limit` characters; what cannot be printed is escaped."""
+    plain = text if text.isprintable() else ascii(text)[1:-1]
+    return plain if len(plain) <= limit else f"{plain[:limit]}..."
 
 
 def show(value: object, limit: int = 60) -> str:
-    """A value as the file spells it, shortened."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    """A value as the file spells it, shortened and without credentials."""
+    text = json.dumps(redact(value), ensure_ascii=True, default=str)
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from relora_ds.config.reading.document import Document, Place, key_name
+from relora_ds.config.reading.document import Document, Place, key_name, shorten
 from relora_ds.config.reading.source import parse_value
 from relora_ds.errors import ConfigError
+from relora_ds.redaction import REDACTED, is_secret, mask_urls
+
+_KEY = re.compile(r"[\w.-]+(?=\s*[:=])")
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
@@ -24,7 +28,10 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
 
 def _apply(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
-    place = Place(f"command line: {override}")
+    # keys on the left, and those inside of a value such as {api_key: ...}
+    secret = any(is_secret(name) for name in _KEY.findall(override))
+    shown = f"{key}={REDACTED}" if secret else mask_urls(override)
+    place = Place(f"command line: {shorten(shown)}")
     if not equals:
         raise ConfigError(f"{place}: is not an override: write key=value, as in train.steps=1000")
     path = tuple(key.strip().split("."))

@@ -21,6 +21,7 @@ from relora_ds.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_VALUES = 20_000
 
 _TAG = "tag:yaml.org,2002:"
 _CORE_SCHEMA = {
@@ -151,6 +152,7 @@ class _CoreLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str | None, list[Any]]] = {}  # pyright: ignore
     depth = 0
+    values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -160,6 +162,10 @@ class _CoreLoader(yaml.SafeLoader):
             raise ComposerError(None, None, reason, event.start_mark)
         if self.depth >= MAX_DEPTH:
             reason = f"nested more than {MAX_DEPTH} levels deep"
+            raise ComposerError(None, None, reason, event.start_mark)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            reason = f"holds more than {MAX_VALUES} values: no configuration file does"
             raise ComposerError(None, None, reason, event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)

@@ -37,6 +37,10 @@ class ZeroMoments(Moments):
         self._completed_steps = completed_steps
         self._collectives = collectives
 
+    @property
+    def updates(self) -> int:
+        return self._completed_steps()
+
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         first = self._layout.optimizer_state(parameter, "exp_avg")
         second = self._layout.optimizer_state(parameter, "exp_avg_sq")
@@ -47,12 +51,13 @@ class ZeroMoments(Moments):
 
     def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
         shards = [self._counted(parameter) for parameter in parameters]
-        here = sum(
-            int(shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero())
-            for shard in shards
-            if shard is not None
-        )
-        total = torch.tensor([here], dtype=torch.int64, device=self._collectives.device)
+        device = self._collectives.device
+        # added up where collectives take it: reading every count would wait for each
+        total = torch.zeros(1, dtype=torch.int64, device=device)
+        for shard in shards:
+            if shard is not None:
+                here = shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero()
+                total += here.to(device)
         return int(self._collectives.sum_over_state(total))
 
     def order_statistics(

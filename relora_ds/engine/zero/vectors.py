@@ -11,6 +11,7 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.train_state import HostMemory, Vectors
+from relora_ds.numerics.indexing import distinct_places, upload
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock
 from relora_ds.parallel.shape import inner_shard, tp_local_shape
@@ -57,7 +58,7 @@ class ZeroVectors(Vectors):
 
     def _own_vectors(self, factor: nn.Parameter, index: torch.Tensor) -> torch.Tensor:
         axis = self._clocks[factor].axis
-        vectors = factor.detach().index_select(axis, index.to(factor.device))
+        vectors = factor.detach().index_select(axis, upload(index, factor.device))
         return vectors if axis == 0 else vectors.t().contiguous()
 
     def _exchange(
@@ -83,7 +84,8 @@ class ZeroVectors(Vectors):
             start, working = self._layout.working(factor)
             fragment = self._fragment(factor, Stretch(start, 0, working.numel()))
             for part in fragment.vectors(working, index):
-                out[part.asked, part.span] = part.view[part.local]
+                with distinct_places():
+                    out[part.asked, part.span] = part.view[part.local]
         for out, (length, part) in zip(parts[len(factors) :], stored, strict=True):
             out[:, slice(*self._host.span(length))] = part
         if self._layout.weights_sharded:
@@ -103,7 +105,8 @@ class ZeroVectors(Vectors):
             targets.append((working, self._fragment(parameter, here)))
         for flat, fragment in targets:
             for part in fragment.vectors(flat, index):
-                part.view[part.local] = values[part.asked, part.span].to(flat)
+                with distinct_places():
+                    part.view[part.local] = values[part.asked, part.span].to(flat)
         self._layout.drop_copies(parameter)
 
     def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
@@ -114,7 +117,8 @@ class ZeroVectors(Vectors):
         for key in MOMENTS:
             if key in state:
                 for part in fragment.vectors(state[key].view(-1), index):
-                    part.view[part.local] = 0.0
+                    with distinct_places():
+                        part.view.index_fill_(0, part.local, 0.0)
                     cleared += len(part.local) * part.view.shape[1]
         clock.restart(completed, index)
         clock.freeze(completed + frozen, index)

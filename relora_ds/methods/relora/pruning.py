@@ -18,6 +18,9 @@ from relora_ds.methods.train_state import Moments, MomentShard, Weights
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.randomness import Stream
 
+_SURE = 100
+"""Moments that a rule must ask for before it is a fault that it got none: draws may miss a few."""
+
 
 def reset_moments(
     moments: Moments,
@@ -39,7 +42,8 @@ def reset_moments(
         The share of non-zero moment elements, over all ranks, that are zero now.
 
     Raises:
-        DivergenceError: every moment is zero already, so nothing can be reset.
+        DivergenceError: every moment is zero already, so nothing can be reset; or none was, though
+            the rule asks for many.
     """
     everything = list(parameters.values())
     before = moments.count_non_zero(everything)
@@ -65,7 +69,16 @@ def reset_moments(
             first = second = first & second
         shard.exp_avg.masked_fill_(~first, 0.0)
         shard.exp_avg_sq.masked_fill_(~second, 0.0)
-    return 1.0 - moments.count_non_zero(everything) / before
+    after = moments.count_non_zero(everything)
+    asked = 1.0 if config.mode == "zero" else config.fraction
+    if after == before and asked * before >= _SURE:
+        raise DivergenceError(
+            f"a restart reset none of {before:,} moments of the adapters that are not zero, though "
+            f"method.reset.mode {config.mode} asks for {asked:.2%} of them: most are zero, so that "
+            "none lies below the quantile, or the state is not where it is looked for; use "
+            "method.reset.mode zero"
+        )
+    return 1.0 - after / before
 
 
 def _random_masks(

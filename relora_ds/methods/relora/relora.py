@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from relora_ds.activity import doing
 from relora_ds.config.methods.relora import ReLoRAConfig
-from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import (
     AdapterLinear,
     AdapterMethod,
     adapter_layers,
     draw_factors,
+    refuse_lost_edits,
 )
 from relora_ds.methods.interface import Event, Session
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
+
+_logger = logging.getLogger(__name__)
 
 
 class ReLoRA(AdapterMethod[ReLoRAConfig]):
@@ -66,12 +71,33 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
 class ReLoRASession(Session[ReLoRA]):
     """Merges and restarts on a live engine."""
 
+    def __init__(self, method: ReLoRA, state: TrainState, model: nn.Module) -> None:
+        super().__init__(method, state, model)
+        self._merged_at = 0
+        """Updates that had been applied at the last merge."""
+
     def after_step(self, step: int) -> Event | None:
         if not self.method.is_merge_step(step):
             return None
         with doing("merge"):
-            self.state.before_event("merge", str(step).encode())
+            updates = self.state.moments.updates
+            self.state.before_event("merge", f"{step} {updates} {self._merged_at}".encode())
+            if updates == self._merged_at:
+                _logger.warning(
+                    "no merge after step %d of the phase: none of the updates since the last one "
+                    "was applied, so there is nothing to merge or to reset",
+                    step,
+                )
+                return None
+            self._merged_at = updates
             return self._merge(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"merged_at": self._merged_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        # where it is not known some update was applied: a run went on only if all were
+        self._merged_at = state.get("merged_at", -1)
 
     def _merge(self, step: int) -> Event:
         """Merge and restart every adapter, after `step` updates."""
@@ -88,7 +114,7 @@ class ReLoRASession(Session[ReLoRA]):
             for layer, values in zip(layers.values(), factors, strict=True)
         ]
         edits = dict(zip(layers, state.weights.totals(parts), strict=True))
-        _refuse_lost_merge(edits)
+        refuse_lost_edits("merge", edits, next(iter(layers.values())).weight.dtype)
         merged = time.perf_counter(), state.bytes_moved
         fraction = self._reset_optimizer(layers, number)
         details = {
@@ -155,14 +181,3 @@ def _own_parameters(layer: AdapterLinear) -> list[nn.Parameter]:
 
 def _ratio(part_sq: float, whole_sq: float) -> float:
     return math.sqrt(part_sq / whole_sq) if whole_sq else 0.0
-
-
-def _refuse_lost_merge(edits: dict[str, WeightEdit]) -> None:
-    """A merge that was meant to change a weight and changed nothing must not pass silently."""
-    lost = [name for name, e in edits.items() if e.intended_sq > 0.0 and not e.elements]
-    if lost:
-        raise DivergenceError(
-            f"the merge changed no element of {lost[0]}.weight ({len(lost)} of {len(edits)} "
-            "projections): the update is below half a unit in the last place of the stored "
-            "weight; set train.base_precision to bf16_residual or fp32"
-        )

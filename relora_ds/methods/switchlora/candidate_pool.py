@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from relora_ds.numerics.indexing import distinct_places, upload
+
 Draw = Callable[[torch.Tensor], torch.Tensor]
 """Slots (k,), int64 on the pool's device -> their initial vectors (k, width), fp32."""
 
@@ -70,15 +72,15 @@ class CandidatePool:
     def take(self, slots: np.ndarray) -> torch.Tensor:
         """Vectors of parked slots, (k, width), on the factor's device.
 
-        Parked vectors are not waited for; the numbers of slots that are drawn are copied to the
-        device at once.
+        Nothing is waited for.
         """
         out = torch.empty(len(slots), self._width, dtype=self._dtype, device=self._device)
         fresh = self._place[slots] < 0
         if fresh.any():
-            where = torch.from_numpy(np.flatnonzero(fresh)).to(self._device)
-            drawn = self._draw(torch.from_numpy(slots[fresh]).to(self._device))
-            out[where] = drawn.to(self._dtype)
+            numbers = np.stack([np.flatnonzero(fresh), slots[fresh]])
+            where, drawn = upload(torch.from_numpy(numbers), self._device)
+            with distinct_places():
+                out[where] = self._draw(drawn).to(self._dtype)
         for row in np.flatnonzero(~fresh):
             slot = int(slots[row])
             parked = self._last_parked.get(slot)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.train_state import Weights
 from relora_ds.numerics.base_weight import WeightEdit
@@ -111,18 +110,3 @@ class UpdateRank:
         lora_a, lora_b = weights.gather([layer.lora_A, layer.lora_B])
         low_rank = lora_b.float() @ (lora_a.float() @ self._signs)
         return weights.times(layer.weight, self._signs).add_(low_rank, alpha=layer.merge_scale())
-
-
-def refuse_lost_switch(edits: Mapping[str, WeightEdit]) -> None:
-    """A switch that was meant to change a weight and changed nothing must not pass silently.
-
-    Raises:
-        DivergenceError: no element of a weight changed.
-    """
-    lost = [name for name, e in edits.items() if e.intended_sq > 0.0 and not e.elements]
-    if lost:
-        raise DivergenceError(
-            f"the switch changed no element of {lost[0]}.weight ({len(lost)} of {len(edits)} "
-            "projections): the difference is below half a unit in the last place of the stored "
-            "weight; set train.base_precision to bf16_residual or fp32"
-        )

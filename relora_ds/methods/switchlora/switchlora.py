@@ -27,10 +27,11 @@ from relora_ds.methods.adapter import (
     AdapterMethod,
     adapter_layers,
     factor_bounds,
+    refuse_lost_edits,
 )
 from relora_ds.methods.interface import Event, MemoryShare, Report, SavedTensor, Session
 from relora_ds.methods.switchlora.candidate_pool import Allocate, CandidatePool, Draw
-from relora_ds.methods.switchlora.metrics import SwitchMetrics, UpdateRank, refuse_lost_switch
+from relora_ds.methods.switchlora.metrics import SwitchMetrics, UpdateRank
 from relora_ds.methods.switchlora.plan import (
     SELECTIONS,
     PairCensus,
@@ -223,7 +224,7 @@ class SwitchLoRASession(Session[SwitchLoRA]):
                 edits[item.switched.layer.spec.name] = edit
         if edits:
             totals = dict(zip(edits, self.state.weights.totals(list(edits.values())), strict=True))
-            refuse_lost_switch(totals)
+            refuse_lost_edits("switch", totals, work[0].switched.layer.weight.dtype)
             self._metrics.note_edits(totals.values())
         self._note(work)
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.data.batches import TrainingBatches
+from relora_ds.train.telemetry.atomic import write_atomically
 
 _logger = logging.getLogger(__name__)
 
 
 class BadBatches:
-    """Appends one line per batch.
+    """Keeps one line per batch: a run that comes to one again writes its last verdict.
 
     Args:
-        path: the file.
+        path: the file; lines of an earlier start of the run stay.
         data: knows which sequences a step reads.
         is_main: whether this process writes; exactly one does.
     """
@@ -37,8 +38,22 @@ class BadBatches:
             for rank, rows in enumerate(self._data.samples(step))
         ]
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            kept = [known for known in self._lines() if known["step"] != step + 1]
+            text = "".join(json.dumps(each) + "\n" for each in (*kept, line))
+            write_atomically(self._path, text.encode())
         except OSError as error:
             _logger.warning("cannot write %s: %s", self._path, error.strerror)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What the file holds; a line that is not one of ours is left out."""
+        if not self._path.is_file():
+            return []
+        found = []
+        for text in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and "step" in line:
+                found.append(line)
+        return found

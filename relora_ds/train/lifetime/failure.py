@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from relora_ds.activity import origin
 from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.redaction import mask_values, secret_values
 from relora_ds.train.lifetime.requests import STOPPED, say
-from relora_ds.train.telemetry.sinks.redaction import mask_values, secret_values
 
 LOST_CONTACT = 7
 """Exit code of a rank that ends because of another one; see `errors.CollectiveTimeoutError`."""
@@ -106,7 +106,7 @@ def announce(failure: Failure, error: BaseException | None = None) -> None:
     if failure.traceback is not None:
         lines.append(_masked(failure.traceback.rstrip()))
     elif isinstance(error, ConfigError) and len(error.problems) > 1:
-        lines += [f"error: {_masked(problem)}" for problem in error.problems]
+        lines += [f"error: {_masked(problem)}" for problem in error.shown]
     elif "\n" in failure.message:
         lines.append(f"error: {failure.message}")
     text = "\n".join([*lines, failure.line, ""])

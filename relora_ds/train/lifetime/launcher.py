@@ -98,14 +98,26 @@ def _was_abandoned() -> bool:
     A child starts in its parent's process group. Where the parent is in another group although this
     process did not leave its own, the parent is a reaper. A process that leads its group, as under
     torchrun, cannot tell so; its reaper is the first process of the machine, which in a container
-    may as well be the launcher.
+    may as well be torchrun, a Python program.
     """
     parent = _ancestor(os.getppid())
     if parent is None:
         return True
     if os.getpgrp() != os.getpid():
         return parent.group != os.getpgrp()
-    return parent.pid == 1 and parent.name in ("systemd", "init", "tini", "dumb-init")
+    if parent.pid != 1:
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return not _program(parent.pid).startswith("python")
+    return parent.name in ("systemd", "init", "tini", "dumb-init")
+
+
+def _program(pid: int) -> str:
+    """Name of the file that a process executes; empty for one of another user."""
+    try:
+        return Path(os.readlink(f"/proc/{pid}/exe")).name
+    except OSError:
+        return ""
 
 
 def _ancestor(pid: int) -> Ancestor | None:

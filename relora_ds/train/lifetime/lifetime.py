@@ -176,14 +176,15 @@ class Lifetime:
         if self._logs is not None:
             write_report(self._logs, self.rank, failure, self._code, None)
         note(failure.traceback or failure.message)
-        told = self._watch is None or self.rank == 0 or failure.traceback is not None
-        if told:
+        at_once = self._watch is None or failure.traceback is not None
+        if at_once:
             self._say(failure, error)
         if self._watch is not None:
+            # of a verdict that all ranks find, the one speaks that rank 0 knew of first
             first = self._watch.publish(failure, _ANSWER_S)
-            told = told or (first.rank != self.rank and first.is_told_by_all(failure))
-        if not told:
-            self._say(failure, error)
+            said_by_another = first.rank != self.rank and first.is_told_by_all(failure)
+            if not at_once and not said_by_another:
+                self._say(failure, error)
         return self._reason
 
     def leave(self, error: BaseException) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from relora_ds.errors import ConfigError
-from relora_ds.train.telemetry.sinks.redaction import mask_values, secret_values
+from relora_ds.redaction import mask_values, secret_values
 
 _FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
 _HANDLER_PREFIX = "relora_ds."

@@ -23,3 +23,15 @@ def max_allocated_bytes(device: torch.device | str | None = None) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def restart_peak(device: torch.device) -> int:
+    """Count a CUDA device's peak from here on; the host keeps its own for the whole process.
+
+    Returns:
+        The peak so far, in bytes.
+    """
+    peak = max_allocated_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak

@@ -17,6 +17,7 @@ import torch
 import relora_ds
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.accelerator import driver_version
+from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.errors import ReloraError
 from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.sinks.base import Metrics, Status, finite_or_none
@@ -103,7 +104,7 @@ def _versions() -> dict[str, str | None]:
 
 def _hardware(world_size: int) -> dict[str, str | int | None]:
     """This host: accelerators are counted on it, processes over the whole run."""
-    on_cuda = torch.cuda.is_available()
+    on_cuda = accelerator_type() == "cuda"
     return {
         "cuda": torch.version.cuda,
         "driver": driver_version(),

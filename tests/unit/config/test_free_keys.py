@@ -30,6 +30,7 @@ FREE = {
     "parallel",
     "eval",
     "checkpoint",
+    "guards",
     "log",
 }
 

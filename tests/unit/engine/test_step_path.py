@@ -178,12 +178,12 @@ def _fingerprint() -> None:
 
 
 PARTS: dict[str, tuple[Callable[[], None], int]] = {
-    "edit, residual": (lambda: _edit("bf16_residual"), 38),
-    "edit, fp32": (lambda: _edit("fp32"), 18),
-    "edit, working": (lambda: _edit("working"), 16),
+    "edit, residual": (lambda: _edit("bf16_residual"), 30),
+    "edit, fp32": (lambda: _edit("fp32"), 16),
+    "edit, working": (lambda: _edit("working"), 12),
     "rounding": (_rounding, 35),
     "draws": (_draws, 187),
-    "fingerprint": (_fingerprint, 40),
+    "fingerprint": (_fingerprint, 23),
 }
 """Other functions of the step path and of events, with their launches at most."""
 

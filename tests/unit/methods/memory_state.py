@@ -103,6 +103,10 @@ class MemoryMoments(Moments):
             completed,
         )
 
+    @property
+    def updates(self) -> int:
+        return self._completed()
+
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         if parameter not in self.stored:
             return None
@@ -248,7 +252,8 @@ class MemoryState(TrainState):
         return self.probe_output()
 
     def fill_moments(self, seed: int) -> None:
-        """Random moments for everything trained; second ones are positive."""
+        """Random moments for everything trained, after one more update; second are positive."""
+        self.completed += 1
         generator = torch.Generator().manual_seed(seed)
         for moments in self.stored.values():
             moments.exp_avg.normal_(generator=generator)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.relora import ResetConfig
+from relora_ds.errors import DivergenceError
 from relora_ds.methods.relora.pruning import reset_moments
 from relora_ds.methods.train_state import MomentShard
 from relora_ds.numerics.order_statistic import order_statistics
@@ -229,3 +230,20 @@ def test_any_cut_gives_the_same_result(settings: dict[str, Any], cuts: tuple[int
     for name, parameter in parameters.items():
         assert torch.equal(whole.stored[parameter].exp_avg, cut.stored[shards[name]].exp_avg)
         assert torch.equal(whole.stored[parameter].exp_avg_sq, cut.stored[shards[name]].exp_avg_sq)
+
+
+def test_a_rule_that_resets_nothing_is_refused() -> None:
+    """So many moments are zero already that none lies below the quantile."""
+    state, parameters = random_state()
+    for stored in state.stored.values():
+        for moment in (stored.exp_avg, stored.exp_avg_sq):
+            moment.view(-1)[: moment.numel() * 3 // 4] = 0.0
+    config = ResetConfig(mode="magnitude", fraction=0.5)
+    with pytest.raises(DivergenceError, match=r"reset none of \d+ moments .* 50\.00%"):
+        reset_moments(state.moments, state.weights, parameters, config, 42, 1)
+
+
+def test_a_rule_that_asks_for_nothing_may_reset_nothing() -> None:
+    state, parameters = random_state()
+    config = ResetConfig(mode="random", fraction=0.0)
+    assert reset_moments(state.moments, state.weights, parameters, config, 42, 1) == 0.0

@@ -204,15 +204,25 @@ def test_steps_are_kept_on_request(relora: Build) -> None:
     assert not state.restarted
 
 
-def test_a_lost_merge_is_refused(relora: Build) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_lost_merge_is_refused_with_a_remedy_for_its_precision(
+    relora: Build, precision: str
+) -> None:
     method, model = relora()
     state = memory_state(model, "working")
     train(model, state)
     layer = layers_of(model)[1]
+    if precision == "bf16":
+        for each in layers_of(model):
+            each.weight.data = each.weight.data.bfloat16()
+            working = each.weight.data.view(-1)
+            state.bases[each.weight] = Working(working, working.float())
     layer.weight.data.fill_(1.0)
     layer.lora_B.data *= 1e-12
-    with pytest.raises(DivergenceError, match=r"second\.weight \(1 of 3 projections\)"):
+    with pytest.raises(DivergenceError, match=r"second\.weight \(1 of 3 projections\)") as caught:
         merge(method, state, model)
+    assert "optimizer.adapter_lr" in str(caught.value)
+    assert ("base_precision" in str(caught.value)) is (precision == "bf16")
 
 
 def test_a_merge_of_nothing_is_not_a_lost_one(relora: Build) -> None:
@@ -233,6 +243,48 @@ def test_adapters_without_moments_are_refused(relora: Build) -> None:
     state.stored.clear()
     with pytest.raises(DivergenceError, match="no gradient"):
         merge(method, state, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["zero", "random", "magnitude"])
+def test_a_cycle_without_an_applied_update_is_not_merged(relora: Build, mode: str) -> None:
+    method, model = relora(reset={"mode": mode, "fraction": 0.5})
+    state = memory_state(model, "working")
+    train(model, state)
+    session = method.start(state, model)
+    assert session.after_step(10) is not None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = [(m.exp_avg.clone(), m.exp_avg_sq.clone()) for m in state.stored.values()]
+    # another process goes on with it, and skips a whole cycle
+    resumed = method.start(state, model)
+    resumed.load_state_dict(session.state_dict())
+    assert resumed.after_step(20) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for (first, second), now in zip(moments, state.stored.values(), strict=True):
+        assert torch.equal(now.exp_avg, first)
+        assert torch.equal(now.exp_avg_sq, second)
+    train(model, state, seed=1)
+    event = resumed.after_step(30)
+    assert event is not None
+    assert event.details["method/merges"] == 3.0
+
+
+def test_a_first_cycle_without_an_applied_update_is_not_merged(relora: Build) -> None:
+    method, model = relora()
+    state = memory_state(model, "working")
+    state.stored.clear()
+    state.completed = 0
+    assert method.start(state, model).after_step(10) is None
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_does_not_count_updates_is_merged_as_ever(relora: Build) -> None:
+    method, model = relora()
+    state = memory_state(model, "working")
+    train(model, state)
+    session = method.start(state, model)
+    session.load_state_dict({})
+    assert session.after_step(10) is not None
 
 
 @pytest.mark.parametrize("precision", ["working", "bf16_residual"])

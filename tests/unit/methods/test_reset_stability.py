@@ -25,7 +25,7 @@ class OptimizerMoments(MemoryMoments):
     """Moments are the optimizer's, steps are the clocks'."""
 
     def __init__(self) -> None:
-        super().__init__({}, [])
+        super().__init__({}, [], completed=lambda: MERGE_STEP)
         self.optimizer: VectorAdamW | None = None
         self.clocks: dict[nn.Parameter, VectorClock] = {}
 

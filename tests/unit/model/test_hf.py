@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.model.hf import read_hf, write_hf
+from relora_ds.model.hf import HfWeights, read_hf, write_hf
 from relora_ds.model.init import InitialWeights, dense_shapes
 
 
@@ -169,3 +170,13 @@ def test_equal_models_give_equal_files_that_colleagues_can_read(tmp_path, plain,
         assert stat.S_IMODE(first.stat().st_mode) == stat.S_IMODE(
             (tmp_path / "one" / "config.json").stat().st_mode
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/shadow", "../other/model.safetensors", "a/b.safetensors", "", ".", 3, None]
+)
+def test_an_index_names_files_beside_it(tmp_path: Path, name: object) -> None:
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is no file beside it"):
+        HfWeights(tmp_path, {"model.norm.weight": (4,)})

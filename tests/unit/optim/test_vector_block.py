@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from relora_ds.numerics import host_kernels
+from relora_ds.optim import vector_block
 from relora_ds.optim.vector_block import Rectangle, Tensors, update_blocks
 
 ROWS, COLS, AT, BETAS = 37, 53, 11, (0.9, 0.999)
@@ -79,3 +83,34 @@ def test_without_a_compiler_the_operations_run_one_by_one(
         host_kernels.load_kernels.cache_clear()
     assert "install a C compiler or set CC" in caplog.text
     torch.testing.assert_close(found.p, expected.p, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("problem", [FailOnRecompileLimitHit, TorchDynamoException])
+def test_what_cannot_be_compiled_is_run_as_it_is(
+    problem: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = 0
+
+    def compile_nothing(step: Callable[..., None], **options: Any) -> Callable[..., None]:
+        def fail(*arguments: Any) -> None:
+            nonlocal asked
+            asked += 1
+            raise problem("no kernel")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    vector_block._compiled.cache_clear()
+    try:
+        step, plain = vector_block._compiled(), cast(Callable[..., None], vector_block._step)
+        own = factors(ROWS).unsqueeze(2).unbind()
+        found, expected = ([t[: ROWS * COLS].view(ROWS, COLS) for t in tensors()] for _ in range(2))
+        for _ in range(2):
+            step(*found, *own, *BETAS)
+            plain(*expected, *own, *BETAS)
+    finally:
+        vector_block._compiled.cache_clear()
+    assert asked == 1
+    assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
+    assert caplog.messages.count(caplog.messages[0]) == 1
+    assert "no kernel" in caplog.text

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relora_ds.config.sections import WandbConfig
+from relora_ds.redaction import redact
 from relora_ds.train.telemetry.sinks.base import Metrics, Status
-from relora_ds.train.telemetry.sinks.redaction import redact
 
 Mode = Literal["disabled", "offline", "online"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from relora_ds.train.telemetry.memory import max_allocated_bytes
+from relora_ds.train.telemetry.memory import max_allocated_bytes, restart_peak
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.peak import peak_flops
 
@@ -86,6 +86,10 @@ def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch
         ("NVIDIA H100 PCIe", "bf16", 756.0),
         ("NVIDIA H100 NVL", "bf16", 835.5),
         ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA B300 SXM6 AC", "bf16", 2500.0),
+        ("NVIDIA GB300", "bf16", 2500.0),
+        ("NVIDIA H20", "bf16", 148.0),
+        ("NVIDIA GeForce RTX 5090", "bf16", 209.5),
         ("NVIDIA GH200 480GB", "bf16", 989.4),
         ("NVIDIA B200", "bf16", 2250.0),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
@@ -117,6 +121,23 @@ def test_host_memory_is_the_peak_of_the_process_in_bytes() -> None:
     peak = max_allocated_bytes("cpu")
     assert block.numel() < peak < 1 << 40
     assert max_allocated_bytes() >= peak
+
+
+def test_a_peak_of_the_host_cannot_be_restarted() -> None:
+    peak = restart_peak(torch.device("cpu"))
+    assert peak > 0
+    assert max_allocated_bytes("cpu") >= peak
+
+
+def test_a_peak_of_the_device_is_told_before_it_is_restarted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peak = {"bytes": 7}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["bytes"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update(bytes=0))
+    device = torch.device("cuda", 0)
+    assert restart_peak(device) == 7
+    assert max_allocated_bytes(device) == 0
 
 
 @pytest.mark.gpu

@@ -12,7 +12,9 @@ from typing import Any
 
 REDACTED = "[redacted]"
 
-_SECRET = re.compile(r"(?i)key|token|secret|passw")
+_SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
+_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+"""User and password before the host."""
 # Words of this field that merely contain "key" or "token": tokenizer, tokens_seen,
 # num_key_value_heads, eos_token_id.
 _INNOCENT = re.compile(r"(?i)tokeni[sz][a-z]*|^tokens(?![a-z])|key_value|token_ids?$")
@@ -26,10 +28,13 @@ def is_secret(name: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """A copy of nested mappings and sequences in which credentials read ``[redacted]``.
+    """A copy of nested mappings and sequences in which credentials read ``[redacted]``, also those
+    inside of URLs.
 
     Only text is replaced: a number under a name such as ``max_token`` is a count.
     """
+    if isinstance(value, str):
+        return mask_urls(value)
     if isinstance(value, Mapping):
         return {
             key: _mask(item) if is_secret(str(key)) else redact(item) for key, item in value.items()
@@ -50,6 +55,11 @@ def _mask(value: Any) -> Any:
     return value
 
 
+def mask_urls(text: str) -> str:
+    """`text` with user and password of every URL in it replaced."""
+    return _IN_URL.sub(REDACTED, text)
+
+
 def secret_values(environ: Mapping[str, str]) -> list[str]:
     """Values of the environment's credentials, longest first so that none is masked in part."""
     values = {value for name, value in environ.items() if is_secret(name)}
@@ -57,7 +67,7 @@ def secret_values(environ: Mapping[str, str]) -> list[str]:
 
 
 def mask_values(text: str, secrets: Sequence[str]) -> str:
-    """`text` with every occurrence of a secret replaced."""
+    """`text` with every occurrence of a secret replaced, and what URLs hold."""
     for secret in secrets:
         text = text.replace(secret, REDACTED)
-    return text
+    return mask_urls(text)

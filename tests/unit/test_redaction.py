@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_ds.train.telemetry.sinks.redaction import (
+from relora_ds.redaction import (
     REDACTED,
     is_secret,
     mask_values,
