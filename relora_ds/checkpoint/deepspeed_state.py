@@ -129,8 +129,15 @@ class DeepSpeedShards:
                 self._add(f"{key}.{name}", state[key])
 
     def _note_step(self, state: Mapping[str, Any]) -> None:
-        if "step" in state:
-            self.completed = max(self.completed, int(state["step"]))
+        if "step" not in state:
+            return
+        step = int(state["step"])
+        if self.completed not in (0, step):
+            raise CheckpointError(
+                f"{self.directory}: parts of the optimizer's state are of its updates "
+                f"{self.completed} and {step}: files of several checkpoints were mixed; use another"
+            )
+        self.completed = step
 
     def _add(self, key: str, part: Any, length: int | None = None) -> None:
         if isinstance(part, torch.Tensor):

@@ -89,6 +89,24 @@ def _load_matrix(
             tensor.copy_(saved.matrix_state(key, name))
 
 
+def check_moments(engine: TrainEngine) -> None:
+    """Make sure that restored moments are of the size of what they belong to.
+
+    DeepSpeed takes them as they are, and torch would stretch one element over a whole tensor.
+
+    Raises:
+        CheckpointError: they are of another tensor.
+    """
+    for owner in engine.layout.owners():
+        for key, tensor in engine.optimizer.state.get(owner, {}).items():
+            if key in MOMENTS and tensor.numel() != owner.numel():
+                raise CheckpointError(
+                    f"the checkpoint's optimizer states hold {tensor.numel()} of {owner.numel()} "
+                    f"elements of a tensor's {key}: they are damaged or of another run; use "
+                    "another checkpoint"
+                )
+
+
 def side_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
     """State that DeepSpeed does not know, the same on every rank, as live tensors by name."""
     names = engine.names()

@@ -12,7 +12,7 @@ from relora_ds.checkpoint.format.manifest import Listed
 from relora_ds.checkpoint.format.record import RunRecord
 from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.format.verify import shares, verify_description, verify_files
-from relora_ds.checkpoint.restore import load_side_tensors, load_state, side_slices
+from relora_ds.checkpoint.restore import check_moments, load_side_tensors, load_state, side_slices
 from relora_ds.checkpoint.saved_run import SavedRun, fitting
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
 from relora_ds.checkpoint.saving.recovery import recover
@@ -298,6 +298,8 @@ def restore_phase(
     with fitting(saved.checkpoint, "its weights and optimizer states"):
         if other is None:
             _load_as_written(saved.checkpoint, engine, topology)
+            saved.check_updates(engine.completed_steps())
+            check_moments(engine)
         else:
             load_state(engine, other)
     own = saved.own_method_state(topology.tp)

@@ -28,6 +28,10 @@ from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.topology import part_of_model
 
 _REASON = 300  # characters of a library's own words; some list every parameter
+_COUNTING = ("adamw", "adamw8bit", "torch_adamw")
+"""Optimizers whose state counts its updates by tensor."""
+_UNFITTING = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)
+_UNFITTING += (AssertionError,)  # which DeepSpeed raises over what it reads
 
 
 class SavedRun:
@@ -67,13 +71,40 @@ class SavedRun:
             whole = self._inventory(SINGLE)
             stage, dp_size = self.record.trainer.zero_stage, self.record.trainer.dp_size
             if self._ranks == 1:
-                return open_state(self.checkpoint, whole, stage, dp_size)
+                state = open_state(self.checkpoint, whole, stage, dp_size)
+                self.check_updates(state.completed)
+                return state
             groups = self._groups()
             parts = [
                 open_state(self.checkpoint, self._inventory(group), stage, dp_size, group)
                 for group in groups
             ]
+            for part in parts:
+                self.check_updates(part.completed)
             return JoinedState(whole, parts, [self.shards(group) for group in groups])
+
+    def check_updates(self, applied: int) -> None:
+        """Make sure that the optimizer's own count of updates is that of the checkpoint's step.
+
+        Args:
+            applied: updates of the phase that the optimizer says it has applied.
+
+        Raises:
+            CheckpointError: it is not: its state is of another step.
+        """
+        config, state = self.record.config, self.record.trainer
+        if config.optimizer.name not in _COUNTING:
+            return
+        first = next(p.first_step for p in plan_phases(config) if p.name == state.phase)
+        expected = state.step - first
+        actions = {config.guards.non_finite, config.guards.loss_spike.action}
+        left_out = bool(actions & {"skip", "rollback"})  # updates that were not applied
+        if applied > expected or (applied < expected and not left_out):
+            raise CheckpointError(
+                f"{self.checkpoint}: its optimizer has applied {applied} updates of the phase "
+                f"{state.phase}, but {layout.TRAINER} says {expected}: files of several "
+                "checkpoints were mixed; use another one"
+            )
 
     def method_state(self) -> dict[str, Any]:
         """The method's state for the whole model, tensors on the CPU.
@@ -171,7 +202,7 @@ def fitting(checkpoint: Path, what: str) -> Iterator[None]:
         yield
     except ReloraError:
         raise
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+    except _UNFITTING as error:
         if isinstance(error, RuntimeError) and lost_peers(error):
             raise
         reason = " ".join(str(error).split())

@@ -57,7 +57,13 @@ class SavedState:
                 f"the checkpoint holds no {kind} of {name} by element: its optimizer keeps moments "
                 "in blocks; resume with the processes, ZeRO stage and optimizer it was saved with"
             )
-        return self._pieces[f"{kind}.{name}"].read(start, length)
+        found = self._pieces[f"{kind}.{name}"].read(start, length)
+        if found.numel() != length:
+            raise CheckpointError(
+                f"the checkpoint holds {found.numel()} of {length} elements of the {kind} of "
+                f"{name}: it is damaged or of another run; use another one"
+            )
+        return found
 
     def matrix_state(self, key: str, name: str) -> torch.Tensor:
         """Optimizer state of a trained parameter that has a shape of its own.
@@ -223,16 +229,21 @@ def _check_complete(directory: Path, inventory: Inventory, pieces: Mapping[str, 
 
 
 def _written_pieces(directory: Path) -> tuple[int, dict[str, Pieces]]:
-    pieces, completed = {}, 0
+    pieces: dict[str, Pieces] = {}
+    completed: int | None = None
     for path in sorted(directory.glob(layout.STATES)):
         file = open_tensors(path)
         for key in file.keys():  # noqa: SIM118 - not a mapping
             if key == _STEP:
                 completed = int(file.get_tensor(key))
                 continue
+            if key in pieces:
+                raise CheckpointError(f"{path}: holds {key} once more; use another checkpoint")
             part = file.get_slice(key)
             pieces[key] = Pieces()
             pieces[key].append(part, part.get_shape()[0])
+    if completed is None:
+        raise CheckpointError(f"{directory / layout.state(0)}: holds no {_STEP}; use another one")
     return completed, pieces
 
 

@@ -288,8 +288,17 @@ class TrainEngine:
         return self._engine.shards()
 
     def load(self, directory: str, tag: str) -> None:
-        """Restore what was written of `shards`, into the same layout."""
+        """Restore what was written of `shards`, into the same layout.
+
+        Settings of the optimizer stay this run's: the files hold those they were written with.
+        """
+        settings = [
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for group in self.optimizer.param_groups
+        ]
         self._engine.load_checkpoint(directory, tag)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         for parameter in self.model.parameters():
             self.layout.drop_copies(parameter)
 

@@ -58,7 +58,7 @@ def verify_description(checkpoint: Path) -> tuple[RunRecord, dict[str, Listed]]:
     _check_place(checkpoint, record)
     if layout.state(0) not in listed:
         _check_shards(checkpoint, record)
-    required, allowed = _implied(record, listed)
+    required, allowed = _implied(checkpoint, record, listed)
     for name in sorted(required - listed.keys()):
         raise _unlisted(checkpoint / name, "missing from")
     for name in sorted(listed.keys() - required - allowed):
@@ -136,11 +136,23 @@ def _check_shards(checkpoint: Path, record: RunRecord) -> None:
         )
 
 
-def _implied(record: RunRecord, listed: Mapping[str, Listed]) -> tuple[set[str], set[str]]:
-    """Files that a run of this description writes, and those that it may write."""
+def _implied(
+    checkpoint: Path, record: RunRecord, listed: Mapping[str, Listed]
+) -> tuple[set[str], set[str]]:
+    """Files that a run of this description writes, and those that it may write.
+
+    Raises:
+        CheckpointError: it describes more processes than there are files.
+    """
     state = record.trainer
     written = layout.state(0) in listed
     size = 1 if written else state.tp_size
+    processes = size * (state.dp_size if state.zero_stage and not written else 1)
+    if processes > len(listed):  # each of them writes a file; far more could not be counted out
+        raise CheckpointError(
+            f"{checkpoint / layout.TRAINER}: {state.dp_size} x {size} processes do not write "
+            f"{len(listed)} files: the file is damaged; use another checkpoint"
+        )
     suffixes = [TensorParallel(rank, size).suffix for rank in range(size)]
     required = {layout.TRAINER, layout.RUN, layout.MODEL, *map(layout.side, suffixes)}
     allowed = {layout.TOKENIZER, *map(layout.method, suffixes)}
@@ -152,7 +164,8 @@ def _implied(record: RunRecord, listed: Mapping[str, Listed]) -> tuple[set[str],
     else:
         dtype = DTYPES[record.config.train.precision]
         required |= set(shard_files(state.zero_stage, state.dp_size, size, dtype))
-        allowed |= {layout.side_of_rank(rank) for rank in range(state.dp_size * size)}
+        ranks = min(state.dp_size * size, len(listed))  # at stage 0 dp_size counts no files
+        allowed |= {layout.side_of_rank(rank) for rank in range(ranks)}
     return required, allowed
 
 

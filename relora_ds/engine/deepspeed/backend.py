@@ -19,6 +19,9 @@ from relora_ds.parallel.shape import keeps_tp_local_shape, shard_of
 from relora_ds.parallel.tensor import ModelParallelUnit, TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
 
+_SETTINGS = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
+"""What DeepSpeed would take from a checkpoint, although it is a setting of the run."""
+
 
 class DeepSpeedBackend:
     """`engine.backend.Backend` by DeepSpeed, at any ZeRO stage.
@@ -132,8 +135,12 @@ class DeepSpeedBackend:
 
     def load_checkpoint(self, directory: str, tag: str) -> None:
         """Restore what was written of `shards`, with the same stage and processes."""
+        wrapper = self._engine.optimizer
+        own = {name: getattr(wrapper, name) for name in _SETTINGS if hasattr(wrapper, name)}
         path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
         assert path is not None, "the caller verified that the files are there"
+        for name, value in own.items():
+            setattr(wrapper, name, value)
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the model and let go of it."""

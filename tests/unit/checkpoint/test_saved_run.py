@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from relora_ds.checkpoint.export import DenseModel
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.engine.deepspeed.files import read_shard
 from relora_ds.errors import CheckpointError
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from tests.unit.checkpoint.conftest import Saved
@@ -92,4 +94,65 @@ def test_damaged_rewritten_state(saved: Saved) -> None:
         SavedRun(target).state()
     rewritten.write(layout.state(0), b"")
     with pytest.raises(CheckpointError, match=f"{layout.state(0)}: cannot be read"):
+        SavedRun(target).state()
+
+
+def optimizer_of(saved: Saved, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what the shard of the optimizer holds."""
+    path = next(saved.path.glob("*_optim_states.pt"))
+    content = read_shard(path)
+    change(content["optimizer_state_dict"])
+    torch.save(content, path)
+
+
+def states(shard: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    return list(shard["base_optimizer_state"]["state"].values())
+
+
+def all_after(step: int) -> Callable[[dict[str, Any]], Any]:
+    return lambda shard: [state.update(step=torch.tensor(float(step))) for state in states(shard)]
+
+
+def shortened(shard: dict[str, Any]) -> None:
+    for state in states(shard):
+        state["exp_avg"] = state["exp_avg"][:1]
+
+
+SHARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "earlier": (all_after(3), r"applied 3 updates of the phase relora, but trainer\.json says 5"),
+    "later": (all_after(6), "applied 6 updates"),
+    "of two steps": (lambda shard: states(shard)[1].update(step=torch.tensor(4.0)), "5 and 4"),
+    "without steps": (lambda shard: [state.pop("step") for state in states(shard)], "applied 0"),
+    "no tensors": (
+        lambda shard: shard.update(single_partition_of_fp32_groups=[1, 2, 3]),
+        "its weights and optimizer states cannot be those of this run",
+    ),
+    "no groups": (lambda shard: shard.clear(), "cannot be those of this run"),
+    "shorter moments": (shortened, "elements of the exp_avg of"),
+}
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_optimizer_states_of_another_step_or_shape(saved: Saved, case: str) -> None:
+    change, words = SHARDS[case]
+    optimizer_of(saved, change)
+    with pytest.raises(CheckpointError, match=words):
+        dict(SavedRun(saved.path).state().tensors())
+
+
+def test_left_out_updates_are_not_missing(saved: Saved) -> None:
+    """A run that may skip a batch has steps which its optimizer never saw."""
+    saved.edit(layout.RUN, lambda data: data.update(guards={"non_finite": "skip"}))
+    optimizer_of(saved, all_after(3))
+    assert SavedRun(saved.path).state().completed == 3
+    optimizer_of(saved, all_after(6))
+    with pytest.raises(CheckpointError, match="applied 6 updates"):
+        SavedRun(saved.path).state()
+
+
+def test_a_rewritten_state_without_its_count_of_updates(saved: Saved) -> None:
+    target = saved.path.with_name("rewritten")
+    reshape_checkpoint(saved.path, target)
+    Saved(target).edit(layout.state(0), lambda tensors: tensors.pop("completed_steps"))
+    with pytest.raises(CheckpointError, match=f"{layout.state(0)}: holds no completed_steps"):
         SavedRun(target).state()

@@ -173,6 +173,9 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "no stage": {"zero_stage": 7},
     "more processes": {"dp_size": 2},
     "more shards": {"tp_size": 2},
+    "more processes than can be counted out": {"dp_size": 10**9},
+    "and at a stage whose files do not tell": {"dp_size": 10**9, "zero_stage": 0},
+    "more shards than can be counted out": {"tp_size": 10**9},
 }
 
 
