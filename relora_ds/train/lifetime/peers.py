@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from relora_ds import activity
 from relora_ds.train.lifetime.failure import Failure
 from relora_ds.train.lifetime.link import Identity, Link, Message, open_server, ready
-from relora_ds.train.lifetime.watch import LOOK_S, Peer, Watch, described, gone, grouped
+from relora_ds.train.lifetime.watch import LOOK_S, Peer, Watch, described, gone, grouped, odd_one
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ class Hub(Watch):
         if max(stalled.values()) > self.limit_s:
             doing = {rank: peer.activity for rank, peer in peers.items()}
             doing[self.who.rank] = activity.current()
-            # the others went on until they needed it
-            first = max(stalled, key=stalled.__getitem__)
+            first = odd_one(doing, stalled, self.limit_s)
             who = self.who if first == self.who.rank else peers[first].who
             text = f"no progress for {stalled[first]:.0f} s: {grouped(doing)}"
             self._decide(described(who, doing[first], text, "stuck", (first,)))

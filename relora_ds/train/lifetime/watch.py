@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from relora_ds import activity
@@ -187,6 +187,22 @@ def grouped(doing: dict[int, str]) -> str:
         ranks[what].append(rank)
     groups = sorted(ranks.items(), key=lambda item: len(item[1]))
     return "; ".join(f"rank {_ranges(found)} in {what!r}" for what, found in groups)
+
+
+def odd_one(doing: Mapping[int, str], stalled: Mapping[int, float], limit_s: float) -> int:
+    """The rank that the others most likely wait for.
+
+    It does what the fewest do: those that wait for it do so in one place. Of several such ranks it
+    is the one that has stood still for longest, because the others went on until they needed it.
+
+    Args:
+        doing: activity of every rank.
+        stalled: seconds since it last went on.
+        limit_s: seconds that no rank may stand still for.
+    """
+    alike = Counter(doing.values())
+    still = [rank for rank, seconds in stalled.items() if seconds > limit_s / 2]
+    return max(still, key=lambda rank: (-alike[doing[rank]], stalled[rank]))
 
 
 def _ranges(ranks: list[int]) -> str:
