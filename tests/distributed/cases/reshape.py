@@ -60,7 +60,7 @@ def save(run: Training, stage: int, directory: Path) -> Path:
     plain, tensors = split_tensors(unwrap(run.session.state_dict())[0])
     state = TrainerState(
         step=BREAK_AT,
-        tokens=0,
+        tokens=BREAK_AT * run.config.train.global_batch_size * run.config.train.seq_length,
         phase=run.phase.name,
         dp_size=run.topology.dp_size,
         tp_size=1,
