@@ -21,10 +21,15 @@ def figures(output: Path) -> dict[int, list[Any]]:
     return {step: [line.get(key) for key in FIGURES] for step, line in metrics(output).items()}
 
 
-def contents(checkpoint: Path) -> dict[str, bytes]:
+def contents(checkpoint: Path) -> dict[str, Any]:
     """Every file by name, without what names the run and its settings."""
-    differing = ("run.yaml", "manifest.json")
-    return {p.name: p.read_bytes() for p in checkpoint.iterdir() if p.name not in differing}
+    differing = ("run.yaml", "manifest.json", "trainer.json")
+    found: dict[str, Any] = {
+        p.name: p.read_bytes() for p in checkpoint.iterdir() if p.name not in differing
+    }
+    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    del trainer["sha256"]["run.yaml"]
+    return found | {"trainer.json": trainer}
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
