@@ -12,12 +12,18 @@ from typing import Any
 
 REDACTED = "[redacted]"
 
-_SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
-_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-"""User and password before the host."""
+_SECRET = re.compile(
+    r"(?i)key|token|secret|passw|passphrase|pwd|credential|bearer|authorization|(?<![a-z])auth$"
+)
+_IN_URL = re.compile(r"(?<=://)[^/\s]+(?=@)")
+"""User and password before the host, up to the last "@": passwords hold that sign too."""
+_IN_QUERY = re.compile(r"(?<=[?&;#])([\w.%-]++)=([^&;#\s\"']+)")
+"""A name and its value behind the path of a URL."""
 # Words of this field that merely contain "key" or "token": tokenizer, tokens_seen,
-# num_key_value_heads, eos_token_id.
-_INNOCENT = re.compile(r"(?i)tokeni[sz][a-z]*|^tokens(?![a-z])|key_value|token_ids?$")
+# num_key_value_heads, eos_token_id. The shell keeps the current folder in PWD and OLDPWD.
+_INNOCENT = re.compile(
+    r"(?i)tokeni[sz][a-z]*|^tokens(?![a-z])|key_value|token_ids?$|^(?-i:(?:OLD)?PWD)$"
+)
 # Shorter values, such as "true", occur in ordinary text: masking them would only garble it.
 _SHORTEST_SECRET = 8
 
@@ -56,8 +62,15 @@ def _mask(value: Any) -> Any:
 
 
 def mask_urls(text: str) -> str:
-    """`text` with user and password of every URL in it replaced."""
-    return _IN_URL.sub(REDACTED, text)
+    """`text` with every credential replaced that a URL in it holds: user and password before the
+    host, and values of the query under a secret's name.
+    """
+    return _IN_QUERY.sub(_mask_parameter, _IN_URL.sub(REDACTED, text))
+
+
+def _mask_parameter(found: re.Match[str]) -> str:
+    name = found[1]
+    return f"{name}={REDACTED}" if is_secret(name) else found[0]
 
 
 def secret_values(environ: Mapping[str, str]) -> list[str]:

@@ -317,7 +317,9 @@ def _weight_files(directory: Path) -> list[Path]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error}); copy the model again") from error
     odd = [
-        name for name in names if not isinstance(name, str) or not name or Path(name).name != name
+        name
+        for name in names
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
     ]
     if odd:
         raise CheckpointError(

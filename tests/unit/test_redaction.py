@@ -7,6 +7,7 @@ import pytest
 from relora_ds.redaction import (
     REDACTED,
     is_secret,
+    mask_urls,
     mask_values,
     redact,
     secret_values,
@@ -27,6 +28,11 @@ from relora_ds.redaction import (
         "api_tokens",
         "AWS_SECRET_ACCESS_KEY",
         "tokenizer_token",
+        "basic_auth",
+        "Authorization",
+        "ssh_passphrase",
+        "db_pwd",
+        "bearer",
     ],
 )
 def test_credentials_are_recognised(name: str) -> None:
@@ -45,6 +51,10 @@ def test_credentials_are_recognised(name: str) -> None:
         "num_key_value_heads",
         "eos_token_id",
         "bos_token_ids",
+        "author",
+        "SSH_AUTH_SOCK",
+        "PWD",
+        "OLDPWD",
     ],
 )
 def test_words_of_the_field_are_not_credentials(name: str) -> None:
@@ -77,3 +87,23 @@ def test_values_of_the_environment_are_masked_longest_first() -> None:
     assert secrets == ["abcdefghijkl", "abcdefgh"]
     text = "key=abcdefghijkl, other=abcdefgh, true /root/abc"
     assert mask_values(text, secrets) == f"key={REDACTED}, other={REDACTED}, true /root/abc"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:canary@host/x", f"https://{REDACTED}@host/x"),
+        ("https://me:p@canary@host/x", f"https://{REDACTED}@host/x"),
+        ("S3://canary@bucket/x y", f"S3://{REDACTED}@bucket/x y"),
+        ("https://host/x?token=canary", f"https://host/x?token={REDACTED}"),
+        (
+            "https://host/x?a=1&X-Amz-Credential=canary&b=2",
+            f"https://host/x?a=1&X-Amz-Credential={REDACTED}&b=2",
+        ),
+        ("https://host/x#access_token=canary", f"https://host/x#access_token={REDACTED}"),
+        ("https://host/x?page=2&tokens=5", "https://host/x?page=2&tokens=5"),
+        ("https://host/x and me@host", "https://host/x and me@host"),
+    ],
+)
+def test_credentials_inside_of_urls(url: str, shown: str) -> None:
+    assert mask_urls(f"see {url} there") == f"see {shown} there"

@@ -10,7 +10,9 @@ from relora_ds.config.reading.source import parse_value
 from relora_ds.errors import ConfigError
 from relora_ds.redaction import REDACTED, is_secret, mask_urls
 
-_KEY = re.compile(r"[\w.-]+(?=\s*[:=])")
+# Every word is tried once, from its start and as a whole: values may be 100,000 characters long.
+_KEY = re.compile(r"(?<![\w.-])[\w.-]++(?=\s*[:=])")
+_PLAIN_KEY = re.compile(r"\s*[\w.-]+\s*")
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
@@ -28,10 +30,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
 
 def _apply(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
-    # keys on the left, and those inside of a value such as {api_key: ...}
-    secret = any(is_secret(name) for name in _KEY.findall(override))
-    shown = f"{key}={REDACTED}" if secret else mask_urls(override)
-    place = Place(f"command line: {shorten(shown)}")
+    place = Place(f"command line: {shorten(_without_secrets(override))}")
     if not equals:
         raise ConfigError(f"{place}: is not an override: write key=value, as in train.steps=1000")
     path = tuple(key.strip().split("."))
@@ -47,3 +46,14 @@ def _apply(document: Document, override: str) -> None:
             f"{place}: {error} is a single value and has no key {key_name(path[-1:])}: "
             f"write {error}=..."
         ) from None
+
+
+def _without_secrets(override: str) -> str:
+    """What may be told of an override: no value under a secret's name, no credential of a URL."""
+    key, equals, _ = override.partition("=")
+    # keys on the left, and those inside of a value such as {api_key: ...}
+    names = _KEY.findall(override) if equals else [override]
+    if not any(is_secret(name) for name in names):
+        return mask_urls(override)
+    # "api_key: VALUE" is no key: with the equals sign forgotten, or at the end of a base64 value
+    return f"{key}={REDACTED}" if equals and _PLAIN_KEY.fullmatch(key) else REDACTED

@@ -7,6 +7,7 @@ absent values are filled in from the run file; a value that contradicts it is an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -305,6 +306,8 @@ def _check_kind(path: KeyPath, value: object, kind: str) -> Iterator[Finding]:
 
 def _is_kind(value: object, kind: str) -> bool:
     if kind == "number" and isinstance(value, bool):
+        return False
+    if isinstance(value, float) and not math.isfinite(value):  # JSON's 1e999 is infinite
         return False
     return isinstance(value, _KINDS[kind][1])
 

@@ -141,10 +141,22 @@ SECRET = "sk-9f8e7d6c5b4a"
         f"train.init_from={{url: 'https://user:{SECRET}@host/x'}}",
         f"https://user:{SECRET}@host/x",
         f"data={{credentials: {SECRET}}}",
+        f"api_key: {SECRET}",
+        f"api_key: {SECRET}==",
+        f"api_key[{SECRET}",
+        f"log.wandb.auth={SECRET}",
+        f"db_pwd={SECRET}",
+        f"optimizer.lr=https://host/?token={SECRET}",
+        f"train.steps=https://user:p@{SECRET}@host",
     ],
 )
 def test_secrets_are_not_repeated(override: str) -> None:
     assert not [problem for problem in refusal(override) if SECRET in problem]
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, "9" * 100_000, "a-" * 50_000, " a" * 50_000])
+def test_long_values_take_no_longer_than_their_length(value: str) -> None:
+    refusal(f"train.steps={value}")
 
 
 def test_what_is_written_holds_no_password_of_a_url() -> None:

@@ -173,7 +173,7 @@ def test_equal_models_give_equal_files_that_colleagues_can_read(tmp_path, plain,
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/shadow", "../other/model.safetensors", "a/b.safetensors", "", ".", 3, None]
+    "name", ["/etc/shadow", "../other/model.safetensors", "a/b.safetensors", "", ".", "..", 3, None]
 )
 def test_an_index_names_files_beside_it(tmp_path: Path, name: object) -> None:
     index = {"weight_map": {"model.norm.weight": name}}

@@ -137,6 +137,8 @@ def test_top_level_refusals(config: RunConfig, source: Any, key: str, part: str)
         ({"stage": None}, "stage", "must be 0, 1, 2 or 3"),
         ({"reduce_bucket": 1}, "reduce_bucket", "did you mean `reduce_bucket_size`?"),
         ({"reduce_bucket_size": "5e8"}, "reduce_bucket_size", "must be a number"),
+        ({"reduce_bucket_size": 1e999}, "reduce_bucket_size", "must be a number"),
+        ({"sub_group_size": float("nan")}, "sub_group_size", "must be a number"),
         ({"reduce_bucket_size": -1}, "reduce_bucket_size", "must not be negative"),
         ({"round_robin_gradients": True}, "round_robin_gradients", "change other parameters"),
         ({"load_from_fp32_weights": False}, "load_from_fp32_weights", "must be true or absent"),
