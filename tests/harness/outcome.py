@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 _OF_THE_START = re.compile(
-    r"^throughput/|seconds|memory/max_allocated|^communication/|^checkpoint/"
+    r"^throughput/|seconds|memory/(max|build)_allocated|^communication/|^checkpoint/"
 )
 """Figures of a line of metrics.jsonl that tell of this machine and this start, not of the run. At
 stage 3, DeepSpeed's first update after a start moves more: it has no trace to follow yet. The size
