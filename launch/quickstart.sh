@@ -2,13 +2,10 @@
 # From a bare machine to a trained model: environment, ReLoRA on the builtin corpus, export, check.
 #   bash launch/quickstart.sh [key=value ...]
 # Two CPU processes, or 1, 2, 4 or 8 GPUs; PROCESSES=N asks for N of either. Results are in
-# runs/quickstart, or in output_dir=DIR. Ctrl-C and SIGTERM save a checkpoint first; the same command
-# goes on from it.
+# runs/quickstart, or in output_dir=DIR.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-# shellcheck source=launch/supervise.sh
-. launch/supervise.sh
 
 output_dir=runs/quickstart
 for argument in "$@"; do
@@ -24,15 +21,9 @@ fi
 micro=$((8 / processes))
 micro=$((micro > 4 ? 4 : micro < 1 ? 1 : micro))
 
-# called by supervise
-# shellcheck disable=SC2317,SC2329
-on_nodes() { bash -c "$1"; }
-
 slots "$processes"
-supervise deepspeed -q "${launcher_slots[@]}" --master_port "${MASTER_PORT:-29511}" \
-  launch/pretrain.py "--launch-id=$launch_id" configs/run/quickstart.yaml \
-  "train.micro_batch_size=$micro" "$@" || exit "$?"
-trap - TERM INT HUP USR1 # what follows has nothing to save
+deepspeed -q "${launcher_slots[@]}" --master_port "${MASTER_PORT:-29511}" \
+  launch/pretrain.py configs/run/quickstart.yaml "train.micro_batch_size=$micro" "$@"
 
 echo
 echo "perplexity of the checkpoint and of its export on the validation set:"

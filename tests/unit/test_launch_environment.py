@@ -26,7 +26,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout whose environment is there, and what the launch scripts start."""
     root = tmp_path / "checkout"
     (root / "launch").mkdir(parents=True)
-    for name in ("environment.sh", "quickstart.sh", "supervise.sh"):
+    for name in ("environment.sh", "quickstart.sh"):
         shutil.copy(ROOT / "launch" / name, root / "launch")
     (root / ".venv").symlink_to(tmp_path / "venv")
     (tmp_path / "venv" / "bin").mkdir(parents=True)
