@@ -15,15 +15,17 @@
 
 launch_id="$(hostname)-$$-$(date +%s)"
 state_dir="$(mktemp -d)" # readable by the user alone
+readonly launch_id state_dir
 trap 'rm -rf "$state_dir"' EXIT
 : >"$state_dir/exits" # one exit code per node, where a launcher reports them
 : >"$state_dir/cause" # what the ranks say of the first that failed
 asked=""
 
 # The interpreter may lie below a folder whose name has blanks. Neither the launcher nor the shell that
-# carries the pattern to a node may match: hence the brackets.
-ranks="(^|/)python[^ /]* -u launch/pretrain[.]py .*--launch-id=$launch_id( |\$)"
-processes="(^|/)python[^ /]* -u .*--launch-id=$launch_id( |\$)"
+# carries the pattern to a node may match: hence the brackets. Read-only: whoever matches is killed, and
+# a script that took one of these names for a number would have everything killed that shows a digit.
+readonly launch_ranks="(^|/)python[^ /]* -u launch/pretrain[.]py .*--launch-id=$launch_id( |\$)"
+readonly launch_processes="(^|/)python[^ /]* -u .*--launch-id=$launch_id( |\$)"
 
 say() { echo "$(basename "$0"): $*" >&2; }
 
@@ -36,7 +38,7 @@ stop_ranks() {
   asked=yes
   deadline=$((SECONDS + ${STOP_GRACE_S:-300}))
   say "stopping: the ranks save a checkpoint after the current step"
-  if [ -z "$(on_nodes "pkill -TERM -e -f '$ranks'" 2>/dev/null)" ]; then
+  if [ -z "$(on_nodes "pkill -TERM -e -f '$launch_ranks'" 2>/dev/null)" ]; then
     say "no rank runs yet: ending the launch"
     asked=early
     end_launch
@@ -45,7 +47,7 @@ stop_ranks() {
 
 end_launch() { # nothing of this launch survives, here or on a node that can be reached
   kill -KILL -- "-$launcher" 2>/dev/null
-  on_nodes "pkill -KILL -f '$processes'" >/dev/null 2>&1
+  on_nodes "pkill -KILL -f '$launch_processes'" >/dev/null 2>&1
   true
 }
 
@@ -114,10 +116,10 @@ supervise() { # COMMAND...: returns the ranks' exit code
 
   kill -KILL -- "-$launcher" 2>/dev/null || true # what the launcher left: with it goes the ranks' output
   wait "$reader" || true
-  if [ -n "$(on_nodes "pgrep -f '$ranks'" 2>/dev/null)" ]; then
+  if [ -n "$(on_nodes "pgrep -f '$launch_ranks'" 2>/dev/null)" ]; then
     say "the launcher left its ranks alone: waiting for them to save a checkpoint"
     deadline=$((SECONDS + ${STOP_GRACE_S:-300}))
-    while [ "$SECONDS" -lt "$deadline" ] && [ -n "$(on_nodes "pgrep -f '$ranks'" 2>/dev/null)" ]; do
+    while [ "$SECONDS" -lt "$deadline" ] && [ -n "$(on_nodes "pgrep -f '$launch_ranks'" 2>/dev/null)" ]; do
       sleep 2
     done
   fi
