@@ -14,8 +14,8 @@
 # bounded time, and passes "--launch-id=$launch_id" to launch/pretrain.py.
 
 launch_id="$(hostname)-$$-$(date +%s)"
-readonly launch_id # whom signals go to is told by it
 state_dir="$(mktemp -d)" # readable by the user alone
+readonly launch_id state_dir # whom signals go to is told by the id
 trap 'rm -rf "$state_dir"' EXIT
 : >"$state_dir/exits" # one exit code per node, where a launcher reports them
 : >"$state_dir/cause" # what the ranks say of the first that failed

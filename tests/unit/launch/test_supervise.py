@@ -121,14 +121,21 @@ def test_every_signal_is_for_processes_of_this_launch(
             job.send_signal(signal.SIGTERM)
         _, said = job.communicate(timeout=60)
     assert job.returncode == (75 if asked else 3), said
-    launch = rf"--launch-id=[^ ]+-{job.pid}-[0-9]+\( \|\$\)"
     signalled = (tmp_path / "signalled").read_text().splitlines()
     assert [line for line in signalled if "/pkill -KILL -f " in line]
     assert bool([line for line in signalled if "/pkill -TERM -e -f " in line]) == asked
+    launch = re.search(rf"--launch-id=[^ ]+-{job.pid}-[0-9]+", "\n".join(signalled))
+    assert launch is not None
+    own = f"/bin/python -u launch/pretrain.py --local_rank=0 {launch[0]} RUN.yaml"
+    others = ("/bin/python -u launch/pretrain.py --launch-id=2 RUN.yaml", "python -m pytest -n 2")
+    others += (f"bash launch/{script} RUN.yaml", f"python -u launch/pretrain.py {launch[0]}2")
     for line in signalled:
-        named = re.fullmatch(rf".* -f \(\^\|/\)python\S* /\]\* -u .*{launch}", line)
-        session = re.fullmatch(r".*/pkill -KILL -g (\d+) -s \1", line)
-        assert named or (session and int(session[1]) > 1), line
+        if session := re.fullmatch(r".*/pkill -KILL -g (\d+) -s \1", line):
+            assert int(session[1]) > 1
+            continue
+        pattern = line.partition(" -f ")[2]
+        assert re.search(pattern, own), line
+        assert not [other for other in others if re.search(pattern, other)], line
 
 
 def _wait_until_it_listens(job: subprocess.Popen[str]) -> None:
