@@ -1,8 +1,9 @@
 """What a method may touch of a running engine: five ports that hide where ZeRO keeps what.
 
 `TrainState` has one port per concern: `weights`, `moments`, `vectors`, `host` and `gradients`. They
-are declared here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They are called
-on every rank, in the same order, within `torch.no_grad`, and only between optimizer steps.
+are declared here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They
+are called on every rank, in the same order, within `torch.no_grad`, and only between optimizer
+steps.
 
 Where tensor parallelism shards a parameter, a method sees this rank's part of it (its *method
 shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor along r.

@@ -131,23 +131,22 @@ class GaLoreSession(Session[GaLore]):
         state, config, names = self.state, self.method.config, list(layers)
         owners = state.gradients.owners
         for first in range(0, len(names), owners):
-            chosen = []
+            owned: dict[int, tuple[str, torch.Tensor]] = {}
+            found = []
             for turn, name in enumerate(names[first : first + owners]):
-                layer = layers[name]
+                layer, part = layers[name], sums.pop(name).div_(count)
                 width = min(layer.spec.out_features, layer.spec.in_features)
-                part = sums.pop(name).div_(count)
-                value = part.new_full((layer.rank, width), torch.nan)
+                found.append(part.new_full((layer.rank, width), torch.nan))
                 whole = state.gradients.mean(layer.weight, part, turn)
-                del part
-                chosen.append((value, whole, Stream(self.method.seed, "basis", name, step)))
-            for value, whole, stream in chosen:
                 if whole is not None:
-                    basis = leading_basis(whole, config.rank, config.svd, stream)
-                    if basis is not None:
-                        value.copy_(basis)
-            bases = [value for value, _, _ in chosen]
-            del chosen, whole
-            for turn, value in enumerate(bases):
+                    owned[turn] = name, whole
+            while owned:
+                turn, (name, whole) = owned.popitem()
+                stream = Stream(self.method.seed, "basis", name, step)
+                basis = leading_basis(whole, config.rank, config.svd, stream)
+                if basis is not None:
+                    found[turn].copy_(basis)
+            for turn, value in enumerate(found):
                 state.gradients.spread(value, turn)
                 yield None if bool(value[0, 0].isnan()) else value
 

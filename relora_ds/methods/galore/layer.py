@@ -1,9 +1,9 @@
 """A projection whose weight moves within a subspace of rank r.
 
 Shapes: x (T, n), W (m, n); S is the shorter side of W and L the longer one. The weight in effect is
-W + P Q where m >= n and W + (P Q)^T otherwise, with the `projected` P (L, r) trained and the `basis`
-Q (r, S) fixed. The gradient of P is G Q^T, or G^T Q^T, for the gradient G of W: training P is GaLore
-between two choices of the basis, and no gradient larger than P is formed.
+W + P Q where m >= n and W + (P Q)^T otherwise. The `projected` P (L, r) is trained, the `basis` Q
+(r, S) is fixed. The gradient of P is G Q^T, or G^T Q^T, for the gradient G of W: training P is
+GaLore between two choices of the basis, and no gradient larger than P is formed.
 """
 
 from __future__ import annotations
@@ -60,10 +60,8 @@ class _ProjectedProduct(torch.autograd.Function):
             behind = basis if ctx.tall else projected.t()
             grad_x = (grad @ weight).addmm_(inner, behind).view_as(x)
         if ctx.needs_input_grad[2]:
-            if ctx.tall:
-                grad_projected = grad.t() @ (rows @ basis.t())
-            else:
-                grad_projected = rows.t() @ inner
+            tall = ctx.tall
+            grad_projected = grad.t() @ (rows @ basis.t()) if tall else rows.t() @ inner
         return grad_x, None, grad_projected, None, None, None
 
 
