@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError
 
 from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.stamp import Origin
 from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, STAMPED, Contents, format_of, upgrade
 from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
 from relora_ds.config.explain import explain
@@ -103,16 +106,38 @@ class RunRecord:
     """Its model."""
     format: int = field(default=FORMAT, compare=False)
     """Number of the format that it was read from."""
+    sums: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """SHA-256 of `run.yaml` and `model.json` as they were read, by name; empty where they were not
+    read but are to be written."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the checkpoint's files of tensors come from."""
+        sums = self.sums or _sums_of(self.run_files)
+        run = _sum("".join(sums[name] for name in (layout.RUN, layout.MODEL)).encode())
+        return Origin(self.trainer.step, run)
+
+    @cached_property
+    def run_files(self) -> Mapping[str, bytes]:
+        """Contents of `run.yaml` and `model.json` in today's format, by name."""
+        return {
+            layout.RUN: dump_run_config(self.config).encode(),
+            layout.MODEL: (self.architecture.model_dump_json(indent=1) + "\n").encode(),
+        }
+
+
+def _sums_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: _sum(content) for name, content in files.items()}
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def encode_record(record: RunRecord) -> dict[str, bytes]:
     """Contents of `trainer.json`, `run.yaml` and `model.json` in today's format, by name."""
-    others = {
-        layout.RUN: dump_run_config(record.config).encode(),
-        layout.MODEL: (record.architecture.model_dump_json(indent=1) + "\n").encode(),
-    }
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in others.items()}
-    trainer = {KEY: FORMAT, _SUMS: sums, **record.trainer.model_dump(mode="json")}
+    others = record.run_files
+    trainer = {KEY: FORMAT, _SUMS: _sums_of(others), **record.trainer.model_dump(mode="json")}
     return {layout.TRAINER: (json.dumps(trainer, indent=1) + "\n").encode(), **others}
 
 
@@ -149,6 +174,7 @@ def read_record(checkpoint: Path) -> RunRecord:
         config,
         _validated(ModelConfig, contents.model, model_path),
         format_of(read),
+        sums if format_of(read) >= STAMPED else {},
     )
 
 
