@@ -44,7 +44,7 @@ def reshape_checkpoint(
     run = open_saved_run(checkpoint)
     wanted = {"dp_size": dp_size, "zero_stage": stage, "tp_size": tp_size}
     changes = {key: value for key, value in wanted.items() if value is not None}
-    record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes), sums={})
+    record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes), run="")
     problems = list(_problems(record))
     if output.exists():
         problems.append(f"{output} exists: name a new directory")

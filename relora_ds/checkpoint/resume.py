@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from relora_ds.checkpoint.saved_state import SavedState, is_written_state
 from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.retention import unused_previous
 from relora_ds.checkpoint.tp_state import PartOfState
-from relora_ds.config.free import free_keys
+from relora_ds.config.free import covers, flat_settings, free_keys
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.distributed import (
@@ -207,7 +207,7 @@ def check_resume(
     differing = [
         (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _covered(key, allowed)
+        if before.get(key) != now.get(key) and not covers(allowed, key)
     ]
     if differing:
         keys = ", ".join(key for key, _, _ in differing if key in before and key != _TOKEN_FILES)
@@ -356,18 +356,6 @@ def _settings(
     config: RunConfig, architecture: ModelConfig, fingerprints: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that two runs may differ in, by dotted key, as plain values."""
-    flat = dict(_flat(config.model_dump(mode="json")))
-    flat |= _flat(architecture.model_dump(mode="json"), "architecture.")
+    flat = dict(flat_settings(config.model_dump(mode="json")))
+    flat |= flat_settings(architecture.model_dump(mode="json"), "architecture.")
     return flat | {_TOKEN_FILES: list(fingerprints)}
-
-
-def _covered(key: str, allowed: frozenset[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

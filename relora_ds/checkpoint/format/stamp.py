@@ -26,7 +26,7 @@ class Origin:
 
     Args:
         step: updates that its checkpoint holds.
-        run: digest of what the checkpoint says of its run; see `RunRecord.run_digest`.
+        run: digest of what the checkpoint says of its run; see `RunRecord.origin`.
     """
 
     step: int

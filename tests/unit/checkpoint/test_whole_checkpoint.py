@@ -223,11 +223,11 @@ def test_files_of_another_step_or_name_or_run(whole: Path, name: str, change: ob
         verify_checkpoint(whole)
 
 
-def test_the_same_step_of_a_run_with_another_seed(whole: Path, tmp_path: Path) -> None:
+def test_the_same_step_of_a_run_with_another_seed(whole: Path) -> None:
     """Same names, shapes and step; only what the runs say of themselves differs."""
     record = read_record(whole)
-    seed = record.config.seed + 1
-    other = replace(record, config=record.config.model_copy(update={"seed": seed}), sums={})
+    train = record.config.train.model_copy(update={"seed": record.config.train.seed + 1})
+    other = replace(record, config=record.config.model_copy(update={"train": train}), run="")
     assert other.origin.run != record.origin.run
     path = whole / OPTIMIZER
     torch.save({**read_shard(path), KEY: stamp(OPTIMIZER, other.origin)}, path)
