@@ -214,7 +214,8 @@ def test_files_of_another_step_or_name_or_run(whole: Path, name: str, change: ob
         torch.save(content if change is None else {**content, KEY: full}, path)
     else:
         full = {**own, **change} if isinstance(change, dict) else {}
-        write_safetensors(path, load_file(path), full)
+        tensors = {key: value.clone() for key, value in load_file(path).items()}  # no view of it
+        write_safetensors(path, tensors, full)
     write_manifest(whole)
     if change == {}:
         verify_checkpoint(whole)
