@@ -18,6 +18,7 @@ from relora_ds.methods.build import DenseSource, build_model, filled_model, mark
 from relora_ds.methods.interface import Method
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
+from relora_ds.numerics.indexing import upload
 from relora_ds.parallel.topology import Topology
 from relora_ds.parallel.zero import ZeroSettings
 
@@ -63,7 +64,8 @@ def build_engine(
         model = filled_model(*what, marks, device, partitioner, tp)
     else:
         source = _dense_source(architecture, config, weights, device)
-        model = build_model(*what, source, device, partitioner, tp)
+        std = architecture.initializer_range if weights is None else None
+        model = build_model(*what, source, device, partitioner, tp, std)
     if prepare is not None:
         prepare(model)
     exact = None if partitioner is None else partitioner.finish()
@@ -100,4 +102,4 @@ class _Probe:
             return None
         self._model.eval()
         device = self._model.model.embed_tokens.weight.device
-        return self._model.logits(self._tokens.to(device)).float()
+        return self._model.logits(upload(self._tokens, device)).float()

@@ -97,6 +97,8 @@ def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
         at_step(None)
         outcome = Outcome(status, reason, started_at, prepared.topology.world_size, trainer.final)
         problems = _write_results(prepared, trainer, outcome)
+        if problems:
+            lifetime.say_again()
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ GONE_S = 35.0
 """How long processes of a job may outlive the first of them that ended."""
 
 _RANKS = 2
-_FAULTY = "tests/faults/pretrain.py"
+_ARMED = "tests/faults/armed.py"
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ class Job:
     launcher: int
     folder: Path
     started: float = field(default_factory=time.monotonic)
+    _over: bool = field(default=False, init=False)
+    """Whether nothing of it is left: its id may be another session's from then on."""
 
     def processes(self) -> list[psutil.Process]:
         """What is alive of the job, the launcher first."""
-        return session(self.launcher)
+        return [] if self._over else session(self.launcher)
 
     def finish(self, timeout_s: float = 120.0) -> End:
         """Wait for the launcher to end, and then for everything else.
@@ -70,6 +72,7 @@ class Job:
                 raise AssertionError(f"not over after {timeout_s:g} s\n{self.said()}")
             time.sleep(0.01)
         outlived = wait_until_gone(self.launcher, self.said)
+        self._over = True
         return End(code, self.said(), struck(self.folder), outlived)
 
     def said(self) -> str:
@@ -79,7 +82,8 @@ class Job:
     def kill(self) -> None:
         """End it, whatever it does."""
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def start_job(arguments: Sequence[str], faults: Sequence[Fault], **environment: str) -> Job:
@@ -90,18 +94,35 @@ def start_job(arguments: Sequence[str], faults: Sequence[Fault], **environment: 
         faults: what is to happen.
         environment: variables beside those that ranks have anyway, or instead of them.
     """
-    folder = Path(tempfile.mkdtemp(prefix="job_"))
-    output = str(folder / "output.txt")
-    own = rank_environment() | meeting_point() | plan(folder, faults) | environment
-    script = Script(_FAULTY, tuple(arguments))
-    starts = [Start(script, own | place(rank, _RANKS), output) for rank in range(_RANKS)]
-    launcher = Start(Launcher(tuple(starts)), own, output)
-    return Job(warm_process().start([launcher])[0], folder)
+    shared = meeting_point() | environment
+    places = [shared | place(rank, _RANKS) for rank in range(_RANKS)]
+    return _start("launch/pretrain.py", arguments, faults, places)
 
 
 def run_job(arguments: Sequence[str], *faults: Fault, **environment: str) -> End:
     """Start a job as `start_job` does and wait for its end."""
     return start_job(arguments, faults, **environment).finish()
+
+
+def run_tool(script: str, arguments: Sequence[str], *faults: Fault) -> End:
+    """Run another script of the project in one process below a launcher, and wait for its end."""
+    return _start(script, arguments, faults, [{}]).finish()
+
+
+def _start(
+    script: str,
+    arguments: Sequence[str],
+    faults: Sequence[Fault],
+    places: Sequence[Mapping[str, str]],
+) -> Job:
+    """Start a script on a process for each of the places that are described to them."""
+    folder = Path(tempfile.mkdtemp(prefix="job_"))
+    output = str(folder / "output.txt")
+    own = rank_environment() | plan(folder, faults)
+    armed = Script(_ARMED, (script, *arguments))
+    starts = [Start(armed, own | dict(place), output) for place in places]
+    launcher = Start(Launcher(tuple(starts)), own, output)
+    return Job(warm_process().start([launcher])[0], folder)
 
 
 def session(leader: int) -> list[psutil.Process]:
@@ -131,7 +152,8 @@ def wait_until_gone(leader: int, said: Callable[[], str]) -> float:
     while alive := session(leader):
         if time.monotonic() > begun + GONE_S:
             for process in alive:
-                os.kill(process.pid, signal.SIGKILL)
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             raise AssertionError(f"alive after {GONE_S:g} s: {alive}\n{said()}")
         time.sleep(0.05)
     return time.monotonic() - begun

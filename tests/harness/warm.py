@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -152,7 +153,17 @@ def serve(descriptor: int) -> None:
         connection.send(started or asked)
     for process, code in codes.items():
         if code is None:
-            os.killpg(process, signal.SIGKILL)
+            end_session(process)
+
+
+def end_session(leader: int) -> None:
+    """Kill a process that `serve` has started, and all that it has started in its session.
+
+    Its number is its own as long as `serve` has not told how it ended. It may lead no session yet.
+    """
+    for kill in (os.kill, os.killpg):
+        with suppress(ProcessLookupError):
+            kill(leader, signal.SIGKILL)
 
 
 def _import_everything() -> None:
@@ -169,13 +180,12 @@ def _import_everything() -> None:
 
 
 def _compile_kernels() -> None:
-    from relora_ds.numerics import block_codes, rounding
+    """All of them: a process compiles what is not there yet, which takes it most of a second."""
+    import relora_ds
     from relora_ds.numerics.host_kernels import load_kernels
-    from relora_ds.optim import vector_block
 
-    for module in (block_codes, rounding, vector_block):
-        assert module.__file__ is not None
-        load_kernels(Path(module.__file__).with_suffix(".c"))
+    for source in Path(relora_ds.__file__).parent.rglob("*.c"):
+        load_kernels(source)
 
 
 def _signal_all(codes: Mapping[int, int | None], number: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from relora_ds.methods.sltrain.support import flat_positions
-from relora_ds.numerics.indexing import distinct_places
+from relora_ds.numerics.indexing import orderless_writes
 from relora_ds.parallel.low_rank import Factors
 
 # said once per process by torch; only the sampled product is used of it
@@ -74,7 +74,7 @@ def compose(
     # the scale is part of the product's epilogue: one rounding, no second pass
     torch.addmm(weight, lora_b, lora_a, beta=0, alpha=scale, out=weight)
     positions = flat_positions(row_starts, columns, cols)
-    with distinct_places():
+    with orderless_writes():
         weight.view(-1).index_add_(0, positions, values)
     return weight
 
