@@ -56,7 +56,7 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
     10: ("file of a rank missing, or one too many", (_ALTERED,)),
     11: (
         "latest missing, empty, wrong, elsewhere",
-        (_ALTERED, "unit/checkpoint/test_store.py::test_what_latest_says_is_read_without_trust"),
+        (_ALTERED, "unit/checkpoint/test_find.py::test_what_latest_says_is_read_without_trust"),
     ),
     12: (
         "two jobs in one directory",

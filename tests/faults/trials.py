@@ -58,7 +58,7 @@ TRIALS: dict[str, tuple[str, tuple[str, ...]]] = {
         "files that the manifest does not list, or lists wrongly",
         (
             _WHOLE + "test_files_that_are_not_those_of_the_run",
-            _WHOLE + "test_files_of_another_step_or_name",
+            _WHOLE + "test_files_of_another_step_or_name_or_run",
             _WHOLE + "test_a_step_that_the_run_does_not_have",
             _WHOLE + "test_damaged_manifests",
         ),
@@ -97,13 +97,13 @@ TRIALS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             _STORE + "test_strays_neither_count_nor_go",
             _RECOVERY + "test_going_on_from_an_older_one",
-            "unit/checkpoint/test_store.py::test_what_has_the_name_of_a_checkpoint_without_being_one",
+            "unit/checkpoint/test_find.py::test_what_has_the_name_of_a_checkpoint_without_being_one",
         ),
     ),
     "F11": (
         "control files that hold something else",
         (
-            "unit/checkpoint/test_store.py::test_what_latest_says_is_read_without_trust",
+            "unit/checkpoint/test_find.py::test_what_latest_says_is_read_without_trust",
             "unit/checkpoint/test_record.py::test_damaged_manifests",
             "unit/checkpoint/test_record.py::test_damaged_files",
             "unit/checkpoint/test_saved_run.py::test_damaged_side_file",
