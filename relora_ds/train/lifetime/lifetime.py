@@ -10,6 +10,7 @@ The order of an ending that is no success is always the same, and here alone:
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from relora_ds.activity import current, origin
 from relora_ds.errors import (
@@ -67,6 +69,7 @@ class Lifetime:
         self._reason: str | None = None
         self._code: int | None = None
         self._ends_because_of_another = False
+        self._announced: str | None = None
         self._last_line: str | None = None
         self._told, self._may_leave = threading.Event(), threading.Event()
         self._fails_itself = threading.Event()
@@ -187,6 +190,10 @@ class Lifetime:
                 self._say(failure, error)
         return self._reason
 
+    def say_again(self) -> None:
+        """Have the root cause that this rank announced stand last, behind what was said since."""
+        self._last_line = self._last_line or self._announced
+
     def leave(self, error: BaseException) -> int:
         """End because of an exception.
 
@@ -210,6 +217,7 @@ class Lifetime:
         known = self._watch is not None or not isinstance(error, ConfigError)
         if known or os.environ.get("LOCAL_RANK", "0") == "0":
             announce(failure, error)
+            self._announced = failure.line
 
     def _cause_of(self, error: BaseException) -> Failure:
         """What ended the run: this error, or the loss of a rank that made it."""
@@ -286,13 +294,30 @@ class Lifetime:
         """End the process without talking to the others: process groups wait or abort then."""
         if self._last_line is not None:
             say(self._last_line)
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                continue
-        os._exit(code)
+        _exit(code)
+
+
+def leave_process(code: int) -> NoReturn:
+    """End a process that has nothing left to do, as soon as what it wrote is out.
+
+    An interpreter that takes itself apart needs a second of a core for the libraries of a run, and
+    a stopped run has none to lose.
+
+    Args:
+        code: its exit code.
+    """
+    atexit._run_exitfuncs()
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    os._exit(code)
 
 
 def _is_loss(error: BaseException) -> bool:
