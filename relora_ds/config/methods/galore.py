@@ -9,7 +9,7 @@ from relora_ds.config.base import PositiveFloat, PositiveInt
 from relora_ds.config.methods.base import WarmStarted
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.reading.document import Finding, Rule
-from relora_ds.config.sections import OptimizerConfig
+from relora_ds.config.sections import OptimizerConfig, ParallelConfig
 
 
 @register_settings
@@ -44,7 +44,12 @@ class GaLoreConfig(WarmStarted):
         return self.scale
 
     def rules(self) -> tuple[Rule, ...]:
-        return (*super().rules(), self.frozen_weight_does_not_decay, self.rotated_moments_are_plain)
+        return (
+            *super().rules(),
+            self.frozen_weight_does_not_decay,
+            self.rotated_moments_are_plain,
+            self.subspace_is_not_cut,
+        )
 
     def frozen_weight_does_not_decay(self, optimizer: OptimizerConfig) -> Iterator[Finding]:
         if optimizer.weight_decay:
@@ -60,4 +65,12 @@ class GaLoreConfig(WarmStarted):
                 ("method", "transport"),
                 "is rotate, but optimizer.name adamw8bit stores codes, which cannot be carried "
                 "over to another basis: use adamw, or write none",
+            )
+
+    def subspace_is_not_cut(self, parallel: ParallelConfig) -> Iterator[Finding]:
+        if parallel.tensor > 1 and parallel.low_rank_plan == "act":
+            yield Finding(
+                ("parallel", "low_rank_plan"),
+                "is act, but method galore cuts nothing along the rank, because moments that are "
+                "carried over to another basis need whole rows: write auto or fold",
             )

@@ -188,13 +188,20 @@ def test_the_scale_multiplies_the_rate_of_the_projections_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("overrides", "key"),
     [
-        ("optimizer.weight_decay=0.1", "optimizer.weight_decay"),
-        ("optimizer.name=adamw8bit", "method.transport"),
+        (["optimizer.weight_decay=0.1"], "optimizer.weight_decay"),
+        (["optimizer.name=adamw8bit"], "method.transport"),
+        (["parallel.tensor=2", "parallel.low_rank_plan=act"], "parallel.low_rank_plan"),
     ],
 )
-def test_what_it_cannot_do_is_refused(override: str, key: str) -> None:
+def test_what_it_cannot_do_is_refused(overrides: list[str], key: str) -> None:
     path = "configs/run/llama_60m_galore.yaml"
     with pytest.raises(ConfigError, match=key):
-        load_run_config(path, [override])
+        load_run_config(path, overrides)
+
+
+@pytest.mark.parametrize("plan", ["auto", "fold"])
+def test_plans_that_leave_the_rank_whole_are_accepted(plan: str) -> None:
+    path = "configs/run/llama_60m_galore.yaml"
+    load_run_config(path, ["parallel.tensor=2", f"parallel.low_rank_plan={plan}"])
