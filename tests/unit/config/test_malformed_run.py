@@ -43,7 +43,7 @@ CASES = {
     "unknown_method": Case(
         "name: relora",
         "name: relorra",
-        ('"relorra"', "one of full, lora, low_rank, relora", "`relora`?"),
+        ('"relorra"', "one of full, galore, lora, low_rank, relora", "`relora`?"),
     ),
     "method_number": Case("name: relora", "name: 3", ("method.name: is 3", "one of full")),
     "text_for_integer": Case(

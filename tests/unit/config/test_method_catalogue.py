@@ -30,7 +30,7 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[3]
-NAMES = ["full", "lora", "low_rank", "relora", "sltrain", "switchlora"]
+NAMES = ["full", "galore", "lora", "low_rank", "relora", "sltrain", "switchlora"]
 ProblemsOf = Callable[..., list[str]]
 
 
