@@ -125,7 +125,7 @@ def traffic(run: Training) -> dict[str, list[list[Any]]]:
     shares = partial_gradients(run.engine.model)
     assert held == sum(placements[p].stretch.length for p in shares)
     size = topology.tp.size
-    work = GroupWork(size, MICRO * SEQUENCE, held, len(groups))
+    work = GroupWork(size, run.engine.update_size, held, len(groups))
     expected = tensor_payloads(model, run.zero, work)
     expected |= expected_payloads(model, groups, run.zero, copies, group="dp", tp_size=size)
     # once per run stage 3 compares over all processes the order of modules that it recorded
