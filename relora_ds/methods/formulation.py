@@ -2,20 +2,20 @@
 
 Shapes: x (T, n), W (m, n), A (r, n), B (m, r); K micro-batches in an update.
 
-| form    | the dense weight W_eff = W + scale * B @ A (+ S)                                    |
-|---------|-------------------------------------------------------------------------------------|
-| `split` | never exists: x W^T and (x A^T) B^T are added up                                    |
-| `layer` | is composed for one product, and again in the backward pass                         |
-| `step`  | is composed once and lives for all micro-batches of an update                       |
+| form    | the dense weight W_eff = W + scale * B @ A (+ S)                 |
+|---------|------------------------------------------------------------------|
+| `split` | never exists: x W^T and (x A^T) B^T are added up                 |
+| `layer` | is composed for one product, and again in the backward pass      |
+| `step`  | is composed once and lives for all micro-batches of an update    |
 
 Gradients of the factors come from products with the factors (`low_rank`) or from the dense weight's
 gradient dW = dy^T x, which lives for a moment (`dense`). In operations, per micro-batch:
 
-    product, forward and backward     4 T m n
-    split                             2 T r (m + n) forward, 2 T r n backward
-    composing                         2 m n r, K times less often with `step`, twice with `layer`
-    low-rank gradients                4 T r (m + n)
-    dense gradients                   2 T m n + 4 m n r
+    products with W or W_eff     4 T m n
+    split                        2 T r (m + n) forward, 2 T r n backward
+    composing                    2 m n r, in one of K micro-batches (`step`) or twice (`layer`)
+    low-rank gradients           4 T r (m + n), and 2 T nnz for the elements of S
+    dense gradients              2 T m n + 4 m n r
 """
 
 from __future__ import annotations
@@ -172,37 +172,56 @@ class Choice:
         return f"{words[self.form]}, {self.gradient.replace('_', '-')} gradients"
 
 
+def operations(size: ProductSize, choice: Choice) -> float:
+    """Of one micro-batch's products, forward and backward; a sampled product counts as it is.
+
+    Args:
+        size: of the projection.
+        choice: a split form has low-rank gradients.
+    """
+    t, m, n = size.tokens, size.rows, size.cols
+    # a split form multiplies with its part of a factor, the others with the whole one
+    r = size.rank / size.shards if choice.form == "split" else size.rank
+    total = 4.0 * t * m * n + _composed(size, choice) * 2.0 * m * n * r
+    if choice.form == "split":
+        total += 2.0 * t * r * (m + 2.0 * n)
+    if choice.gradient == "low_rank":
+        return total + 4.0 * t * r * (m + n) + 2.0 * t * size.count
+    return total + 2.0 * t * m * n + 4.0 * m * n * r
+
+
 def seconds(size: ProductSize, choice: Choice, rates: Rates) -> float:
-    """Expected time of one micro-batch's products beyond x W^T and dy W.
+    """Expected time of one micro-batch, without what all choices have in common.
 
     Args:
         size: of the projection.
         choice: a split form has low-rank gradients.
         rates: of the device.
     """
-    t, m, n, r = size.tokens, size.rows, size.cols, size.rank
-    own = r / size.shards
-    composed = {"split": 0.0, "layer": 2.0, "step": 1.0 / size.micro_batches}[choice.form]
-    operations = composed * 2.0 * m * n * r
-    # a composed weight is written once and read where W would have been; y and dx are added to
-    moved = composed * size.element * (2.0 * m * n + 2.0 * size.count)
+    t, m, n = size.tokens, size.rows, size.cols
+    composed = _composed(size, choice)
+    # W is read and W_eff written in place of a second reading; the support is read and added to
+    moved = composed * (2.0 * m * n + 2.0 * size.count)
     exchanged = 0.0
     if choice.form == "split":
-        operations += 2.0 * t * own * (m + 2.0 * n)
-        moved += 2.0 * size.element * t * (m + n)
-        exchanged += 2.0 * t * r
-    elif size.shards > 1:
-        # joined wherever W is composed and where gradients are formed, and their sum is divided
-        exchanged += (composed + 2.0 - (choice.form == "layer")) * size.joined
-    if choice.gradient == "low_rank":
-        operations += 4.0 * t * (own if choice.form == "split" else r) * (m + n)
-        if size.count:
-            operations += 2.0 * t * size.count / rates.sampled if rates.sampled else math.inf
+        moved += 2.0 * t * (m + n)  # y and dx are added to
+        exchanged += 2.0 * t * size.rank
     else:
-        operations += 2.0 * t * m * n + 4.0 * m * n * r
-        moved += size.element * (3.0 * m * n + 2.0 * size.count)
-    time = operations / rates.operations + moved / rates.memory
-    return time + (size.element * exchanged / rates.link if size.shards > 1 else 0.0)
+        # joined wherever W_eff is composed and gradients are formed, and their sum is divided
+        exchanged += (composed + (2.0 if choice.form == "step" else 1.0)) * size.joined
+    if choice.gradient == "dense":
+        moved += 3.0 * m * n + 2.0 * size.count
+    total = operations(size, choice) / rates.operations + size.element * moved / rates.memory
+    if choice.gradient == "low_rank" and size.count:
+        if not rates.sampled:
+            return math.inf
+        total += 2.0 * t * size.count * (1.0 / rates.sampled - 1.0) / rates.operations
+    return total + (size.element * exchanged / rates.link if size.shards > 1 else 0.0)
+
+
+def _composed(size: ProductSize, choice: Choice) -> float:
+    """How often a micro-batch composes the weight."""
+    return {"split": 0.0, "layer": 2.0, "step": 1.0 / size.micro_batches}[choice.form]
 
 
 @functools.lru_cache(maxsize=256)

@@ -78,7 +78,7 @@ def test_stages_divide_what_they_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group.parameters for group in method.parameter_groups(model)]
     found = [
         expected_memory(
-            model, StoragePlan(2, 4, 4, stage=stage, dp_size=8), groups, UpdateSize(1024)
+            model, StoragePlan(2, 4, 4, stage=stage, dp_size=8), groups, update=UpdateSize(1024)
         )
         for stage in (0, 1, 3)
     ]
