@@ -15,17 +15,11 @@
 
 launch_id="$(hostname)-$$-$(date +%s)"
 state_dir="$(mktemp -d)" # readable by the user alone
-readonly launch_id state_dir
+readonly launch_id state_dir # whom signals go to is told by the id
 trap 'rm -rf "$state_dir"' EXIT
 : >"$state_dir/exits" # one exit code per node, where a launcher reports them
 : >"$state_dir/cause" # what the ranks say of the first that failed
 asked=""
-
-# The interpreter may lie below a folder whose name has blanks. Neither the launcher nor the shell that
-# carries the pattern to a node may match: hence the brackets. Read-only: whoever matches is killed, and
-# a script that took one of these names for a number would have everything killed that shows a digit.
-readonly launch_ranks="(^|/)python[^ /]* -u launch/pretrain[.]py .*--launch-id=$launch_id( |\$)"
-readonly launch_processes="(^|/)python[^ /]* -u .*--launch-id=$launch_id( |\$)"
 
 say() { echo "$(basename "$0"): $*" >&2; }
 
@@ -34,21 +28,50 @@ fail() { # MESSAGE: a mistake of the user
   exit 2
 }
 
+# Whom a signal goes to is put together where it is sent, from the id of this launch alone: a name that
+# a script and this file both use must never decide it. The interpreter may lie below a folder whose
+# name has blanks. Neither the launcher nor the shell that carries the pattern to a node may match:
+# hence the brackets.
+on_launch() { # COMMAND: a pgrep or pkill, for all processes of this launch wherever ranks run
+  on_nodes "$1 -f '(^|/)python[^ /]* -u .*--launch-id=$launch_id( |\$)'"
+}
+
+on_ranks() { # COMMAND: the like, for ranks alone
+  on_nodes "$1 -f '(^|/)python[^ /]* -u launch/pretrain[.]py .*--launch-id=$launch_id( |\$)'"
+}
+
+started_at() { # PID: when it was started, which tells it from a later process of this number
+  sed -n 's/.*) //p' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20 || true
+}
+
+launcher_runs() {
+  local now
+  now="$(started_at "$launcher")"
+  [ -n "$now" ] && [ "$now" = "$launcher_started" ]
+}
+
 stop_ranks() {
   asked=yes
   deadline=$((SECONDS + ${STOP_GRACE_S:-300}))
   say "stopping: the ranks save a checkpoint after the current step"
-  if [ -z "$(on_nodes "pkill -TERM -e -f '$launch_ranks'" 2>/dev/null)" ]; then
+  if [ -z "$(on_ranks "pkill -TERM -e" 2>/dev/null)" ]; then
     say "no rank runs yet: ending the launch"
     asked=early
     end_launch
   fi
 }
 
+end_session() { # the launcher, and what it left in its session
+  if launcher_runs; then kill -KILL "$launcher" 2>/dev/null || true; fi # it may lead no session yet
+  # its number is kept while anything is left of its session, and may be a stranger's afterwards
+  if launcher_runs || [ -z "$(started_at "$launcher")" ]; then
+    pkill -KILL -g "$launcher" -s "$launcher" || true
+  fi
+}
+
 end_launch() { # nothing of this launch survives, here or on a node that can be reached
-  kill -KILL -- "-$launcher" 2>/dev/null
-  on_nodes "pkill -KILL -f '$launch_processes'" >/dev/null 2>&1
-  true
+  end_session
+  on_launch "pkill -KILL" >/dev/null 2>&1 || true # there may be none
 }
 
 root_cause() { # CODE...: of the ranks' exit codes the one that says most
@@ -97,9 +120,10 @@ supervise() { # COMMAND...: returns the ranks' exit code
   # the command dies with this script, even if that is killed
   setsid setpriv --pdeathsig KILL -- "$@" 2>"$state_dir/stderr" &
   launcher=$!
+  launcher_started="$(started_at "$launcher")"
   trap stop_ranks TERM INT HUP USR1
 
-  while kill -0 "$launcher" 2>/dev/null; do
+  while launcher_runs; do
     sleep 1 &
     wait $! || true # returns early on a signal
     if [ -z "$deadline" ] && [ -s "$state_dir/exits" ]; then
@@ -114,12 +138,12 @@ supervise() { # COMMAND...: returns the ranks' exit code
   wait "$launcher" || code=$?
   trap '' TERM INT HUP USR1
 
-  kill -KILL -- "-$launcher" 2>/dev/null || true # what the launcher left: with it goes the ranks' output
+  end_session # what the launcher left: with it goes the ranks' output
   wait "$reader" || true
-  if [ -n "$(on_nodes "pgrep -f '$launch_ranks'" 2>/dev/null)" ]; then
+  if [ -n "$(on_ranks pgrep 2>/dev/null)" ]; then
     say "the launcher left its ranks alone: waiting for them to save a checkpoint"
     deadline=$((SECONDS + ${STOP_GRACE_S:-300}))
-    while [ "$SECONDS" -lt "$deadline" ] && [ -n "$(on_nodes "pgrep -f '$launch_ranks'" 2>/dev/null)" ]; do
+    while [ "$SECONDS" -lt "$deadline" ] && [ -n "$(on_ranks pgrep 2>/dev/null)" ]; do
       sleep 2
     done
   fi

@@ -63,7 +63,8 @@ def build_engine(
         model = filled_model(*what, marks, device, partitioner, tp)
     else:
         source = _dense_source(architecture, config, weights, device)
-        model = build_model(*what, source, device, partitioner, tp)
+        std = architecture.initializer_range if weights is None else None
+        model = build_model(*what, source, device, partitioner, tp, std)
     if prepare is not None:
         prepare(model)
     exact = None if partitioner is None else partitioner.finish()

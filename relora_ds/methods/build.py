@@ -79,6 +79,7 @@ def build_model(
     device: torch.device,
     cut: Cut | None = None,
     tp: TensorParallel = SINGLE,
+    random_std: float | None = None,
 ) -> Llama:
     """A model in fp32 on `device`, every parameter set from the dense weights.
 
@@ -90,6 +91,7 @@ def build_model(
         cut: called with every parameter as soon as it has its value; may replace its data. Under
             tensor parallelism it gets this rank's part.
         tp: processes that share the model.
+        random_std: of the matrices, where the source draws them at random; None where it does not.
     """
     model = meta_model(architecture, method, train, tp)
     projections = projection_layers(model)
@@ -101,9 +103,15 @@ def build_model(
                 value = source(outside[placeholder], tuple(parameter.shape))
                 parameter.copy_(value)
         if isinstance(module, Projection):
-            spec = module.spec
-            dense = source(f"{name}.weight", (spec.out_features, spec.in_features))
-            method.initialize(module, dense.to(device, torch.float32))
+            shape = module.spec.out_features, module.spec.in_features
+
+            def dense() -> torch.Tensor:
+                return source(f"{name}.weight", shape).to(device, torch.float32)
+
+            if random_std is None:
+                method.initialize(module, dense())
+            else:
+                method.initialize_at_random(module, dense, random_std)
 
     return _grow(model, device, fill, cut, tp)
 

@@ -9,7 +9,7 @@ given. The defaults of both are full-rank training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -174,6 +174,19 @@ class Method(Generic[ConfigT]):
         """
         assert isinstance(layer, DenseLinear)
         layer.weight.copy_(dense)
+
+    def initialize_at_random(
+        self, layer: Projection, draw: Callable[[], torch.Tensor], std: float
+    ) -> None:
+        """Set a projection at the start of a run that begins with random weights.
+
+        A method overrides it where it need not see the dense weight to start from it.
+
+        Args:
+            draw: the dense weight (out, in), fp32: independent draws of N(0, std^2).
+            std: their standard deviation.
+        """
+        self.initialize(layer, draw())
 
     def dense_weight(self, layer: Projection) -> torch.Tensor | None:
         """The dense weight (out, in) in fp32 that computes the same as the projection.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout whose environment is there, and what the launch scripts start."""
     root = tmp_path / "checkout"
     (root / "launch").mkdir(parents=True)
-    for name in ("environment.sh", "quickstart.sh", "single_node.sh", "supervise.sh"):
+    for name in ("environment.sh", "quickstart.sh"):
         shutil.copy(ROOT / "launch" / name, root / "launch")
     (root / ".venv").symlink_to(tmp_path / "venv")
     (tmp_path / "venv" / "bin").mkdir(parents=True)
@@ -117,29 +116,6 @@ def test_the_quickstart_has_one_batch_on_any_number_of_processes(
     assert f"--num_gpus {processes} " in launch
     assert launch.endswith(f"train.micro_batch_size={micro} method.rank=8")
     assert 8 % (processes * micro) == 0
-
-
-def test_only_processes_of_the_launch_are_signalled(checkout: Path) -> None:
-    """A pattern that says anything else than this launch would hit strangers: none is run here."""
-    _machine(checkout, listed=0, torch="0 2.13.0 none")
-    bin_, log = checkout.parent / "bin", checkout.parent / "signalled"
-    for name in ("pkill", "pgrep"):
-        _program(bin_ / name, f'echo "{name} $*" >>{log}\n')
-    _program(bin_ / "deepspeed", 'echo "$*" >&2\nkill -TERM "$(ps -o ppid= $$)"\nsleep 3\n')
-    done = _bash(checkout, "bash launch/single_node.sh RUN.yaml")
-    assert done.returncode == 75, done
-    launch = re.search(r"--launch-id=(\S+)", done.stderr)
-    assert launch is not None
-    calls = log.read_text().splitlines()
-    assert [line for line in calls if line.startswith("pkill -TERM")], calls
-    assert [line for line in calls if line.startswith("pkill -KILL")], calls
-    own = f"/venv/bin/python -u launch/pretrain.py --local_rank=0 {launch[0]} RUN.yaml"
-    others = ("python -u launch/pretrain.py RUN.yaml", "bash launch/single_node.sh RUN.yaml")
-    others += ("python -m pytest -n 2",)
-    for line in calls:
-        pattern = line.rpartition(" -f ")[2]
-        assert re.search(pattern, own), line
-        assert not [other for other in others if re.search(pattern, other)], line
 
 
 def test_the_launcher_is_kept_to_the_visible_gpus(checkout: Path) -> None:
