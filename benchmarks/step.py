@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -283,17 +283,16 @@ def _transformers(
     """`LlamaForCausalLM` of the same shape with torch's fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model: nn.Module = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=parsed.vocab,
-            hidden_size=parsed.hidden,
-            intermediate_size=parsed.ffn,
-            num_hidden_layers=parsed.layers,
-            num_attention_heads=parsed.heads,
-            max_position_embeddings=parsed.seq,
-            use_cache=False,
-        )
+    config = LlamaConfig(
+        vocab_size=parsed.vocab,
+        hidden_size=parsed.hidden,
+        intermediate_size=parsed.ffn,
+        num_hidden_layers=parsed.layers,
+        num_attention_heads=parsed.heads,
+        max_position_embeddings=parsed.seq,
+        use_cache=False,
     )
+    model = cast(nn.Module, LlamaForCausalLM(config))
     dtype = torch.bfloat16 if parsed.precision == "bf16" else torch.float32
     model.to(device=clock.device, dtype=dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
