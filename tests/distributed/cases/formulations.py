@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.methods.interface import projection_layers
+from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import Training, batches, run_config
 from tests.harness.resume import load, save
@@ -61,17 +64,28 @@ def losses(
         for formulation in FORMULATIONS:
             config = described(method, formulation, tensor, plan)
             run = Training(config, share_models(topology, config), {"stage": stage})
-            layers = list(projection_layers(run.engine.model).values())
-            kept: list[bool] = []
-            for layer in layers:
-                layer.register_forward_hook(lambda layer, *_: kept.append(bool(layer.held())))
-            updates = [run.update(step, each, RATES) for step, each in enumerate(batches(STEPS))]
-            assert set(kept) == {formulation == "step"}
-            assert not any(layer.held() for layer in layers), "one outlived its update"
-            run.check_replicas()
-            run.destroy()
-            found[f"{method}/{stage}/{plan}/{formulation}"] = [update.loss for update in updates]
+            found[f"{method}/{stage}/{plan}/{formulation}"] = _losses(run, formulation == "step")
     return found
+
+
+def _losses(run: Training, keeps: bool) -> list[float]:
+    """Losses of all updates, in which composed weights were kept or were not."""
+    layers = list(projection_layers(run.engine.model).values())
+    kept: list[bool] = []
+
+    def look(module: nn.Module, *_: object) -> None:
+        assert isinstance(module, Projection)
+        kept.append(bool(module.held()))
+
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    updates = [run.update(step, each, RATES) for step, each in enumerate(batches(STEPS))]
+    for hook in hooks:
+        hook.remove()
+    assert set(kept) == {keeps}
+    assert not any(layer.held() for layer in layers), "one outlived its update"
+    run.check_replicas()
+    run.destroy()
+    return [update.loss for update in updates]
 
 
 def resumed(topology: Topology, method: str, formulation: str, stage: int) -> list[list[float]]:
