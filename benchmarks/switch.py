@@ -110,11 +110,11 @@ class _Layer:
             (self.fragment_a, rows, new_a),
             (self.fragment_b, cols, new_b),
         ):
-            for part in fragment.vectors(self.flat, vectors):
+            for part in fragment.parts(self.flat, fragment.find(vectors)):
                 part.view[part.local] = values[part.asked, part.span]
         for fragment, vectors in ((self.fragment_b, rows), (self.fragment_a, cols)):
             for moment in self.moments():
-                for part in fragment.vectors(moment, vectors):
+                for part in fragment.parts(moment, fragment.find(vectors)):
                     part.view[part.local] = 0.0
             fragment.clock.restart(completed, vectors)
             fragment.clock.freeze(completed + _FREEZE, vectors)

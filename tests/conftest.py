@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.harness.descriptions import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +32,11 @@ class TinyCorpus:
     valid: Path
     tokenizer: Path
     text: Path
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What a run trains on, by key of its section `data`."""
+        return {"train": self.train, "valid": self.valid, "tokenizer": self.tokenizer}
 
 
 @pytest.fixture(scope="session")
@@ -55,47 +61,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 @pytest.fixture
 def tiny_run(tmp_path: Path, tiny_corpus: TinyCorpus) -> dict[str, Any]:
     """A run description of a few seconds: warm start, then ReLoRA with two merges."""
-    model = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
+    method = {
+        "name": "relora",
+        "rank": 4,
+        "merge_every": 3,
+        "restart_warmup_steps": 1,
+        "warm_start_steps": 3,
     }
-    (tmp_path / "model.json").write_text(json.dumps(model))
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "model": str(tmp_path / "model.json"),
-        "deepspeed": str(tmp_path / "zero.json"),
-        "method": {
-            "name": "relora",
-            "rank": 4,
-            "merge_every": 3,
-            "restart_warmup_steps": 1,
-            "warm_start_steps": 3,
-        },
-        "data": {
-            "train": str(tiny_corpus.train),
-            "valid": str(tiny_corpus.valid),
-            "tokenizer": str(tiny_corpus.tokenizer),
-        },
-        "train": {
-            "steps": 11,
-            "seq_length": 32,
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 1e-2},
-        "schedule": {"warmup_steps": 2},
-        "eval": {"every": 5, "batches": 2},
-        "checkpoint": {"every": 1, "keep": None},
-        "log": {"every": 1},
-    }
+    return describe(tmp_path, method, 2, tiny_corpus.files, checkpoint={"every": 1})

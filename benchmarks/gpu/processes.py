@@ -52,21 +52,33 @@ class Process:
     pid: int
     code: int | None = None
 
+    child: subprocess.Popen[bytes] | None = None
+    """What it was started by: without it, `subprocess` would wait for the process by itself."""
+    _is_reaped: bool = False
+
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         if self.code is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            if ended:
-                self.code = os.waitstatus_to_exitcode(status)
+            # left to be waited for: its number would be given to another process
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                by_itself = ended.si_code == os.CLD_EXITED
+                self.code = ended.si_status if by_itself else -ended.si_status
         return self.code
 
     def kill(self) -> None:
         """End it, and what it started, also after its own end."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self._is_reaped:
+            return
+        for kill in (os.kill, os.killpg):  # it may lead no group yet
+            with suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        self._is_reaped = True
         if self.code is None:
-            _, status = os.waitpid(self.pid, 0)
             self.code = os.waitstatus_to_exitcode(status)
+        if self.child is not None:
+            self.child.returncode = self.code
 
 
 def start(job: Job, environment: Mapping[str, str], output: Path, fork: bool) -> Process:
@@ -96,7 +108,7 @@ def start(job: Job, environment: Mapping[str, str], output: Path, fork: bool) ->
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Process(child.pid)
+    return Process(child.pid, child=child)
 
 
 def _path() -> str:

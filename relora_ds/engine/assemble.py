@@ -18,6 +18,7 @@ from relora_ds.methods.build import DenseSource, build_model, filled_model, mark
 from relora_ds.methods.interface import Method
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
+from relora_ds.numerics.indexing import upload
 from relora_ds.parallel.topology import Topology
 from relora_ds.parallel.zero import ZeroSettings
 
@@ -101,4 +102,4 @@ class _Probe:
             return None
         self._model.eval()
         device = self._model.model.embed_tokens.weight.device
-        return self._model.logits(self._tokens.to(device)).float()
+        return self._model.logits(upload(self._tokens, device)).float()

@@ -152,15 +152,16 @@ class AdapterLinear(LowRankProjection):
             partial.append(self.scaling)  # summed of a part of B, or of a part of its gradient
         return partial
 
-    def merge_scale(self, scaling: torch.Tensor | None = None) -> float:
-        """The factor on B @ A.
+    def merge_scale(self, scaling: torch.Tensor | None = None) -> float | torch.Tensor:
+        """The factor on B @ A: a number, or a scalar on the device where it is trained.
 
         Args:
             scaling: value of the trained scaling, where the layer's own is not whole here.
         """
         if self.scaling is None:
             return self.scale
-        return float(torch.tanh(self.scaling.detach() if scaling is None else scaling))
+        scaling = self.scaling.detach() if scaling is None else scaling
+        return torch.tanh(scaling).float().squeeze()
 
     def extra_repr(self) -> str:
         return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"

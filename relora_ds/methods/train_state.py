@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
+from relora_ds.numerics.indexing import upload
 from relora_ds.parallel.shape import TPShard
 from relora_ds.randomness import Stream
 
@@ -43,7 +43,7 @@ class MomentShard:
         count, device = self.exp_avg.numel(), self.exp_avg.device
         if self.shard is None:
             return draw_uniform(stream, self.start, count, device)
-        return stream.uniform_at(self.shard.flat_index(self.start, count).to(device))
+        return stream.uniform_at(upload(self.shard.flat_index(self.start, count), device))
 
 
 class Weights(ABC):
@@ -102,21 +102,22 @@ class Weights(ABC):
         weight: nn.Parameter,
         left: torch.Tensor,
         right: torch.Tensor,
-        scale: float,
+        scale: float | torch.Tensor,
         measured: bool = True,
-    ) -> WeightEdit | None:
+    ) -> torch.Tensor | None:
         """weight += scale * left @ right for a frozen weight, each rank on its own slice.
 
         Args:
             weight: (m, n), frozen.
             left: (m, k), the same on every rank.
             right: (k, n), likewise.
-            measured: whether to check the result, which costs several passes over the weight and
-                waits for the device; without, the edit is a single pass.
+            scale: a number, or a scalar on the device.
+            measured: whether to check the result, which costs several passes over the weight;
+                without, the edit is a single pass.
 
         Returns:
-            The report of this rank's part, which `totals` turns into the whole weight's; None if it
-            was not asked for.
+            The fields of a `WeightEdit` of this rank's part, (5,), float64, not waited for;
+            `totals` turns them into the whole weight's. None if `measured` is false.
         """
 
     @abstractmethod
@@ -128,8 +129,12 @@ class Weights(ABC):
         """
 
     @abstractmethod
-    def totals(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
-        """Reports of whole weights from those of this rank's parts, the same on every rank."""
+    def totals(self, edits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Figures of whole weights from those of this rank's parts, in one sum for all of them.
+
+        Returns:
+            (edits, 5), float64, the same on every rank; on the device, nothing is waited for.
+        """
 
     @abstractmethod
     def sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
@@ -150,8 +155,12 @@ class Moments(ABC):
         """This rank's part of the moments; None if it owns none or no step was taken yet."""
 
     @abstractmethod
-    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
-        """Elements of both moments that are not zero, over all ranks, every element once."""
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """Elements of both moments that are not zero, over all ranks, every element once.
+
+        Returns:
+            An int64 scalar on the device, not waited for.
+        """
 
     @abstractmethod
     def order_statistics(
@@ -165,7 +174,7 @@ class Moments(ABC):
 
         Returns:
             Two fp32 scalars per parameter, of the first and the second moment, the same on every
-            rank.
+            rank; beside the moments, and waited for only if these are not where ranks exchange.
         """
 
     @abstractmethod
@@ -174,8 +183,22 @@ class Moments(ABC):
         vectors that were."""
 
 
+@dataclass(frozen=True)
+class LocatedVectors:
+    """Some vectors of a clocked parameter; implementations add where they have them."""
+
+    parameter: nn.Parameter
+    """The clocked parameter."""
+    index: torch.Tensor
+    """int64, (k,), on the CPU, without repetition: the vectors, by number."""
+
+
 class Vectors(ABC):
-    """Single vectors of clocked parameters: rows or columns with an Adam step of their own."""
+    """Single vectors of clocked parameters: rows or columns with an Adam step of their own.
+
+    Verbs take vectors that were located before: numbers that were drawn on the host then travel to
+    the device together.
+    """
 
     @abstractmethod
     def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
@@ -186,16 +209,34 @@ class Vectors(ABC):
         """
 
     @abstractmethod
+    def locate(
+        self,
+        requests: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        numbers: Sequence[torch.Tensor] = (),
+    ) -> tuple[list[LocatedVectors], list[torch.Tensor]]:
+        """Find where this rank has vectors, and bring that to the device in one copy for all.
+
+        The host does not wait. What was located stays valid for the life of the run.
+
+        Args:
+            requests: clocked parameters and numbers of their vectors, int64, (k,), on the CPU,
+                without repetition.
+            numbers: further int64 tensors of the CPU, which travel along.
+
+        Returns:
+            An entry per request, and `numbers` on the device.
+        """
+
+    @abstractmethod
     def gather(
         self,
-        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        factors: Sequence[LocatedVectors],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[torch.Tensor]:
         """Vectors, the same on every rank, in one exchange for all of them.
 
         Args:
-            factors: clocked parameters and the vectors that are asked for, int64, (k,), on the CPU;
-                their working values are returned.
+            factors: vectors whose working values are returned.
             stored: vectors that the method itself keeps: their length, and this rank's
                 `HostMemory.span` of them, (k, span), in the factors' dtype.
 
@@ -205,20 +246,20 @@ class Vectors(ABC):
         """
 
     @abstractmethod
-    def write(self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor) -> None:
-        """Set vectors of a clocked parameter everywhere they live: master and working copies.
+    def write(self, vectors: LocatedVectors, values: torch.Tensor) -> None:
+        """Set vectors everywhere they live: master and working copies.
 
         Args:
-            index: int64, (k,), on the CPU, without repetition.
+            vectors: which.
             values: (k, length), the same on every rank.
         """
 
     @abstractmethod
-    def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+    def reset(self, vectors: LocatedVectors, frozen: int) -> int:
         """Forget what Adam knows of some vectors: moments and the count of their steps.
 
         Args:
-            index: int64, (k,), on the CPU.
+            vectors: which.
             frozen: updates during which they stay bit-identical; their count goes on meanwhile.
 
         Returns:

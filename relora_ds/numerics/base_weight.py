@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,12 @@ class WeightEdit:
     """Squared Frobenius norm of the intended change."""
     lost_sq: float
     """Squared Frobenius norm of the part of it that the stored weight did not take up."""
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> WeightEdit:
+        """From the figures of `add_product`, read from the device."""
+        elements, error_sq, output_sq, intended_sq, lost_sq = sums
+        return cls(int(elements), error_sq, output_sq, intended_sq, lost_sq)
 
 
 class BaseWeight(ABC):
@@ -143,8 +150,8 @@ def add_product(
     start: int,
     left: torch.Tensor,
     right: torch.Tensor,
-    scale: float,
-) -> WeightEdit:
+    scale: float | torch.Tensor,
+) -> torch.Tensor:
     """weight += scale * left (rows, k) @ right (k, cols), for a slice of the flattened weight.
 
     Products are formed in fp32. The report compares a sample of rows with float64, the outputs on a
@@ -156,19 +163,23 @@ def add_product(
         working: elements [start, start + n) of the flattened working weight, a live view.
         left: whole; only the rows that the slice touches are read.
         right: whole.
+        scale: a number, or a scalar on the weight's device.
+
+    Returns:
+        The fields of a `WeightEdit` in their order, float64, on the weight's device: nothing is
+        waited for.
     """
     sample = _Sample(base, working, start, left.shape[0], right.shape[1])
     old = sample.read()
     apply_product(base, working, start, left, right, scale)
     new = sample.read()
-    meant = scale * (left[sample.rows].double() @ right.double())
+    meant = scale * (sample.of(left).double() @ right.double())
     meant *= sample.mask
     lost = (new - old).sub_(meant)
     probes = _probe_inputs(right.shape[1], working.device)
     parts = (lost @ probes, new @ probes, meant, lost)
-    sums = torch.stack([part.square().sum() for part in parts] + [(new != old).sum().double()])
-    *squares, elements = sums.tolist()
-    return WeightEdit(int(elements), *squares)
+    elements = (new != old).sum().double()
+    return torch.stack([elements, *(part.square().sum() for part in parts)])
 
 
 def apply_product(
@@ -177,7 +188,7 @@ def apply_product(
     start: int,
     left: torch.Tensor,
     right: torch.Tensor,
-    scale: float,
+    scale: float | torch.Tensor,
 ) -> None:
     """The edit of `add_product` without its report: one pass over the slice, nothing waited for."""
     rows, cols = left.shape[0], right.shape[1]
@@ -226,8 +237,8 @@ class _Sample:
     ) -> None:
         self._base, self._working, self._start, self._cols = base, working, start, cols
         stride, end = -(-rows // _SAMPLED), start + working.numel()
-        touched = range(start // cols, -(-end // cols)) if working.numel() else ()
-        self.rows = [row for row in touched if row % stride == 0]
+        first, behind = -(-(start // cols) // stride) * stride, -(-end // cols)
+        self.rows = range(first, behind if working.numel() else first, stride)
         self._ranges = [(max(start, row * cols), min(end, row * cols + cols)) for row in self.rows]
         # only the first and the last row that a slice touches can be incomplete
         self._head = self._ranges[0][0] % cols if self.rows else 0
@@ -236,6 +247,10 @@ class _Sample:
         if self.rows:
             self.mask[0, : self._head] = 0.0
             self.mask[-1, self._ranges[-1][1] - self.rows[-1] * cols :] = 0.0
+
+    def of(self, left: torch.Tensor) -> torch.Tensor:
+        """The sampled rows of a matrix with as many rows as the weight."""
+        return left[self.rows.start : self.rows.stop : self.rows.step][: len(self.rows)]
 
     def read(self) -> torch.Tensor:
         """Authoritative values (sampled rows, cols), float64, zero where the slice has none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,9 +24,24 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def upload_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Small integer tensors of the host on a device, in one copy, for which the host does not wait.
+
+    Args:
+        tensors: int64, on the CPU, any shapes.
+        device: where they go.
+    """
+    if not tensors:
+        return []
+    flat = upload(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 @contextmanager
-def distinct_places() -> Iterator[None]:
-    """Writes by index within it name no place twice, so that their order makes no difference.
+def orderless_writes() -> Iterator[None]:
+    """The order of writes by index within it makes no difference: they name no place twice, or add
+    integers.
 
     torch's deterministic mode sorts the indices of every such write on a GPU. It is off in here;
     for the whole process, so that the block must not wait for another thread.

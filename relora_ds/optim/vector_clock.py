@@ -7,14 +7,13 @@ the effective step is `step - born`, and a vector is frozen while `completed ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from relora_ds.numerics.indexing import upload
 from relora_ds.optim.rectangles import rectangles
 
 
@@ -94,6 +93,17 @@ class Block:
 
 
 @dataclass(frozen=True)
+class VectorPlaces:
+    """Where one rectangle of a fragment holds some of the vectors that were asked for."""
+
+    rectangle: int
+    """Number of the rectangle."""
+    index: torch.Tensor
+    """int64, (2, k): which of the rectangle's vectors are meant, and which of those asked for
+    these are."""
+
+
+@dataclass(frozen=True)
 class VectorPart:
     """A part of some vectors, in a live view of which the vectors are rows."""
 
@@ -151,14 +161,27 @@ class Fragment(Stretch):
         for at, row, col, rows, width in self.rectangles:
             yield Block(flat.narrow(0, at, rows * width).view(rows, width), row, col)
 
-    def vectors(self, flat: torch.Tensor, index: torch.Tensor) -> Iterator[VectorPart]:
-        """What the fragment holds of vectors `index`, int64 on the CPU, as at most three parts."""
-        axis = self.clock.axis
-        for block in self.blocks(flat):
-            first, across = (block.row, block.col)[:: 1 if axis == 0 else -1]
-            view = block.view if axis == 0 else block.view.t()
-            asked = ((index >= first) & (index < first + view.shape[0])).nonzero().flatten()
+    def find(self, index: torch.Tensor) -> tuple[VectorPlaces, ...]:
+        """Where the fragment has parts of vectors `index`, int64 on the CPU; arithmetic on the
+        host. At most three of them are returned, on the CPU."""
+        found = []
+        for number, (_, row, col, rows, width) in enumerate(self.rectangles):
+            first, count = (row, rows) if self.clock.axis == 0 else (col, width)
+            asked = ((index >= first) & (index < first + count)).nonzero().flatten()
             if len(asked):
-                # one copy for both
-                local, which = upload(torch.stack([index[asked] - first, asked]), flat.device)
-                yield VectorPart(view, local, which, slice(across, across + view.shape[1]))
+                found.append(VectorPlaces(number, torch.stack([index[asked] - first, asked])))
+        return tuple(found)
+
+    def parts(self, flat: torch.Tensor, places: Sequence[VectorPlaces]) -> Iterator[VectorPart]:
+        """What `find` found, as live views.
+
+        Args:
+            flat: what the fragment lies in.
+            places: with their indices on its device.
+        """
+        blocks = list(self.blocks(flat))
+        for found in places:
+            block, (local, asked) = blocks[found.rectangle], found.index
+            rows = self.clock.axis == 0
+            view, across = (block.view, block.col) if rows else (block.view.t(), block.row)
+            yield VectorPart(view, local, asked, slice(across, across + view.shape[1]))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from relora_ds.methods.train_state import TrainState
+from relora_ds.numerics.base_weight import WeightEdit
 
 INDEX = torch.tensor([3, 0])
 """The vectors that checks work on, out of order."""
@@ -96,9 +97,9 @@ def an_edit_is_the_product(subject: Subject) -> None:
     before = weights.times(subject.weight, eye)
     # small beside the weight, so that a working precision of 16 bits would lose most of it
     left, right = pattern(torch.Size([rows, 2]), 3), pattern(torch.Size([2, cols]), 4) * 2.0**-13
-    edit = weights.add_product(subject.weight, left, right, 0.5)
-    assert edit is not None
-    (edit,) = weights.totals([edit])
+    sums = weights.add_product(subject.weight, left, right, 0.5)
+    assert sums is not None
+    edit = WeightEdit.of(weights.totals([sums])[0].tolist())
     assert 0 < edit.elements <= rows * cols  # of a sample of rows
     assert 0.0 < edit.lost_sq < 1e-6 * edit.intended_sq
     elements, ranks = subject.total(torch.tensor([float(edit.elements), 1.0])).tolist()
@@ -148,18 +149,23 @@ def vectors_are_rows(subject: Subject) -> None:
         expected = pattern(shape, 6)
         weights.write(parameter, expected)
         rows = expected if axis == 0 else expected.t()
-        (found,) = vectors.gather([(parameter, INDEX)])
+        number = torch.tensor([[5], [8]])
+        (at,), (arrived,) = vectors.locate([(parameter, INDEX)], [number])
+        assert at.parameter is parameter
+        assert torch.equal(arrived, number)
+        (found,) = vectors.gather([at])
         assert torch.equal(found.float(), rows[INDEX])
         found.zero_()  # a copy
         new = pattern(torch.Size([len(INDEX), rows.shape[1]]), 7)
-        vectors.write(parameter, INDEX, new)
+        vectors.write(at, new)
         rows[INDEX] = new
         assert torch.equal(weights.gather([parameter])[0].float(), expected)
     length = subject.shapes[0][1]
     start, stop = subject.state.host.span(length)
     kept = pattern(torch.Size([2, length]), 8)
     own = kept[:, start:stop].to(subject.lora_a.dtype)
-    factor, stored = vectors.gather([(subject.lora_a, INDEX)], [(length, own)])
+    located, _ = vectors.locate([(subject.lora_a, INDEX)])
+    factor, stored = vectors.gather(located, [(length, own)])
     assert factor.shape == (len(INDEX), length)
     assert torch.equal(stored.float(), kept)
 
@@ -172,7 +178,7 @@ def a_reset_forgets_and_freezes(subject: Subject) -> None:
         expected = pattern(shape, 1), pattern(shape, 2).abs()
         for moment in expected:
             (moment if axis == 0 else moment.t())[INDEX] = 0.0
-        elements = vectors.reset(parameter, INDEX, frozen=2)
+        elements = vectors.reset(vectors.locate([(parameter, INDEX)])[0][0], frozen=2)
         total = int(subject.total(torch.tensor([float(elements)])))
         assert total == copies * 2 * len(INDEX) * shape[1 - axis]
         for found, moment in zip(subject.whole_moments(parameter)[:2], expected, strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.contract import cases
+from tests.harness.descriptions import write_model
 from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -28,26 +29,13 @@ Lines = dict[int, dict[str, Any]]
 def description(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Any) -> tuple[Path, str]:
     """A folder, and a run file of a toy run."""
     folder = tmp_path_factory.mktemp("toy")
-    model = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 20,
-        "intermediate_size": 27,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-    (folder / "model.json").write_text(json.dumps(model))
+    model = write_model(folder, hidden_size=20, intermediate_size=27, num_attention_heads=2)
     for stage in STAGES:
         zero = {"zero_optimization": {"stage": stage}}
         (folder / f"zero{stage}.json").write_text(json.dumps(zero))
     run = {
         "output_dir": str(folder / "unused"),
-        "model": str(folder / "model.json"),
+        "model": str(model),
         "deepspeed": str(folder / "zero0.json"),
         "method": {"name": "toy", "width": 4},
         "data": {

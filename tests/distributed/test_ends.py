@@ -18,8 +18,10 @@ from tests.harness.warm import Script, Start
 
 pytestmark = pytest.mark.distributed
 
-_TIMEOUT_MINUTES = 0.1
-"""A rank is given up after three quarters of it."""
+_TIMEOUT_MINUTES, _PATIENCE_MINUTES = 5.0, 0.25
+"""For a collective, and for a rank, which is given up after three quarters of it: it is never a
+collective that notices."""
+_UNREACHABLE_MINUTES = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def _end(run: dict[str, Any], tmp_path: Path, end: str, ranks: int) -> End:
     run["train"] |= {"steps": 5000, "timeout_minutes": _TIMEOUT_MINUTES}
     run["checkpoint"], run["eval"] = {"every": 0}, {"every": 0, "batches": 1}
     description = write_run(run, tmp_path / "run.yaml")
-    environment = rank_environment() | meeting_point() | {"END": end}
+    environment = rank_environment() | meeting_point()
+    environment |= {"END": end, "PATIENCE_MINUTES": str(_PATIENCE_MINUTES)}
     job = Script("tests/distributed/pretrain_that_ends.py", (str(description),))
     outputs = [tmp_path / f"rank_{rank}.txt" for rank in range(ranks)]
     starts = [
@@ -48,7 +51,7 @@ def _end(run: dict[str, Any], tmp_path: Path, end: str, ranks: int) -> End:
     begun = time.monotonic()
     warm = warm_process()
     processes = warm.start(starts)
-    codes = warm.wait(processes, 60).codes
+    codes = warm.wait(processes, 120).codes
     assert not any(psutil.pid_exists(process) for process in processes)
     return End(codes, [output.read_text() for output in outputs], time.monotonic() - begun)
 
@@ -106,21 +109,21 @@ def test_a_killed_rank_is_named_by_the_others(
     assert "killed by a signal" in line
 
 
-@pytest.mark.slow  # seconds decide: other work on the machine may change who is heard first
-@pytest.mark.parametrize(("ranks", "stopped"), [(2, 1), (2, 0)])
+@pytest.mark.parametrize(("ranks", "stopped"), [(2, 0), (4, 2)])
 def test_a_stopped_rank_is_given_up_and_not_left_behind(
     tiny_run: dict[str, Any], tmp_path: Path, ranks: int, stopped: int
 ) -> None:
+    """It says nothing, and others wait for it: whichever is noticed first, it is named."""
     end = _end(tiny_run, tmp_path, f"stop {stopped} 3", ranks)
     assert end.codes == [-9 if rank == stopped else 7 for rank in range(ranks)]
-    said = end.said[1 - stopped]
-    assert f"ROOT CAUSE rank {stopped} (" in said.rstrip().splitlines()[-1]
-    assert "did not answer for" in said
-    assert f"stacks of rank {1 - stopped} in 'step 3: " in said
-    assert "in train_step" in said, "the stack of the thread that waits"
+    speaker = 1 if stopped == 0 else 0
+    line = end.last_line(speaker)
+    assert f"ROOT CAUSE rank {stopped} (" in line
+    assert "did not answer for" in line or "no progress for" in line
+    assert f"stacks of rank {speaker} in 'step 3: " in end.said[speaker]
+    assert "in train_step" in end.said[speaker], "the stack of the thread that waits"
 
 
-@pytest.mark.slow  # as above
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_rank_that_waits_for_ever_is_named(
     tiny_run: dict[str, Any], tmp_path: Path, ranks: int
@@ -133,7 +136,7 @@ def test_a_rank_that_waits_for_ever_is_named(
     for rank in range(ranks):
         assert f"stacks of rank {rank} in 'step 3: " in end.said[rank]
     assert "in _wait" in end.said[stuck]
-    assert end.seconds < 60 * _TIMEOUT_MINUTES + 30
+    assert end.seconds < 60 * _TIMEOUT_MINUTES, "no collective had to fail for it"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_a_rank_that_waits_for_ever_is_named(
 def test_ranks_that_cannot_meet_say_so_in_one_line(
     tiny_run: dict[str, Any], tmp_path: Path, rank: int, host: str, told: str
 ) -> None:
-    tiny_run["train"]["timeout_minutes"] = _TIMEOUT_MINUTES
+    tiny_run["train"]["timeout_minutes"] = _UNREACHABLE_MINUTES
     description = write_run(tiny_run, tmp_path / "run.yaml")
     output = tmp_path / "output.txt"
     with socket.socket() as taken:  # bound, and nobody listens

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import TinyCorpus
+from tests.harness.descriptions import describe
 from tests.harness.run import write_run
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 4, 8
@@ -20,19 +20,6 @@ _METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "sltrain": (1, {"rank": 4, "scale": 1.0, "sparsity": 0.1}),
 }
 METHODS = tuple(_METHODS)
-_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -65,31 +52,12 @@ def write(
     """
     directory.mkdir(parents=True, exist_ok=True)
     stage, settings = _METHODS[method]
-    (directory / "model.json").write_text(json.dumps(_MODEL))
-    (directory / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    run: dict[str, Any] = {
-        "output_dir": str(directory / "run"),
-        "model": str(directory / "model.json"),
-        "deepspeed": str(directory / "zero.json"),
-        "method": {"name": method, **settings},
-        "data": {
-            "train": str(corpus.train),
-            "valid": str(corpus.valid),
-            "tokenizer": str(corpus.tokenizer),
-        },
-        "train": {
-            "steps": STEPS,
-            "seq_length": 32,
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "precision": "bf16",
-        },
-        "optimizer": {"lr": 1e-2},
-        "schedule": {"warmup_steps": 2},
-        "eval": {"every": EVALUATE_EVERY, "batches": 2},
+    own: dict[str, dict[str, object]] = {
+        "train": {"steps": STEPS, "precision": "bf16"},
+        "eval": {"every": EVALUATE_EVERY},
         "checkpoint": {"every": SAVE_EVERY, "keep": 2},
-        "log": {"every": 1},
     }
     for section, values in sections.items():
-        run[section] = {**run.get(section, {}), **values}
+        own[section] = {**own.get(section, {}), **values}
+    run = describe(directory, {"name": method, **settings}, stage, corpus.files, **own)
     return Run(write_run(run, directory / "run.yaml"), directory / "run")

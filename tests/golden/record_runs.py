@@ -2,14 +2,14 @@
 
 A change that is meant to leave numbers alone is held by it: record before, record after, compare.
 
-    python tests/golden/record_runs.py --output before.json --project ../other_checkout
-    python tests/golden/record_runs.py --output after.json
-    python tests/golden/record_runs.py --compare before.json after.json
+    python -m tests.golden.record_runs --output before.json --project ../other_checkout
+    python -m tests.golden.record_runs --output after.json
+    python -m tests.golden.record_runs --compare before.json after.json
 
 With the runs that a recording with --keep left behind, the checkpoints of the version that wrote
 them are resumed instead; only the steps after them are compared then.
 
-    python tests/golden/record_runs.py --output resumed.json --resume-from WORK
+    python -m tests.golden.record_runs --output resumed.json --resume-from WORK
 
 Only what a user sees is used, so that any two versions can be compared: the command line,
 `metrics.jsonl` and the exported model. A cell is a method, a ZeRO stage, and how many processes
@@ -34,6 +34,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from tests.harness.descriptions import describe
+
 PROJECT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -46,26 +48,6 @@ METHODS: dict[str, dict[str, Any]] = {
 RESUMED_AT = 5
 PROCESSES = ((1, 1), (2, 1), (1, 2))
 KEPT = ("train/loss", "train/grad_norm", "eval/loss", "method/function_drift")
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-TRAIN = {
-    "steps": 11,
-    "seq_length": 32,
-    "micro_batch_size": 2,
-    "global_batch_size": 8,
-    "precision": "fp32",
-}
 
 
 def cells() -> Iterator[tuple[str, str, int, int, int]]:
@@ -90,7 +72,6 @@ def prepare_data(project: Path, directory: Path) -> None:
     for part in ("train", "valid"):
         call(project, "tools/prepare_data.py", "--input", str(directory / f"{part}.txt"),
              "--tokenizer", tokenizer, "--output", str(directory / part))  # fmt: skip
-    (directory / "model.json").write_text(json.dumps(MODEL))
 
 
 def run_cell(
@@ -98,26 +79,17 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train one cell in a directory of its own; what it ended with."""
     output = directory / f"{method}_{stage}_{data}_{tensor}"
-    zero = directory / f"zero{stage}.json"
-    zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    run = {
-        "output_dir": str(output),
-        "model": str(directory / "model.json"),
-        "deepspeed": str(zero),
-        "method": {"name": method, **METHODS[method]},
-        "data": {
-            "train": str(directory / "train"),
-            "valid": str(directory / "valid"),
-            "tokenizer": str(directory / "tokenizer.model"),
-        },
-        "train": TRAIN,
-        "optimizer": {"lr": 1e-2, "weight_decay": 0.01},
-        "schedule": {"warmup_steps": 2},
-        "eval": {"every": 5, "batches": 2},
-        "checkpoint": {"every": 5, "keep": None},
-        "log": {"every": 1},
-        "parallel": {"tensor": tensor},
-    }
+    output.mkdir(exist_ok=True)
+    data_files = {"train": "train", "valid": "valid", "tokenizer": "tokenizer.model"}
+    run = describe(
+        output,
+        {"name": method, **METHODS[method]},
+        stage,
+        {key: directory / name for key, name in data_files.items()},
+        optimizer={"weight_decay": 0.01},
+        parallel={"tensor": tensor},
+    )
+    run["output_dir"] = str(output)
     path = directory / f"{output.name}.yaml"
     path.write_text(json.dumps(run))
     call(project, "launch/pretrain.py", str(path), processes=data * tensor)

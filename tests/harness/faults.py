@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import psutil
 import torch
+
+from tests.harness.victims import Family
 
 FOLDER = "FAULTS"
 """Environment variable that names the folder of the planned faults."""
@@ -92,10 +93,12 @@ class Seen:
     """What is known where a fault strikes.
 
     Args:
+        family: the processes that it may kill.
         arguments: of the function, or of the audit event.
         result: what the function returned; None before the call.
     """
 
+    family: Family
     arguments: tuple[Any, ...] = ()
     result: Any = None
 
@@ -112,7 +115,7 @@ class Kill:
 
     Args:
         victim: "rank" is the process itself; "job" all processes of its group, its launcher among
-            them; "launcher" an ancestor alone.
+            them; "launcher" an ancestor alone. All of them belong to the job's own session.
         ancestor: which one, 1 for the parent.
     """
 
@@ -121,9 +124,9 @@ class Kill:
 
     def __call__(self, seen: Seen) -> None:
         if self.victim == "job":
-            os.killpg(os.getpgrp(), signal.SIGKILL)
+            seen.family.kill_all()
         elif self.victim == "launcher":
-            psutil.Process().parents()[self.ancestor - 1].kill()
+            seen.family.kill_launcher(self.ancestor)
         else:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -201,9 +204,13 @@ class Fault:
 
 
 def plan(folder: Path, faults: Sequence[Fault]) -> dict[str, str]:
-    """Write faults down for the ranks of a run; returns what their environment needs."""
+    """Write faults down for the ranks of a run, which are started in a session of their own.
+
+    Returns:
+        What their environment needs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "faults.pickle").write_bytes(pickle.dumps(list(faults)))
+    (folder / "faults.pickle").write_bytes(pickle.dumps((list(faults), os.getsid(0))))
     (folder / "struck.jsonl").write_bytes(b"")
     return {FOLDER: str(folder)}
 
@@ -216,17 +223,20 @@ def struck(folder: Path) -> list[str]:
 def arm() -> None:
     """Prepare this process for the faults that its environment names, if they are for its rank."""
     folder = Path(os.environ[FOLDER])
-    faults: list[Fault] = pickle.loads((folder / "faults.pickle").read_bytes())
+    faults: list[Fault]
+    starter: int
+    faults, starter = pickle.loads((folder / "faults.pickle").read_bytes())
     own = [fault for fault in faults if fault.rank == int(os.environ.get("RANK", "0"))]
     if own:
-        _Injector(own, folder / "struck.jsonl").install()
+        family = Family.of_this_process(starter)
+        _Injector(own, folder / "struck.jsonl", family).install()
 
 
 class _Injector:
     """Counts what happens in this process, and strikes."""
 
-    def __init__(self, faults: Sequence[Fault], record: Path) -> None:
-        self._faults, self._record = faults, record
+    def __init__(self, faults: Sequence[Fault], record: Path, family: Family) -> None:
+        self._faults, self._record, self._family = faults, record, family
         self._counts = [0] * len(faults)
         self._step: int | None = None
         self._striking = False
@@ -271,9 +281,9 @@ class _Injector:
         @functools.wraps(original)
         def wrapped(*arguments: Any, **named: Any) -> Any:
             given = (*arguments, *named.values())
-            self._happens(numbers, "before", Seen(given))
+            self._happens(numbers, "before", Seen(self._family, given))
             result = original(*arguments, **named)
-            self._happens(numbers, "after", Seen(given, result))
+            self._happens(numbers, "after", Seen(self._family, given, result))
             return result
 
         _replace(owner, name, wrapped)
@@ -287,9 +297,9 @@ class _Injector:
         def doing(what: str) -> Iterator[None]:
             numbers = [n for n, fault in enumerate(self._faults) if _is_doing(fault, what)]
             with original(what):
-                self._happens(numbers, "before", Seen())
+                self._happens(numbers, "before", Seen(self._family))
                 yield
-                self._happens(numbers, "after", Seen())
+                self._happens(numbers, "after", Seen(self._family))
 
         _replace(activity, "doing", doing)
 
@@ -301,7 +311,7 @@ class _Injector:
             if isinstance(place, File) and place.event == event:
                 path = arguments[1 if event == "os.rename" else 0]
                 if not _only_reads(event, arguments) and _matches(place.path, path):
-                    self._happens([number], "before", Seen(arguments))
+                    self._happens([number], "before", Seen(self._family, arguments))
 
     def _happens(self, numbers: Sequence[int], when: When, seen: Seen) -> None:
         for number in numbers:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,10 +52,12 @@ class Job:
     launcher: int
     folder: Path
     started: float = field(default_factory=time.monotonic)
+    _over: bool = field(default=False, init=False)
+    """Whether nothing of it is left: its id may be another session's from then on."""
 
     def processes(self) -> list[psutil.Process]:
         """What is alive of the job, the launcher first."""
-        return session(self.launcher)
+        return [] if self._over else session(self.launcher)
 
     def finish(self, timeout_s: float = 120.0) -> End:
         """Wait for the launcher to end, and then for everything else.
@@ -70,6 +72,7 @@ class Job:
                 raise AssertionError(f"not over after {timeout_s:g} s\n{self.said()}")
             time.sleep(0.01)
         outlived = wait_until_gone(self.launcher, self.said)
+        self._over = True
         return End(code, self.said(), struck(self.folder), outlived)
 
     def said(self) -> str:
@@ -79,7 +82,8 @@ class Job:
     def kill(self) -> None:
         """End it, whatever it does."""
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def start_job(arguments: Sequence[str], faults: Sequence[Fault], **environment: str) -> Job:
@@ -131,7 +135,8 @@ def wait_until_gone(leader: int, said: Callable[[], str]) -> float:
     while alive := session(leader):
         if time.monotonic() > begun + GONE_S:
             for process in alive:
-                os.kill(process.pid, signal.SIGKILL)
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             raise AssertionError(f"alive after {GONE_S:g} s: {alive}\n{said()}")
         time.sleep(0.05)
     return time.monotonic() - begun

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import TypeVar
 
-from tests.harness.warm import Case, Start
+from tests.harness.warm import Case, Start, end_session
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -122,7 +121,7 @@ class WarmProcess:
             time.sleep(0.02)
         for process, code in zip(processes, codes, strict=True):
             if code is None:
-                os.killpg(process, signal.SIGKILL)
+                end_session(process)
         return Ended(codes, first or 0)
 
 

@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -152,7 +153,17 @@ def serve(descriptor: int) -> None:
         connection.send(started or asked)
     for process, code in codes.items():
         if code is None:
-            os.killpg(process, signal.SIGKILL)
+            end_session(process)
+
+
+def end_session(leader: int) -> None:
+    """Kill a process that `serve` has started, and all that it has started in its session.
+
+    Its number is its own as long as `serve` has not told how it ended. It may lead no session yet.
+    """
+    for kill in (os.kill, os.killpg):
+        with suppress(ProcessLookupError):
+            kill(leader, signal.SIGKILL)
 
 
 def _import_everything() -> None:

@@ -19,6 +19,7 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.errors import DesyncError
 from relora_ds.numerics.base_weight import BaseWeight
+from relora_ds.numerics.indexing import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import shard_of
@@ -91,7 +92,7 @@ class ReplicaDigest:
 
     def _agree(self, problem: str | None) -> str | None:
         """The first problem that any rank has, so that all of them stop."""
-        found = torch.tensor(int(problem is not None), device=self._device())
+        found = torch.full((), int(problem is not None), device=self._device())
         for group in (self._group, self._tp.group):
             torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
         if not int(found):
@@ -104,20 +105,35 @@ class ReplicaDigest:
         self, entries: Sequence[tuple[str, torch.Tensor]], group: ProcessGroup, event: str | None
     ) -> str | None:
         """What differs between the ranks of a group, if anything does."""
-        mine = torch.stack([value.to(self._device()) for _, value in entries])
+        names = [name for name, _ in entries]
+        own = torch.tensor([name.endswith(_LOCAL) for name in names])
+        mine, own = self._together([value for _, value in entries], own)
         # the largest and, inverted, the smallest in one reduction
         extremes = torch.cat([mine, ~mine])
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
         high, low = extremes.chunk(2)
-        wrong = (high != ~low).nonzero()
-        own = torch.tensor([name.endswith(_LOCAL) for name, _ in entries], device=mine.device)
-        if not len(wrong) and not bool((high * own).any()):
+        wrong = (high != ~low) | (high * own != 0)
+        if not bool(wrong.any()):  # the host waits here, once
             return None
         everyone = mine.new_empty(torch.distributed.get_world_size(group) * mine.numel())
         torch.distributed.all_gather_into_tensor(everyone, mine, group=group)
         ranks = torch.distributed.get_process_group_ranks(group)
         found = everyone.view(-1, mine.numel())
-        return _report([name for name, _ in entries], found, ranks, event)
+        return _report(names, found, ranks, event)
+
+    def _together(
+        self, values: Sequence[torch.Tensor], own: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scalars of the device and of the host as one tensor in their order, and `own`, both on
+        the device. What comes from the host is one copy."""
+        device = self._device()
+        here = [number for number, value in enumerate(values) if value.device == device]
+        there = [number for number, value in enumerate(values) if value.device != device]
+        brought = torch.stack([values[number].cpu() for number in there]) if there else own[:0]
+        order = torch.tensor([*here, *there]).argsort()
+        sent = upload_together([brought.to(torch.int64), own.to(torch.int64), order], device)
+        parts = [torch.stack([values[number] for number in here])] if here else []
+        return torch.cat([*parts, sent[0]])[sent[2]], sent[1]
 
     def _shared(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Fingerprints of what the ranks of a tensor-parallel group hold alike: the same slices of

@@ -12,7 +12,7 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.train_state import Moments, MomentShard
 from relora_ds.numerics.order_statistic import order_statistics
 from relora_ds.optim.vector_clock import VectorClock
-from relora_ds.parallel.shape import shard_of
+from relora_ds.parallel.shape import global_shape, shard_of
 
 
 class ZeroMoments(Moments):
@@ -49,24 +49,26 @@ class ZeroMoments(Moments):
         start = self._layout.placements[parameter].stretch.start
         return MomentShard(start, first, second, shard_of(parameter))
 
-    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         shards = [self._counted(parameter) for parameter in parameters]
         device = self._collectives.device
-        # added up where collectives take it: reading every count would wait for each
-        total = torch.zeros(1, dtype=torch.int64, device=device)
+        total = torch.zeros((), dtype=torch.int64, device=device)
         for shard in shards:
             if shard is not None:
                 here = shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero()
                 total += here.to(device)
-        return int(self._collectives.sum_over_state(total))
+        return self._collectives.sum_over_state(total)
 
     def order_statistics(
         self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        sizes = [global_shape(parameter).numel() for parameter in parameters]
+        inside = all(0 < k <= size for k, size in zip(ks, sizes, strict=True))
+        assert inside, f"k beyond the size of a parameter: {ks} of {sizes}"
         values = []
         for parameter in parameters:
             shard = self._counted(parameter)
-            empty = torch.empty(0)
+            empty = torch.empty(0, device=self._collectives.device)
             values += [empty, empty] if shard is None else [shard.exp_avg, shard.exp_avg_sq]
         both = [k for k in ks for _ in range(2)]
         sums = self._collectives

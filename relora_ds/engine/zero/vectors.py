@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,11 +11,49 @@ from torch import nn
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.layout import Layout
-from relora_ds.methods.train_state import HostMemory, Vectors
-from relora_ds.numerics.indexing import distinct_places, upload
+from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
+from relora_ds.numerics.indexing import orderless_writes, upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
-from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock
+from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock, VectorPlaces
 from relora_ds.parallel.shape import inner_shard, tp_local_shape
+
+
+@dataclass(frozen=True)
+class _Located(LocatedVectors):
+    """Vectors with their places in this rank's parts of a parameter."""
+
+    owner: torch.Tensor
+    """The tensor that the optimizer steps."""
+    working: tuple[VectorPlaces, ...]
+    """In the working values."""
+    master: tuple[VectorPlaces, ...]
+    """In the master and its moments; the very same object where both are cut alike."""
+
+    def _shares(self, device: torch.device) -> bool:
+        return self.master is self.working and self.owner.device == device
+
+    def travelling(self, device: torch.device) -> tuple[VectorPlaces, ...]:
+        """The places that are needed on the device: an offloaded master is on the host."""
+        alone = self._shares(device) or self.owner.device != device
+        return self.working if alone else self.working + self.master
+
+    def arrived(self, device: torch.device, indices: Iterator[torch.Tensor]) -> _Located:
+        """The same with indices of the device, in the order of `travelling`."""
+
+        def taken(places: tuple[VectorPlaces, ...]) -> tuple[VectorPlaces, ...]:
+            return tuple(VectorPlaces(each.rectangle, next(indices)) for each in places)
+
+        working = taken(self.working)
+        if self._shares(device):
+            return replace(self, working=working, master=working)
+        if self.owner.device != device:
+            return replace(self, working=working)
+        return replace(self, working=working, master=taken(self.master))
+
+
+def _here(vectors: LocatedVectors) -> _Located:
+    assert isinstance(vectors, _Located), "located by another run"
+    return vectors
 
 
 class ZeroVectors(Vectors):
@@ -45,46 +84,68 @@ class ZeroVectors(Vectors):
     def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         return self._clocks[parameter].live(self._completed_steps() + ahead)
 
+    def locate(
+        self,
+        requests: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        numbers: Sequence[torch.Tensor] = (),
+    ) -> tuple[list[LocatedVectors], list[torch.Tensor]]:
+        device = self._collectives.device
+        found = [self._find(parameter, index) for parameter, index in requests]
+        indices = [place.index for each in found for place in each.travelling(device)]
+        arrived = iter(upload_together([*numbers, *indices], device))
+        sent = [next(arrived) for _ in numbers]
+        return [each.arrived(device, arrived) for each in found], sent
+
+    def _find(self, parameter: nn.Parameter, index: torch.Tensor) -> _Located:
+        placement = self._layout.placements[parameter]
+        working = self._working(parameter)[1]
+        master = self._fragment(parameter, placement.stretch)
+        found = working.find(index)
+        alike = (working.start, working.length) == (master.start, master.length)
+        return _Located(
+            parameter, index, placement.owner, found, found if alike else master.find(index)
+        )
+
     def gather(
         self,
-        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        factors: Sequence[LocatedVectors],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[torch.Tensor]:
-        spread = any(inner_shard(factor) is not None for factor, _ in factors)
+        spread = any(inner_shard(each.parameter) is not None for each in factors)
         if not self._layout.weights_sharded and not spread:
-            found = [self._own_vectors(factor, index) for factor, index in factors]
+            found = [self._own_vectors(_here(each)) for each in factors]
             return [*found, *(part for _, part in stored)]
         return self._exchange(factors, stored)
 
-    def _own_vectors(self, factor: nn.Parameter, index: torch.Tensor) -> torch.Tensor:
-        axis = self._clocks[factor].axis
-        vectors = factor.detach().index_select(axis, upload(index, factor.device))
-        return vectors if axis == 0 else vectors.t().contiguous()
+    def _own_vectors(self, vectors: _Located) -> torch.Tensor:
+        (everything,) = vectors.working
+        factor, axis = vectors.parameter, self._clocks[vectors.parameter].axis
+        chosen = factor.detach().index_select(axis, everything.index[0])
+        return chosen if axis == 0 else chosen.t().contiguous()
 
     def _exchange(
         self,
-        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        factors: Sequence[LocatedVectors],
         stored: Sequence[tuple[int, torch.Tensor]],
     ) -> list[torch.Tensor]:
         """Sums of what every rank has, zeros elsewhere: exact, as no element is on two ranks.
 
         One sum over the ranks that ZeRO slices for, and one over those that shard vectors along r.
         """
-        axes = [self._clocks[factor].axis for factor, _ in factors]
+        parameters = [each.parameter for each in factors]
         shapes = [
-            (len(index), tp_local_shape(factor)[1 - axis])
-            for (factor, index), axis in zip(factors, axes, strict=True)
+            (len(each.index), tp_local_shape(factor)[1 - self._clocks[factor].axis])
+            for each, factor in zip(factors, parameters, strict=True)
         ]
         shapes += [(len(part), length) for length, part in stored]
-        spread = [inner_shard(factor) is not None for factor, _ in factors]
+        spread = [inner_shard(factor) is not None for factor in parameters]
         spread += [False] * len(stored)
-        like = torch.empty(0, dtype=factors[0][0].dtype, device=self._collectives.device)
+        like = torch.empty(0, dtype=parameters[0].dtype, device=self._collectives.device)
         wire, front, parts = lay_out_wire(shapes, spread, like)
-        for out, (factor, index) in zip(parts, factors, strict=False):
-            start, working = self._layout.working(factor)
-            fragment = self._fragment(factor, Stretch(start, 0, working.numel()))
-            for part in fragment.vectors(working, index):
-                with distinct_places():
+        for out, each in zip(parts, factors, strict=False):
+            working, fragment = self._working(each.parameter)
+            for part in fragment.parts(working, _here(each).working):
+                with orderless_writes():
                     out[part.asked, part.span] = part.view[part.local]
         for out, (length, part) in zip(parts[len(factors) :], stored, strict=True):
             out[:, slice(*self._host.span(length))] = part
@@ -94,35 +155,41 @@ class ZeroVectors(Vectors):
             self._collectives.sum_over_shards(front)
         return parts
 
-    def write(self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, vectors: LocatedVectors, values: torch.Tensor) -> None:
         assert not torch.is_grad_enabled(), "verbs of the state are called within no_grad"
+        parameter, where = vectors.parameter, _here(vectors)
         placement = self._layout.placements[parameter]
-        start, working = self._layout.working(parameter)
-        stretch, master = placement.stretch, placement.owner.detach().view(-1)
-        targets = [(master, self._fragment(parameter, stretch))]
-        if master.data_ptr() != working.data_ptr():
-            here = Stretch(start, 0, working.numel())
-            targets.append((working, self._fragment(parameter, here)))
-        for flat, fragment in targets:
-            for part in fragment.vectors(flat, index):
-                with distinct_places():
-                    part.view[part.local] = values[part.asked, part.span].to(flat)
+        master = placement.owner.detach().view(-1)
+        targets = [(master, self._fragment(parameter, placement.stretch), where.master)]
+        if placement.owner is not parameter:
+            targets.append((*self._working(parameter), where.working))
+        for flat, fragment, places in targets:
+            beside = values.to(flat)
+            for part in fragment.parts(flat, places):
+                with orderless_writes():
+                    part.view[part.local] = beside[part.asked, part.span]
         self._layout.drop_copies(parameter)
 
-    def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+    def reset(self, vectors: LocatedVectors, frozen: int) -> int:
+        parameter, places = vectors.parameter, _here(vectors).master
         clock, completed = self._clocks[parameter], self._completed_steps()
         placement, cleared = self._layout.placements[parameter], 0
         state = self._layout.optimizer.state.get(placement.owner, {})
         fragment = self._fragment(parameter, placement.stretch)
         for key in MOMENTS:
             if key in state:
-                for part in fragment.vectors(state[key].view(-1), index):
-                    with distinct_places():
+                for part in fragment.parts(state[key].view(-1), places):
+                    with orderless_writes():
                         part.view.index_fill_(0, part.local, 0.0)
                     cleared += len(part.local) * part.view.shape[1]
-        clock.restart(completed, index)
-        clock.freeze(completed + frozen, index)
+        clock.restart(completed, vectors.index)
+        clock.freeze(completed + frozen, vectors.index)
         return cleared
+
+    def _working(self, parameter: nn.Parameter) -> tuple[torch.Tensor, Fragment]:
+        """What this rank stores of the working values, 1-D, and its vectors."""
+        start, working = self._layout.working(parameter)
+        return working, self._fragment(parameter, Stretch(start, 0, working.numel()))
 
     def _fragment(self, parameter: nn.Parameter, stretch: Stretch) -> Fragment:
         return fragment_of(parameter, stretch, self._clocks[parameter])

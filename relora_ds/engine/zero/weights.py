@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.train_state import Weights
 from relora_ds.numerics.base_weight import (
     BaseWeight,
-    WeightEdit,
     add_product,
     apply_product,
     weight_times,
@@ -75,31 +73,27 @@ class ZeroWeights(Weights):
         weight: nn.Parameter,
         left: torch.Tensor,
         right: torch.Tensor,
-        scale: float,
+        scale: float | torch.Tensor,
         measured: bool = True,
-    ) -> WeightEdit | None:
+    ) -> torch.Tensor | None:
         assert not torch.is_grad_enabled(), "verbs of the state are called within no_grad"
         start, working = self._layout.working(weight)
         add = add_product if measured else apply_product
-        edit = add(self._bases[weight], working, start, left, right, scale)
+        sums = add(self._bases[weight], working, start, left, right, scale)
         self._layout.drop_copies(weight)
         self._edited(weight)
-        return edit
+        return sums
 
     def times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
         start, working = self._layout.working(weight)
         out = weight_times(self._bases[weight], working, start, tp_local_shape(weight)[0], right)
         return self._collectives.sum_over_slices(out) if self._layout.weights_sharded else out
 
-    def totals(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
-        if not self._layout.weights_sharded and self._collectives.tp.size == 1:
-            return list(edits)
-        sums = torch.tensor([astuple(edit) for edit in edits], dtype=torch.float64)
-        sums = sums.to(self._collectives.device)
+    def totals(self, edits: Sequence[torch.Tensor]) -> torch.Tensor:
+        sums = torch.stack(list(edits)).to(self._collectives.device)
         if self._layout.weights_sharded:
             self._collectives.sum_over_slices(sums)
-        self._collectives.sum_over_shards(sums)
-        return [WeightEdit(int(row[0]), *row[1:]) for row in sums.tolist()]
+        return self._collectives.sum_over_shards(sums)
 
     def sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
         return self._collectives.sum_over_shards(value)

@@ -29,7 +29,7 @@ def reset_moments(
     config: ResetConfig,
     seed: int,
     event: int,
-) -> float:
+) -> torch.Tensor:
     """Prune the moments of `parameters` by the configured rule.
 
     Args:
@@ -39,19 +39,11 @@ def reset_moments(
         event: number of the restart.
 
     Returns:
-        The share of non-zero moment elements, over all ranks, that are zero now.
-
-    Raises:
-        DivergenceError: every moment is zero already, so nothing can be reset; or none was, though
-            the rule asks for many.
+        How many moment elements were not zero before and are not zero now, over all ranks: int64,
+        (2,), on the device, for `reset_share`. Nothing is waited for.
     """
     everything = list(parameters.values())
     before = moments.count_non_zero(everything)
-    if not before:
-        raise DivergenceError(
-            "every Adam moment of the adapters is zero at a restart: they got no gradient since "
-            "the last one; look for a learning rate, mask or loss that cuts them off"
-        )
     shards = {name: moments.shard(parameter) for name, parameter in parameters.items()}
     if config.mode == "magnitude":
         masks = _magnitude_masks(moments, weights, parameters, shards, config.fraction)
@@ -69,7 +61,26 @@ def reset_moments(
             first = second = first & second
         shard.exp_avg.masked_fill_(~first, 0.0)
         shard.exp_avg_sq.masked_fill_(~second, 0.0)
-    after = moments.count_non_zero(everything)
+    return torch.stack([before, moments.count_non_zero(everything)])
+
+
+def reset_share(before: int, after: int, config: ResetConfig) -> float:
+    """The share of non-zero moments that a restart set to zero.
+
+    Args:
+        before: moments that were not zero, over all ranks.
+        after: those that still are not.
+        config: the rule that was applied.
+
+    Raises:
+        DivergenceError: every moment was zero already, so nothing could be reset; or none was
+            reset, though the rule asks for many.
+    """
+    if not before:
+        raise DivergenceError(
+            "every Adam moment of the adapters is zero at a restart: they got no gradient since "
+            "the last one; look for a learning rate, mask or loss that cuts them off"
+        )
     asked = 1.0 if config.mode == "zero" else config.fraction
     if after == before and asked * before >= _SURE:
         raise DivergenceError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +20,11 @@ from relora_ds.methods.adapter import (
     refuse_lost_edits,
 )
 from relora_ds.methods.interface import Event, Session
-from relora_ds.methods.relora.pruning import reset_moments
+from relora_ds.methods.relora.pruning import reset_moments, reset_share
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
+from relora_ds.numerics.readings import Stopwatch, read_together
 
 _logger = logging.getLogger(__name__)
 
@@ -100,12 +100,17 @@ class ReLoRASession(Session[ReLoRA]):
         self._merged_at = state.get("merged_at", -1)
 
     def _merge(self, step: int) -> Event:
-        """Merge and restart every adapter, after `step` updates."""
+        """Merge and restart every adapter, after `step` updates.
+
+        Everything is queued first. What the event reports, and what would make it a failed one, is
+        read at the end, in one copy: the host waits for the device once, for any number of
+        projections.
+        """
         state, config = self.state, self.method.config
         number = step // config.merge_every
         layers = adapter_layers(self.model)
         before = state.probe()
-        started, moved = time.perf_counter(), state.bytes_moved
+        watch, moved = Stopwatch(next(self.model.parameters()).device), state.bytes_moved
         factors = state.weights.gather_in_turn(
             [_own_parameters(layer) for layer in layers.values()]
         )
@@ -113,30 +118,44 @@ class ReLoRASession(Session[ReLoRA]):
             self._restart(layer, number, values)
             for layer, values in zip(layers.values(), factors, strict=True)
         ]
-        edits = dict(zip(layers, state.weights.totals(parts), strict=True))
+        figures = list(state.weights.totals(parts).unbind())
+        watch.mark()
+        merged = state.bytes_moved
+        figures.append(self._reset_optimizer(layers, number))
+        watch.mark()
+        reset = state.bytes_moved
+        after = state.probe()
+        if before is not None and after is not None:
+            figures.append((after - before).norm() / before.norm())
+        found = read_together(figures)
+        edits = {name: WeightEdit.of(sums) for name, sums in zip(layers, found, strict=False)}
+        counts, *output_drift = found[len(layers) :]
         refuse_lost_edits("merge", edits, next(iter(layers.values())).weight.dtype)
-        merged = time.perf_counter(), state.bytes_moved
-        fraction = self._reset_optimizer(layers, number)
+        fraction = reset_share(int(counts[0]), int(counts[1]), config.reset)
+        merge_seconds, reset_seconds = watch.seconds()
         details = {
             "method/merges": float(number),
             "method/lost_update": max(_ratio(e.lost_sq, e.intended_sq) for e in edits.values()),
-            # the reports waited for the device
-            "method/merge_seconds": merged[0] - started,
-            "method/merge_bytes": float(merged[1] - moved),
-            "method/reset_seconds": time.perf_counter() - merged[0],
-            "method/reset_bytes": float(state.bytes_moved - merged[1]),
+            "method/merge_seconds": merge_seconds,
+            "method/merge_bytes": float(merged - moved),
+            "method/reset_seconds": reset_seconds,
+            "method/reset_bytes": float(reset - merged),
         }
-        after = state.probe()
-        if before is not None and after is not None:
-            details["method/output_drift"] = float((after - before).norm() / before.norm())
+        if output_drift:
+            details["method/output_drift"] = output_drift[0][0]
         drift = max(_ratio(edit.error_sq, edit.output_sq) for edit in edits.values())
         return Event("merge", drift, fraction, details)
 
-    def _restart(self, layer: AdapterLinear, number: int, values: list[torch.Tensor]) -> WeightEdit:
+    def _restart(
+        self, layer: AdapterLinear, number: int, values: list[torch.Tensor]
+    ) -> torch.Tensor:
         """W += scale * B A, then fresh factors; what they add at once, W absorbs.
 
         Args:
             values: of `_own_parameters`, gathered.
+
+        Returns:
+            The figures of the edit of this rank's part, for `Weights.totals`.
         """
         weights, method, dtype = self.state.weights, self.method, layer.lora_A.dtype
         # rounded first, so that W absorbs exactly what the forward pass will compute with
@@ -147,32 +166,33 @@ class ReLoRASession(Session[ReLoRA]):
         scale = fresh_scale = layer.merge_scale(*scaling)
         if layer.scaling is not None:
             fresh = torch.ones_like(scaling[0])
-            fresh_scale = float(torch.tanh(fresh))
+            fresh_scale = layer.merge_scale(fresh)
             weights.write(layer.scaling, fresh)
         if method.config.init == "balanced":
             left = torch.cat([left.float() * scale, lora_b.float() * -fresh_scale], dim=1)
             right = torch.cat([right.float(), lora_a.float()])
             scale = 1.0
-        edit = weights.add_product(layer.weight, left, right, scale)
-        assert edit is not None
+        sums = weights.add_product(layer.weight, left, right, scale)
+        assert sums is not None
         weights.write(layer.lora_A, lora_a)
         weights.write(layer.lora_B, lora_b)
-        return edit
+        return sums
 
-    def _reset_optimizer(self, layers: dict[str, AdapterLinear], number: int) -> float:
+    def _reset_optimizer(self, layers: dict[str, AdapterLinear], number: int) -> torch.Tensor:
+        """Returns the counts of `reset_moments`."""
         state, reset = self.state, self.method.config.reset
         factors: dict[str, nn.Parameter] = {}
         for name, layer in layers.items():
             factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
             if layer.scaling is not None:
                 factors[f"{name}.scaling"] = layer.scaling
-        fraction = reset_moments(
+        counts = reset_moments(
             state.moments, state.weights, factors, reset, self.method.seed, number
         )
         if reset.steps:
             for parameter in factors.values():
                 state.moments.restart(parameter)
-        return fraction
+        return counts
 
 
 def _own_parameters(layer: AdapterLinear) -> list[nn.Parameter]:

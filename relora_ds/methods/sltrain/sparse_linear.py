@@ -14,7 +14,12 @@ import torch
 
 from relora_ds.methods.composed import Composition, Gradients
 from relora_ds.methods.sltrain.support import flat_positions
+<<<<<<< HEAD
 from relora_ds.numerics.indexing import distinct_places
+=======
+from relora_ds.numerics.indexing import orderless_writes
+from relora_ds.parallel.low_rank import Factors
+>>>>>>> main
 
 # said once per process by torch; only the sampled product is used of it
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -34,7 +39,7 @@ def compose(
     # the scale is part of the product's epilogue: one rounding, no second pass
     torch.addmm(weight, lora_b, lora_a, beta=0, alpha=scale, out=weight)
     positions = flat_positions(row_starts, columns, cols)
-    with distinct_places():
+    with orderless_writes():
         weight.view(-1).index_add_(0, positions, values)
     return weight
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from relora_ds.numerics.indexing import distinct_places, upload
+from relora_ds.numerics.indexing import orderless_writes, upload
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
 """Slots (k,), int64 on the pool's device -> their initial vectors (k, width), fp32."""
@@ -69,19 +69,26 @@ class CandidatePool:
         """Size of all places, used or not."""
         return sum(chunk.numel() * chunk.element_size() for chunk in self._chunks)
 
-    def take(self, slots: np.ndarray) -> torch.Tensor:
-        """Vectors of parked slots, (k, width), on the factor's device.
+    def undrawn(self, slots: np.ndarray) -> torch.Tensor:
+        """Which of some slots were never used, and their numbers: int64, (2, k), on the CPU."""
+        fresh = np.flatnonzero(self._place[slots] < 0)
+        return torch.from_numpy(np.stack([fresh, slots[fresh]]))
 
-        Nothing is waited for.
+    def take(self, slots: np.ndarray, undrawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Vectors of parked slots, (k, width), on the factor's device. Nothing is waited for.
+
+        Args:
+            slots: numbers of candidates.
+            undrawn: `undrawn(slots)` on the factor's device, where it was brought there.
         """
         out = torch.empty(len(slots), self._width, dtype=self._dtype, device=self._device)
-        fresh = self._place[slots] < 0
-        if fresh.any():
-            numbers = np.stack([np.flatnonzero(fresh), slots[fresh]])
-            where, drawn = upload(torch.from_numpy(numbers), self._device)
-            with distinct_places():
-                out[where] = self._draw(drawn).to(self._dtype)
-        for row in np.flatnonzero(~fresh):
+        if undrawn is None:
+            undrawn = upload(self.undrawn(slots), self._device)
+        where, numbers = undrawn
+        if len(numbers):
+            with orderless_writes():
+                out[where] = self._draw(numbers).to(self._dtype)
+        for row in np.flatnonzero(self._place[slots] >= 0):
             slot = int(slots[row])
             parked = self._last_parked.get(slot)
             source = self._row(int(self._place[slot])) if parked is None else parked

@@ -12,6 +12,7 @@ import torch
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.train_state import Weights
 from relora_ds.numerics.base_weight import WeightEdit
+from relora_ds.numerics.indexing import upload
 from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.randomness import Stream
 
@@ -96,17 +97,17 @@ class UpdateRank:
 
     def measure(self, weights: Weights) -> float:
         """1 for an update of rank one, 0 for none."""
-        update = (self._product(weights) - self.reference.to(self._signs.device)).double()
+        update = (self._product(weights) - upload(self.reference, self._signs.device)).double()
         # through the Gram matrix, which the ranks that hold other rows can add to
         gram = weights.sum_over_rows(update.t() @ update)
         values = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
-        if not values.sum():
-            return 0.0
-        share = values / values.sum()
-        return float(torch.exp(-torch.xlogy(share, share).sum()))
+        total = values.sum()
+        share = values / total
+        rank = torch.exp(-torch.xlogy(share, share).sum())
+        return float(torch.where(total == 0.0, 0.0, rank))
 
     def _product(self, weights: Weights) -> torch.Tensor:
         layer = self._layer
         lora_a, lora_b = weights.gather([layer.lora_A, layer.lora_B])
         low_rank = lora_b.float() @ (lora_a.float() @ self._signs)
-        return weights.times(layer.weight, self._signs).add_(low_rank, alpha=layer.merge_scale())
+        return weights.times(layer.weight, self._signs).add_(low_rank, alpha=layer.scale)

@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -40,7 +39,7 @@ from relora_ds.methods.switchlora.plan import (
     SwitchState,
     switch_counts,
 )
-from relora_ds.methods.train_state import TrainState
+from relora_ds.methods.train_state import LocatedVectors, TrainState
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.parallel.shape import global_shape, shard_of, tp_local_shape
 from relora_ds.randomness import Stream
@@ -66,6 +65,12 @@ class _Work:
     plan: Plan
     candidates: tuple[torch.Tensor, torch.Tensor]
     """This rank's spans of rows of A, (k, span of n), and columns of B, (k, span of m)."""
+    both: tuple[LocatedVectors, LocatedVectors]
+    """Of A and of B, the vectors at all switched indices."""
+    rows: tuple[LocatedVectors, LocatedVectors]
+    """The rows of A that are replaced, and their counterparts in B."""
+    columns: tuple[LocatedVectors, LocatedVectors]
+    """The columns of B that are replaced, and their counterparts in A."""
 
     def description(self) -> bytes:
         """Which vectors are exchanged for which candidates; the same on every rank."""
@@ -190,7 +195,7 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         """The event before update number `step` + 1, when `step` - `ahead` are completed."""
         expected = self.config.expected_switches(step, self.method.steps)
         counts = switch_counts(expected, len(self.layers), self.method.seed, step)
-        work = []
+        plans = []
         for switched, count in zip(self.layers.values(), counts, strict=True):
             if not count:
                 continue
@@ -201,9 +206,26 @@ class SwitchLoRASession(Session[SwitchLoRA]):
             )
             plan = switched.selection.plan(switched.state, step, count, (live[0], live[1]))
             if plan.count:
-                pool_a, pool_b = switched.pools
-                candidates = pool_a.take(plan.slots[0]), pool_b.take(plan.slots[1])
-                work.append(_Work(switched, plan, candidates))
+                plans.append((switched, plan))
+        return self._prepare(plans)
+
+    def _prepare(self, plans: Sequence[tuple[_Switched, Plan]]) -> list[_Work]:
+        """Bring candidates, and all numbers of an event in one copy, to the device."""
+        requests, undrawn = [], []
+        for switched, plan in plans:
+            factor_a, factor_b = switched.layer.lora_A, switched.layer.lora_B
+            rows, cols = (torch.from_numpy(vectors) for vectors in plan.vectors)
+            both = torch.cat([rows, cols])
+            requests += [(factor_a, both), (factor_b, both)]
+            requests += [(factor_a, rows), (factor_b, rows), (factor_b, cols), (factor_a, cols)]
+            undrawn += [p.undrawn(s) for p, s in zip(switched.pools, plan.slots, strict=True)]
+        located, numbers = self.state.vectors.locate(requests, undrawn)
+        at, to_draw, work = iter(located), iter(numbers), []
+        for switched, plan in plans:
+            (pool_a, pool_b), (slots_a, slots_b) = switched.pools, plan.slots
+            candidates = pool_a.take(slots_a, next(to_draw)), pool_b.take(slots_b, next(to_draw))
+            both, rows, columns = ((next(at), next(at)) for _ in range(3))
+            work.append(_Work(switched, plan, candidates, both, rows, columns))
         return work
 
     def _switch(self, work: Sequence[_Work], measured: bool) -> None:
@@ -211,19 +233,20 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         for item in work:
             layer = item.switched.layer
             rows, cols = tp_local_shape(layer.weight)
-            both = torch.from_numpy(np.concatenate(item.plan.vectors))
-            factors += [(layer.lora_A, both), (layer.lora_B, both)]
+            factors += item.both
             stored += [(cols, item.candidates[0]), (rows, item.candidates[1])]
         vectors = self.state.vectors.gather(factors, stored)
         current, fresh = vectors[: len(factors)], vectors[len(factors) :]
-        edits: dict[str, WeightEdit] = {}
+        edits: dict[str, torch.Tensor] = {}
         for number, item in enumerate(work):
             at = slice(2 * number, 2 * number + 2)
-            edit = self._switch_layer(item, current[at], fresh[at], measured)
-            if edit is not None:
-                edits[item.switched.layer.spec.name] = edit
+            sums = self._switch_layer(item, current[at], fresh[at], measured)
+            if sums is not None:
+                edits[item.switched.layer.spec.name] = sums
         if edits:
-            totals = dict(zip(edits, self.state.weights.totals(list(edits.values())), strict=True))
+            # the host waits here, once, after all of the event was queued
+            read = self.state.weights.totals(list(edits.values())).tolist()
+            totals = {name: WeightEdit.of(sums) for name, sums in zip(edits, read, strict=True)}
             refuse_lost_edits("switch", totals, work[0].switched.layer.weight.dtype)
             self._metrics.note_edits(totals.values())
         self._note(work)
@@ -234,13 +257,17 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         current: Sequence[torch.Tensor],
         fresh: Sequence[torch.Tensor],
         measured: bool,
-    ) -> WeightEdit | None:
+    ) -> torch.Tensor | None:
         """Exchange the vectors of one projection.
 
         Args:
             current: working values of both factors at the switched indices, first those of which
                 the row of A is replaced, then those of which the column of B is; (2k, n), (2k, m).
             fresh: the candidates, (k, n) and (k, m).
+            measured: whether the edit of W is.
+
+        Returns:
+            Its figures for this rank's part, for `Weights.totals`.
         """
         state, plan = self.state, item.plan
         layer, pools = item.switched.layer, item.switched.pools
@@ -250,16 +277,15 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         left = torch.cat([kept_b.float(), old_b.float() - fresh[1].float()]).t()
         right = torch.cat([old_a.float() - fresh[0].float(), kept_a.float()])
         scale = layer.merge_scale()
-        edit = state.weights.add_product(layer.weight, left, right, scale, measured)
+        sums = state.weights.add_product(layer.weight, left, right, scale, measured)
         parked = item.switched.state.apply(plan)
         for pool, slots, old in zip(pools, parked, (old_a, old_b), strict=True):
             pool.park(slots, old[:, slice(*state.host.span(old.shape[1]))])
-        rows, cols = (torch.from_numpy(vectors) for vectors in plan.vectors)
-        state.vectors.write(layer.lora_A, rows, fresh[0])
-        state.vectors.write(layer.lora_B, cols, fresh[1])
-        state.vectors.reset(layer.lora_B, rows, self.config.freeze_steps)
-        state.vectors.reset(layer.lora_A, cols, self.config.freeze_steps)
-        return edit
+        replacements = zip((item.rows, item.columns), fresh, strict=True)
+        for (replaced, counterparts), candidates in replacements:
+            state.vectors.write(replaced, candidates)
+            state.vectors.reset(counterparts, self.config.freeze_steps)
+        return sums
 
     def _note(self, work: Sequence[_Work]) -> None:
         first = next(iter(self.layers.values()))

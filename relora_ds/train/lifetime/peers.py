@@ -20,6 +20,9 @@ from relora_ds.train.lifetime.failure import Failure
 from relora_ds.train.lifetime.link import Identity, Link, Message, open_server, ready
 from relora_ds.train.lifetime.watch import LOOK_S, Peer, Watch, described, gone, grouped, odd_one
 
+_ANSWER_S = 10.0
+"""How long a rank that is stuck may take to hear why the run ends; a stopped one never does."""
+
 
 @dataclass(frozen=True)
 class Address:
@@ -67,16 +70,19 @@ class Hub(Watch):
 
     def _all_know(self) -> bool:
         excused = () if self._cause is None else self._cause.culprits
-        return all(
-            peer.has_seen or peer.has_left or not peer.link.is_open or rank in excused
-            for rank, peer in list(self._others.items())
-        )
+        return all(_has_heard(p) or r in excused for r, p in list(self._others.items()))
 
     def end_silent(self) -> None:
-        """Kill those of this machine."""
-        if self._cause is not None and self._cause.how == "silent":
-            for rank in self._cause.culprits:
-                self._others[rank].who.kill()
+        """Kill those of this machine that are stopped: a rank that only waits has heard of it."""
+        if self._cause is None or self._cause.how not in ("silent", "stuck"):
+            return
+        culprits = [self._others[rank] for rank in self._cause.culprits if rank in self._others]
+        deadline = time.monotonic() + (_ANSWER_S if self._cause.how == "stuck" else 0.0)
+        while time.monotonic() < deadline and not all(map(_has_heard, culprits)):
+            time.sleep(LOOK_S / 5)
+        for peer in culprits:
+            if not _has_heard(peer):
+                peer.who.kill()
 
     def _peers(self) -> Iterable[Peer]:
         return [peer for peer in list(self._others.values()) if not peer.has_left]
@@ -163,6 +169,11 @@ class Hub(Watch):
             peer.link.close()
         if self._server is not None:
             self._server.close()
+
+
+def _has_heard(peer: Peer) -> bool:
+    """Whether a rank knows why the run ends, or has ended."""
+    return peer.has_seen or peer.has_left or not peer.link.is_open
 
 
 class Spoke(Watch):

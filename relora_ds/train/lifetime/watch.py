@@ -107,7 +107,7 @@ class Watch(ABC):
 
     @abstractmethod
     def end_silent(self) -> None:
-        """Kill those silent ranks of this machine that cannot end themselves."""
+        """Kill those ranks of this machine that cannot end themselves, because they are stopped."""
 
     @abstractmethod
     def _exchange(self, beat: bool) -> None:

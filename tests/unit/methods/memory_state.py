@@ -15,6 +15,7 @@ from torch import nn
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.train_state import (
     HostMemory,
+    LocatedVectors,
     Moments,
     MomentShard,
     TrainState,
@@ -25,7 +26,6 @@ from relora_ds.numerics.base_weight import (
     KINDS,
     BaseWeight,
     Precision,
-    WeightEdit,
     add_product,
     apply_product,
     weight_times,
@@ -62,9 +62,9 @@ class MemoryWeights(Weights):
         weight: nn.Parameter,
         left: torch.Tensor,
         right: torch.Tensor,
-        scale: float,
+        scale: float | torch.Tensor,
         measured: bool = True,
-    ) -> WeightEdit | None:
+    ) -> torch.Tensor | None:
         add = add_product if measured else apply_product
         return add(self.bases[weight], weight.data.view(-1), 0, left, right, scale)
 
@@ -72,8 +72,8 @@ class MemoryWeights(Weights):
         working = weight.data.view(-1)
         return weight_times(self.bases[weight], working, 0, weight.shape[0], right)
 
-    def totals(self, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
-        return list(edits)
+    def totals(self, edits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(list(edits))
 
     def sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
         return value
@@ -113,13 +113,11 @@ class MemoryMoments(Moments):
         stored = self.stored[parameter]
         return MomentShard(0, stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1))
 
-    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         held = [self.shard(parameter) for parameter in parameters]
-        return sum(
-            int(shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero())
-            for shard in held
-            if shard is not None
-        )
+        found = [shard for shard in held if shard is not None]
+        counts = [s.exp_avg.count_nonzero() + s.exp_avg_sq.count_nonzero() for s in found]
+        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
 
     def order_statistics(
         self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
@@ -162,18 +160,28 @@ class MemoryVectors(Vectors):
     def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         return self.clocks[parameter].live(self._completed() + ahead)
 
+    def locate(
+        self,
+        requests: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        numbers: Sequence[torch.Tensor] = (),
+    ) -> tuple[list[LocatedVectors], list[torch.Tensor]]:
+        return [LocatedVectors(*request) for request in requests], list(numbers)
+
     def gather(
         self,
-        factors: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        factors: Sequence[LocatedVectors],
         stored: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[torch.Tensor]:
-        found = [self._rows(p.detach(), p)[index].clone() for p, index in factors]
+        chosen = [(each.parameter, each.index) for each in factors]
+        found = [self._rows(p.detach(), p)[index].clone() for p, index in chosen]
         return [*found, *(part for _, part in stored)]
 
-    def write(self, parameter: nn.Parameter, index: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, vectors: LocatedVectors, values: torch.Tensor) -> None:
+        parameter, index = vectors.parameter, vectors.index
         self._rows(parameter.data, parameter)[index] = values.to(parameter.dtype)
 
-    def reset(self, parameter: nn.Parameter, index: torch.Tensor, frozen: int) -> int:
+    def reset(self, vectors: LocatedVectors, frozen: int) -> int:
+        parameter, index = vectors.parameter, vectors.index
         moments, clock = self._stored[parameter], self.clocks[parameter]
         for moment in (moments.exp_avg, moments.exp_avg_sq):
             self._rows(moment, parameter)[index] = 0.0

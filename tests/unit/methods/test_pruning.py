@@ -13,7 +13,7 @@ from torch import nn
 
 from relora_ds.config.methods.relora import ResetConfig
 from relora_ds.errors import DivergenceError
-from relora_ds.methods.relora.pruning import reset_moments
+from relora_ds.methods.relora.pruning import reset_moments, reset_share
 from relora_ds.methods.train_state import MomentShard
 from relora_ds.numerics.order_statistic import order_statistics
 from tests.unit.fake_ranks import Sum, on_ranks
@@ -41,6 +41,14 @@ def random_state(shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[MemorySta
     return state, parameters
 
 
+def share_of(
+    state: MemoryState, parameters: Parameters, config: ResetConfig, event: int = 1
+) -> float:
+    counts = reset_moments(state.moments, state.weights, parameters, config, 42, event)
+    assert counts.shape == (2,)
+    return reset_share(int(counts[0]), int(counts[1]), config)
+
+
 def pruned(
     state: MemoryState, parameters: Parameters, event: int = 1, **settings: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -50,7 +58,7 @@ def pruned(
         for name, p in parameters.items()
     }
     config = ResetConfig(**settings)
-    share = reset_moments(state.moments, state.weights, parameters, config, 42, event)
+    share = share_of(state, parameters, config, event)
     first, second, alive, left = {}, {}, 0, 0
     for name, parameter in parameters.items():
         stored = state.stored[parameter]
@@ -204,10 +212,10 @@ class ShardMoments(MemoryMoments):
         found = order_statistics(values, both, self._sum_over_ranks, torch.device("cpu"))
         return list(zip(found[::2], found[1::2], strict=True))
 
-    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> int:
-        total = torch.tensor([super().count_non_zero(parameters)])
+    def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        total = super().count_non_zero(parameters)
         self._sum_over_ranks(total)
-        return int(total)
+        return total
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
@@ -216,7 +224,7 @@ class ShardMoments(MemoryMoments):
 )
 def test_any_cut_gives_the_same_result(settings: dict[str, Any], cuts: tuple[int, ...]) -> None:
     whole, parameters = random_state()
-    share = reset_moments(whole.moments, whole.weights, parameters, ResetConfig(**settings), 42, 1)
+    share = share_of(whole, parameters, ResetConfig(**settings))
     cut, shards = random_state()
     total = sum(parameter.numel() for parameter in shards.values())
     bounds = list(pairwise((0, *cuts, total)))
@@ -224,7 +232,9 @@ def test_any_cut_gives_the_same_result(settings: dict[str, Any], cuts: tuple[int
     def rank_part(rank: int, sum_over_ranks: Sum) -> float:
         begin, end = bounds[rank]
         moments = ShardMoments(cut.stored, begin, end, sum_over_ranks)
-        return reset_moments(moments, cut.weights, shards, ResetConfig(**settings), 42, 1)
+        config = ResetConfig(**settings)
+        counts = reset_moments(moments, cut.weights, shards, config, 42, 1)
+        return reset_share(int(counts[0]), int(counts[1]), config)
 
     assert on_ranks(len(bounds), rank_part) == [share] * len(bounds)
     for name, parameter in parameters.items():
@@ -240,10 +250,10 @@ def test_a_rule_that_resets_nothing_is_refused() -> None:
             moment.view(-1)[: moment.numel() * 3 // 4] = 0.0
     config = ResetConfig(mode="magnitude", fraction=0.5)
     with pytest.raises(DivergenceError, match=r"reset none of \d+ moments .* 50\.00%"):
-        reset_moments(state.moments, state.weights, parameters, config, 42, 1)
+        share_of(state, parameters, config)
 
 
 def test_a_rule_that_asks_for_nothing_may_reset_nothing() -> None:
     state, parameters = random_state()
     config = ResetConfig(mode="random", fraction=0.0)
-    assert reset_moments(state.moments, state.weights, parameters, config, 42, 1) == 0.0
+    assert share_of(state, parameters, config) == 0.0

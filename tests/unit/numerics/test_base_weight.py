@@ -118,7 +118,7 @@ def test_stores_hold_what_a_checkpoint_needs() -> None:
 def test_add_product_is_the_product(kind: Precision) -> None:
     exact, left, right = normal(ROWS, COLS), normal(ROWS, RANK, seed=1), normal(RANK, COLS, seed=2)
     base, working = make(kind, exact.view(-1))
-    edit = add_product(base, working, 0, left, right, 0.25)
+    edit = WeightEdit.of(add_product(base, working, 0, left, right, 0.25).tolist())
     expected = exact.double() + 0.25 * left.double() @ right.double()
     loaded = base.load(working, 0).view(ROWS, COLS)
     assert relative(loaded, expected) < 1e-7
@@ -156,7 +156,9 @@ def test_the_report_of_a_lossy_edit_is_true(size: float) -> None:
     old = normal(ROWS, COLS).bfloat16()
     left, right = size * normal(ROWS, RANK, seed=1), normal(RANK, COLS, seed=2)
     working = old.clone().view(-1)
-    edit = add_product(Working(working, working.float()), working, 0, left, right, 0.5)
+    edit = WeightEdit.of(
+        add_product(Working(working, working.float()), working, 0, left, right, 0.5).tolist()
+    )
     expected = brute_force(old, working.view(ROWS, COLS), left, right, 0.5)
     assert edit.elements == expected.elements
     for name in ("error_sq", "output_sq", "intended_sq", "lost_sq"):
@@ -169,7 +171,7 @@ def test_the_report_of_a_lossy_edit_is_true(size: float) -> None:
 def test_the_report_of_a_faithful_edit_is_the_rounding_of_fp32(kind: Precision) -> None:
     exact, left, right = normal(ROWS, COLS), normal(ROWS, RANK, seed=1), normal(RANK, COLS, seed=2)
     base, working = make(kind, exact.view(-1))
-    edit = add_product(base, working, 0, left, right, 0.5)
+    edit = WeightEdit.of(add_product(base, working, 0, left, right, 0.5).tolist())
     new = base.load(working, 0).view(ROWS, COLS)
     expected = brute_force(exact, new, left, right, 0.5)
     assert edit.error_sq == pytest.approx(expected.error_sq, rel=1e-3)
@@ -181,7 +183,9 @@ def test_the_report_of_a_faithful_edit_is_the_rounding_of_fp32(kind: Precision) 
 def test_an_edit_below_the_precision_changes_nothing_and_says_so() -> None:
     working = torch.ones(ROWS * COLS, dtype=torch.bfloat16)
     left, right = torch.full((ROWS, 1), 1e-4), torch.ones(1, COLS)
-    edit = add_product(Working(working, working.float()), working, 0, left, right, 1.0)
+    edit = WeightEdit.of(
+        add_product(Working(working, working.float()), working, 0, left, right, 1.0).tolist()
+    )
     assert edit.elements == 0
     assert edit.lost_sq == pytest.approx(edit.intended_sq) == pytest.approx(ROWS * COLS * 1e-8)
     assert bool((working == 1).all())
@@ -211,10 +215,10 @@ def test_blocks_of_rows_are_no_part_of_the_result(
 ) -> None:
     exact, left, right = normal(ROWS, COLS), normal(ROWS, RANK, seed=1), normal(RANK, COLS, seed=2)
     base, working = make("bf16_residual", exact.view(-1))
-    whole = add_product(base, working, 0, left, right, 0.5)
+    whole = WeightEdit.of(add_product(base, working, 0, left, right, 0.5).tolist())
     monkeypatch.setitem(base_weight._BLOCKS, "cpu", block)
     other, blocked = make("bf16_residual", exact.view(-1))
-    edit = add_product(other, blocked, 0, left, right, 0.5)
+    edit = WeightEdit.of(add_product(other, blocked, 0, left, right, 0.5).tolist())
     torch.testing.assert_close(other.load(blocked, 0), base.load(working, 0), rtol=2e-7, atol=2e-7)
     assert edit.elements == whole.elements
     assert edit.output_sq == pytest.approx(whole.output_sq, rel=1e-6)
@@ -225,11 +229,12 @@ def test_blocks_of_rows_are_no_part_of_the_result(
 def test_slices_add_up_to_the_whole_edit(cuts: tuple[int, ...]) -> None:
     exact, left, right = normal(ROWS, COLS), normal(ROWS, RANK, seed=1), normal(RANK, COLS, seed=2)
     base, working = make("bf16_residual", exact.view(-1))
-    whole = add_product(base, working, 0, left, right, 0.5)
+    whole = WeightEdit.of(add_product(base, working, 0, left, right, 0.5).tolist())
     parts, edits = [], []
     for begin, end in pairwise([0, *cuts, ROWS * COLS]):
         store, part = make("bf16_residual", exact.view(-1)[begin:end].clone())
-        edits.append(add_product(store, part, begin, left, right, 0.5))
+        sums = add_product(store, part, begin, left, right, 0.5)
+        edits.append(WeightEdit.of(sums.tolist()))
         parts.append(store.load(part, 0))
     assert torch.equal(torch.cat(parts), base.load(working, 0)), "the cut shows in the bits"
     assert sum(edit.elements for edit in edits) == whole.elements

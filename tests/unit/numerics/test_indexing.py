@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from relora_ds.numerics.indexing import distinct_places, upload
+from relora_ds.numerics.indexing import orderless_writes, upload
 
 
 @pytest.fixture(params=["default", "warn", "error"])
@@ -19,13 +19,13 @@ def mode(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_the_mode_is_off_within_and_as_it_was_behind(mode: int) -> None:
-    with distinct_places():
+    with orderless_writes():
         assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_deterministic_debug_mode() == mode
 
 
 def test_the_mode_survives_a_failure(mode: int) -> None:
-    with pytest.raises(IndexError), distinct_places():
+    with pytest.raises(IndexError), orderless_writes():
         torch.zeros(2)[torch.tensor([2])] = 1.0
     assert torch.get_deterministic_debug_mode() == mode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
+from relora_ds.numerics import order_statistic
 from relora_ds.numerics.order_statistic import order_statistics
 from tests.unit.fake_ranks import Sum, on_ranks
 
@@ -112,10 +114,23 @@ def test_a_part_may_be_strided_and_stays_as_it_is() -> None:
     assert torch.equal(value, copy)
 
 
-@pytest.mark.parametrize("rank", [5, 1000])
-def test_a_rank_beyond_the_tensor_is_refused(rank: int) -> None:
-    with pytest.raises(AssertionError, match="beyond"):
-        order_statistics([torch.ones(4)], [rank], alone, CPU)
+@pytest.mark.parametrize("rank", [-1, 0, 5, 1000])
+@pytest.mark.parametrize("value", [0.0, 1.0, torch.inf, torch.nan])
+def test_a_rank_beyond_the_tensor_is_no_number(rank: int, value: float) -> None:
+    beyond, inside = order_statistics([torch.full((4,), value)] * 2, [rank, 4], alone, CPU)
+    assert math.isnan(beyond)
+    assert float(inside) == pytest.approx(value, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", tensors())
+def test_lanes_of_a_device_are_no_part_of_the_result(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(order_statistic._LANES, "cpu", 64)
+    value = tensors()[name]
+    for rank in ranks_of(value.numel()):
+        (found,) = order_statistics([value], [rank], alone, CPU)
+        assert float(found) == kth(value, rank)
 
 
 def test_other_precisions_are_refused() -> None:

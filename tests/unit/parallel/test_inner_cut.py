@@ -89,7 +89,7 @@ def test_vectors_of_a_cut_factor_go_by_their_full_numbers(style: str) -> None:
     factor, axis = (layer.lora_A, 0) if style == "column" else (layer.lora_B, 1)
     flat = factor.detach().clone().view(-1)
     fragment = fragment_of(factor, Stretch(0, 0, flat.numel()), VectorClock(4, axis))
-    (part,) = fragment.vectors(flat, torch.tensor([3, 0]))
+    (part,) = fragment.parts(flat, fragment.find(torch.tensor([3, 0])))
     # vector 0 is the other rank's, vector 3 the second one here
     assert part.asked.tolist() == [0]
     expected = factor.detach()[1] if axis == 0 else factor.detach()[:, 1]

@@ -1,0 +1,1 @@
+"""The harness itself: what a fault must never do."""
