@@ -14,12 +14,7 @@ import torch
 
 from relora_ds.methods.composed import Composition, Gradients
 from relora_ds.methods.sltrain.support import flat_positions
-<<<<<<< HEAD
-from relora_ds.numerics.indexing import distinct_places
-=======
 from relora_ds.numerics.indexing import orderless_writes
-from relora_ds.parallel.low_rank import Factors
->>>>>>> main
 
 # said once per process by torch; only the sampled product is used of it
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
