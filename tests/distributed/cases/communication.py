@@ -66,7 +66,9 @@ def reductions(topology: Topology) -> dict[str, list[list[float]]]:
 
 def trained(topology: Topology, stage: int, precision: str, reduction: str) -> list[list[float]]:
     """Losses and gradient norms of four updates of three micro-batches that differ by rank."""
-    config = uneven("relora", precision, 3, 0.5, gradient_reduction=reduction)
+    # the same arithmetic at every stage: by itself stage 3 would not keep composed weights
+    once = {"gradient_reduction": reduction, "formulation": "step"}
+    config = uneven("relora", precision, 3, 0.5, **once)
     run = Training(config, topology, {"stage": stage}, UNEVEN)
     generator = torch.Generator().manual_seed(topology.rank)
     found = []
