@@ -61,9 +61,29 @@ class BaseWeight(ABC):
     @abstractmethod
     def __init__(self, working: torch.Tensor, exact: torch.Tensor) -> None: ...
 
-    @abstractmethod
     def load(self, working: torch.Tensor, start: int) -> torch.Tensor:
-        """Authoritative fp32 values behind `working`, a 1-D slice that begins at `start`."""
+        """A copy of the authoritative fp32 values behind `working`, a 1-D slice from `start` on."""
+        end = start + working.numel()
+        return self.joined(working, *(kept[start:end] for kept in self.tensors().values()))
+
+    def load_rows(self, working: torch.Tensor, start: int, cols: int, step: int) -> torch.Tensor:
+        """Authoritative values of every `step`-th row, (rows, cols), as one operation.
+
+        Args:
+            working: whole rows of `cols` elements, a 1-D slice that begins at `start`.
+        """
+        end = start + working.numel()
+        beside = (kept[start:end] for kept in self.tensors().values())
+        return self.joined(*(part.view(-1, cols)[::step] for part in (working, *beside)))
+
+    @abstractmethod
+    def joined(self, working: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
+        """Authoritative fp32 values, as a copy, of working values and of what is kept beside them.
+
+        Args:
+            working: of any shape.
+            beside: the same elements of `tensors`, in their order.
+        """
 
     @abstractmethod
     def store(self, working: torch.Tensor, start: int, exact: torch.Tensor) -> None:
@@ -84,7 +104,7 @@ class Working(BaseWeight):
     def __init__(self, working: torch.Tensor, exact: torch.Tensor) -> None:
         working.copy_(exact)
 
-    def load(self, working: torch.Tensor, start: int) -> torch.Tensor:
+    def joined(self, working: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
         return working.to(torch.float32, copy=True)
 
     def store(self, working: torch.Tensor, start: int, exact: torch.Tensor) -> None:
@@ -105,9 +125,10 @@ class Residual(BaseWeight):
         self.low = torch.empty(exact.numel(), dtype=torch.int16, device=exact.device)
         self.store(working, 0, exact)
 
-    def load(self, working: torch.Tensor, start: int) -> torch.Tensor:
-        low = self.low[start : start + working.numel()].to(torch.int32)
-        return ((working.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    def joined(self, working: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
+        (low,) = beside
+        upper = working.view(torch.int16).to(torch.int32) << 16
+        return (upper + low.to(torch.int32)).view(torch.float32)
 
     def store(self, working: torch.Tensor, start: int, exact: torch.Tensor) -> None:
         bits = exact.contiguous().view(torch.int32)
@@ -126,8 +147,8 @@ class FullPrecision(BaseWeight):
         self.exact = exact.clone()
         working.copy_(exact)
 
-    def load(self, working: torch.Tensor, start: int) -> torch.Tensor:
-        return self.exact[start : start + working.numel()].clone()
+    def joined(self, working: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
+        return beside[0].clone()
 
     def store(self, working: torch.Tensor, start: int, exact: torch.Tensor) -> None:
         self.exact[start : start + working.numel()].copy_(exact)
@@ -241,12 +262,19 @@ class _Sample:
         self.rows = range(first, behind if working.numel() else first, stride)
         self._ranges = [(max(start, row * cols), min(end, row * cols + cols)) for row in self.rows]
         # only the first and the last row that a slice touches can be incomplete
-        self._head = self._ranges[0][0] % cols if self.rows else 0
+        complete = [n for n, (first, last) in enumerate(self._ranges) if last - first == cols]
+        self._complete = slice(complete[0], complete[-1] + 1) if complete else slice(0, 0)
         self.mask = torch.ones(len(self.rows), cols, dtype=torch.float64, device=working.device)
         """1 where the slice has the element."""
-        if self.rows:
-            self.mask[0, : self._head] = 0.0
-            self.mask[-1, self._ranges[-1][1] - self.rows[-1] * cols :] = 0.0
+        for number, row in self._incomplete():
+            first, last = (at - row * cols for at in self._ranges[number])
+            self.mask[number, :first] = 0.0
+            self.mask[number, last:] = 0.0
+
+    def _incomplete(self) -> list[tuple[int, int]]:
+        """Places in the sample, and rows, of which the slice has a part."""
+        whole = range(len(self.rows))[self._complete]
+        return [(number, row) for number, row in enumerate(self.rows) if number not in whole]
 
     def of(self, left: torch.Tensor) -> torch.Tensor:
         """The sampled rows of a matrix with as many rows as the weight."""
@@ -255,15 +283,22 @@ class _Sample:
     def read(self) -> torch.Tensor:
         """Authoritative values (sampled rows, cols), float64, zero where the slice has none."""
         values = torch.zeros_like(self.mask)
-        if self.rows:
-            parts = [self._load(first, last) for first, last in self._ranges]
-            read = torch.cat(parts)
-            values.view(-1)[self._head : self._head + read.numel()] = read
+        ranges = self._ranges[self._complete]
+        if ranges:
+            part, at = self._part(ranges[0][0], ranges[-1][1])
+            step = self.rows.step
+            values[self._complete] = self._base.load_rows(part, at, self._cols, step).double()
+        for number, row in self._incomplete():
+            first, last = self._ranges[number]
+            part, at = self._part(first, last)
+            columns = slice(first - row * self._cols, last - row * self._cols)
+            values[number, columns] = self._base.load(part, at).double()
         return values
 
-    def _load(self, first: int, last: int) -> torch.Tensor:
+    def _part(self, first: int, last: int) -> tuple[torch.Tensor, int]:
+        """A range of the flattened weight as a slice of this slice, and where it begins in it."""
         at = first - self._start
-        return self._base.load(self._working[at : at + last - first], at)
+        return self._working[at : at + last - first], at
 
 
 @functools.lru_cache(maxsize=8)

@@ -236,11 +236,11 @@ class Limits:
 
 
 EVENTS: dict[str, tuple[Limits, Limits]] = {
-    "relora, zero": (Limits(260, 1, 0), Limits(0, 0, 0)),
-    "relora, random": (Limits(375, 1, 0), Limits(0, 0, 0)),
-    "relora, magnitude": (Limits(455, 1, 1), Limits(0, 0, 0)),
-    "relora, trained scaling": (Limits(310, 1, 0), Limits(0, 0, 0)),
-    "switchlora": (Limits(360, 1, 2), Limits(106, 0, 1)),
+    "relora, zero": (Limits(135, 1, 0), Limits(0, 0, 0)),
+    "relora, random": (Limits(250, 1, 0), Limits(0, 0, 0)),
+    "relora, magnitude": (Limits(330, 1, 1), Limits(0, 0, 0)),
+    "relora, trained scaling": (Limits(185, 1, 0), Limits(0, 0, 0)),
+    "switchlora": (Limits(235, 1, 2), Limits(106, 0, 1)),
     "sltrain": (Limits(0, 0, 0), Limits(0, 0, 0)),
 }
 """All hooks around one update: where an event is due and measured, and one update later.

@@ -114,6 +114,20 @@ def test_stores_hold_what_a_checkpoint_needs() -> None:
         assert torch.equal(other.load(working, 0), exact)
 
 
+@pytest.mark.parametrize("kind", base_weight.KINDS)
+@pytest.mark.parametrize(("first", "step", "count"), [(0, 1, 4), (2, 3, 3), (5, 7, 1)])
+def test_rows_are_loaded_as_one_slice_is(
+    kind: Precision, first: int, step: int, count: int
+) -> None:
+    base, working = make(kind, normal(ROWS, COLS).view(-1))
+    whole = base.load(working, 0).view(ROWS, COLS)
+    start, end = first * COLS, (first + (count - 1) * step + 1) * COLS
+    rows = base.load_rows(working[start:end], start, COLS, step)
+    assert torch.equal(rows, whole[first::step][:count])
+    rows.zero_()
+    assert torch.equal(base.load(working, 0).view(ROWS, COLS), whole)
+
+
 @pytest.mark.parametrize("kind", EXACT)
 def test_add_product_is_the_product(kind: Precision) -> None:
     exact, left, right = normal(ROWS, COLS), normal(ROWS, RANK, seed=1), normal(RANK, COLS, seed=2)
