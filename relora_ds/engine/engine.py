@@ -17,6 +17,7 @@ from relora_ds.accounting.memory_meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.device import check_places, device_memory
 from relora_ds.engine.finite import FiniteCheck, is_finite_everywhere
@@ -32,14 +33,14 @@ from relora_ds.engine.zero.tensor_gradients import (
     global_norm,
     square_sums_of_slices,
 )
-from relora_ds.methods.formulation import update_of
+from relora_ds.methods.formulation.choice import update_of
 from relora_ds.methods.interface import Method, matrix_rules, projection_layers
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.footprint import UpdateSize
-from relora_ds.parallel.linear import Projection, weights_stay
+from relora_ds.parallel.linear import weights_stay
 from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
@@ -124,15 +125,16 @@ class TrainEngine:
         self._engine.watch_updates(self.memory.after_backward)
         self._reduces_once = zero.reduces_once
         self._layers = list(projection_layers(model).values())
-        self.update_size = update_of(
-            self._layers,
-            config.train,
-            zero.stage,
-            zero.dp_size,
-            self.device.type,
-            device_memory(self.device),
-        )
-        _log_formulations(self._layers, self.update_size)
+        self.update_size = self._update_size(config.train, zero)
+
+    def _update_size(self, train: TrainConfig, zero: ZeroSettings) -> UpdateSize:
+        memory = device_memory(self.device)
+        place = zero.stage, zero.dp_size, self.device.type, memory
+        size = update_of(self._layers, train, *place)
+        for how, count in Counter(layer.describe(size) for layer in self._layers).items():
+            if how:
+                _logger.info("%d projections, %d tokens each: %s", count, size.tokens, how)
+        return size
 
     def _digest_of_replicas(self) -> ReplicaDigest:
         return ReplicaDigest(
@@ -343,12 +345,3 @@ class TrainEngine:
 
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tp)
-
-
-def _log_formulations(layers: Iterable[Projection], size: UpdateSize) -> None:
-    chosen = Counter(layer.describe(size) for layer in layers)
-    for how, count in chosen.items():
-        if how:
-            _logger.info(
-                "%d projections of a micro-batch of %d tokens: %s", count, size.tokens, how
-            )

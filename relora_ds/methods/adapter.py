@@ -15,8 +15,8 @@ from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.errors import DivergenceError
-from relora_ds.methods.composed import ComposedProduct, Composition, Gradients
-from relora_ds.methods.formulation import Choice, choose, product_size, rates_of
+from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
+from relora_ds.methods.formulation.composed import ComposedProduct, Composition, Gradients
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform

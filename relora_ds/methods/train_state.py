@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from relora_ds.numerics.draws import draw_uniform
-from relora_ds.numerics.indexing import upload
+from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import TPShard
 from relora_ds.randomness import Stream
 

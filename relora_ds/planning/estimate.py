@@ -31,7 +31,7 @@ from relora_ds.accounting.zero_traffic import (
     expected_payloads,
 )
 from relora_ds.config.load import LoadedRun
-from relora_ds.methods.formulation import update_of
+from relora_ds.methods.formulation.choice import update_of
 from relora_ds.methods.interface import MemoryShare, matrix_rules, projection_layers
 from relora_ds.methods.registry import Phase
 from relora_ds.numerics.dtypes import DTYPES

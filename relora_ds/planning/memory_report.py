@@ -13,7 +13,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import meta_model, shard_over_ranks
-from relora_ds.methods.formulation import update_of
+from relora_ds.methods.formulation.choice import update_of
 from relora_ds.methods.interface import Method, matrix_rules, projection_layers
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.block_codes import BLOCK

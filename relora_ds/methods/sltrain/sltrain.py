@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.sltrain import SLTrainConfig
-from relora_ds.methods.composed import ComposedProduct
-from relora_ds.methods.formulation import Choice, choose, product_size, rates_of
+from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
+from relora_ds.methods.formulation.composed import ComposedProduct
 from relora_ds.methods.interface import Method
 from relora_ds.methods.sltrain.sparse_linear import SparseComposition, compose
 from relora_ds.methods.sltrain.support import column_type, draw_support, support_size

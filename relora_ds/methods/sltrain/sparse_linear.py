@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from relora_ds.methods.composed import Composition, Gradients
+from relora_ds.methods.formulation.composed import Composition, Gradients
 from relora_ds.methods.sltrain.support import flat_positions
-from relora_ds.numerics.indexing import orderless_writes
+from relora_ds.numerics.transfers import orderless_writes
 
 # said once per process by torch; only the sampled product is used of it
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from relora_ds.config.methods.catalogue import MethodConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.methods.adapter import AdapterLinear
-from relora_ds.methods.formulation import (
+from relora_ds.methods.formulation.choice import (
     Choice,
     Form,
     GradientForm,

@@ -21,7 +21,7 @@ from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model, sharded_meta_model
-from relora_ds.methods.formulation import update_of
+from relora_ds.methods.formulation.choice import update_of
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import part_of_model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from relora_ds.methods.formulation import GradientForm
+from relora_ds.methods.formulation.choice import GradientForm
 from relora_ds.parallel.low_rank import Factors
 
 Gradients = tuple[torch.Tensor | None, ...]
