@@ -157,7 +157,9 @@ supervise() { # COMMAND...: returns the ranks' exit code
   code="$(code_of_cause "$code")"
   case "$asked$code" in
     early*) code=75 ;;
-    yes1 | yes143 | yes129 | yes130) # nothing had begun that could be saved, unless a rank says otherwise
+    # nothing had begun that could be saved, unless a rank says otherwise; 241: a rank ended by SIGTERM
+    # before it could listen
+    yes1 | yes241 | yes143 | yes129 | yes130)
       if [ ! -s "$state_dir/cause" ]; then code=75; fi ;;
   esac
   explain "$code"

@@ -44,7 +44,7 @@ def reshape_checkpoint(
     run = open_saved_run(checkpoint)
     wanted = {"dp_size": dp_size, "zero_stage": stage, "tp_size": tp_size}
     changes = {key: value for key, value in wanted.items() if value is not None}
-    record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes))
+    record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes), run="")
     problems = list(_problems(record))
     if output.exists():
         problems.append(f"{output} exists: name a new directory")
@@ -63,13 +63,12 @@ def reshape_checkpoint(
 
 def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
     saved = run.state()
-    step = record.trainer.step
-    write_state(saved, directory, step)
-    write_tensors(saved.clocks, directory / layout.side(""), step)
+    write_state(saved, directory, record.origin)
+    write_tensors(saved.clocks, directory / layout.side(""), record.origin)
     method = run.method_state()
     _, tensors = split_tensors(method)
     if tensors:
-        write_tensors(tensors, directory / layout.method(""), step)
+        write_tensors(tensors, directory / layout.method(""), record.origin)
     shards = {
         key: ShardedLike(parameter=name, dim=dim)
         for key, (name, dim) in run.likeness(method).items()

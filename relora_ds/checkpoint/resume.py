@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from relora_ds.checkpoint.find import (
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+)
+from relora_ds.checkpoint.find import (
+    remedy as other_checkpoint,
+)
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import Listed
 from relora_ds.checkpoint.format.record import RunRecord
@@ -17,27 +25,19 @@ from relora_ds.checkpoint.saved_run import SavedRun, fitting
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
 from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.retention import unused_previous
-from relora_ds.checkpoint.store import (
-    find_checkpoint,
-    latest_checkpoint,
-    list_checkpoints,
-)
-from relora_ds.checkpoint.store import (
-    remedy as other_checkpoint,
-)
 from relora_ds.checkpoint.tp_state import PartOfState
-from relora_ds.config.free import free_keys
+from relora_ds.config.free import covers, flat_settings, free_keys
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.distributed import (
-    barrier,
     broadcast_object,
     gather_objects,
+    lost_peers,
     rank,
     world_size,
 )
 from relora_ds.engine.engine import TrainEngine
-from relora_ds.errors import CheckpointError
+from relora_ds.errors import CheckpointError, ReloraError
 from relora_ds.files.durable import describe, remedy
 from relora_ds.methods.interface import Session
 from relora_ds.methods.registry import Phase, plan_phases
@@ -45,6 +45,7 @@ from relora_ds.parallel.topology import Topology
 
 _logger = logging.getLogger(__name__)
 _TOKEN_FILES = "token files"
+_REASON = 300  # characters of a library's own words
 _VALUE = 60  # characters of a value in a message
 
 
@@ -88,8 +89,8 @@ def verified_by_all(checkpoint: Path, is_main: bool) -> tuple[RunRecord | None, 
     if is_main:
         try:
             described = verify_description(checkpoint)
-        except CheckpointError as error:
-            problem = str(error)
+        except Exception as error:  # the others wait for a verdict
+            problem = _in_words(checkpoint, error)
     described, problem = broadcast_object((described, problem))
     if described is None:
         return None, problem
@@ -98,8 +99,8 @@ def verified_by_all(checkpoint: Path, is_main: bool) -> tuple[RunRecord | None, 
     try:
         if own:
             verify_files(checkpoint, record, listed, own)
-    except CheckpointError as error:
-        problem = str(error)
+    except Exception as error:
+        problem = _in_words(checkpoint, error)
     found = [each for each in gather_objects(problem) if each]
     return (None, found[0]) if found else (record, "")
 
@@ -206,7 +207,7 @@ def check_resume(
     differing = [
         (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _covered(key, allowed)
+        if before.get(key) != now.get(key) and not covers(allowed, key)
     ]
     if differing:
         keys = ", ".join(key for key, _, _ in differing if key in before and key != _TOKEN_FILES)
@@ -292,8 +293,32 @@ def restore_phase(
         stage: the engine's ZeRO stage.
 
     Raises:
-        CheckpointError: the optimizer's or the method's state does not fit.
+        CheckpointError: on every rank, in the same words: a file cannot be read on one of them, or
+            the optimizer's or the method's state does not fit.
     """
+    problem = ""
+    try:
+        _restore(saved, engine, session, topology, stage)
+    except Exception as error:  # whatever it is, all ranks must hear of it
+        if isinstance(error, RuntimeError) and lost_peers(error):
+            raise
+        problem = _in_words(saved.checkpoint, error)
+    # also since one process of a node may restore what all of them read
+    found = gather_objects(problem)
+    if any(found):
+        first = next(number for number, each in enumerate(found) if each)
+        who = "" if all(found) else f"rank {first}: "
+        raise CheckpointError(f"{who}{found[first]}")
+
+
+def _restore(
+    saved: SavedRun,
+    engine: TrainEngine,
+    session: Session[Any],
+    topology: Topology,
+    stage: int,
+) -> None:
+    """This rank's part of `restore_phase`."""
     other = state_of_other_topology(saved, topology, stage)
     with fitting(saved.checkpoint, "its weights and optimizer states"):
         if other is None:
@@ -305,7 +330,18 @@ def restore_phase(
     own = saved.own_method_state(topology.tp)
     with fitting(saved.checkpoint, "the entries of its method's state"):
         session.load_state_dict(own)
-    barrier()  # one process of a node may restore what all of them read
+
+
+def _in_words(checkpoint: Path, error: Exception) -> str:
+    """Why a checkpoint cannot be used, in one line for all ranks."""
+    if isinstance(error, ReloraError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{checkpoint}: {describe(error)}; {remedy(error)}"
+    reason = " ".join(str(error).split())[:_REASON]
+    return (
+        f"{checkpoint}: cannot be read ({type(error).__name__}: {reason}); use another checkpoint"
+    )
 
 
 def _load_as_written(checkpoint: Path, engine: TrainEngine, topology: Topology) -> None:
@@ -320,18 +356,6 @@ def _settings(
     config: RunConfig, architecture: ModelConfig, fingerprints: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that two runs may differ in, by dotted key, as plain values."""
-    flat = dict(_flat(config.model_dump(mode="json")))
-    flat |= _flat(architecture.model_dump(mode="json"), "architecture.")
+    flat = dict(flat_settings(config.model_dump(mode="json")))
+    flat |= flat_settings(architecture.model_dump(mode="json"), "architecture.")
     return flat | {_TOKEN_FILES: list(fingerprints)}
-
-
-def _covered(key: str, allowed: frozenset[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

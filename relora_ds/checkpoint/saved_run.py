@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from relora_ds.checkpoint.find import find_checkpoint
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RunRecord, read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
@@ -14,7 +15,6 @@ from relora_ds.checkpoint.format.verify import verify_checkpoint
 from relora_ds.checkpoint.inventory import Inventory, take_inventory
 from relora_ds.checkpoint.method_state import Likeness, join_parts, likeness_by_name, part_of
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state, open_state
-from relora_ds.checkpoint.store import find_checkpoint
 from relora_ds.checkpoint.tp_state import JoinedState
 from relora_ds.engine.distributed import lost_peers
 from relora_ds.engine.precision import base_precision

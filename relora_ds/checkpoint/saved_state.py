@@ -15,6 +15,7 @@ import torch
 
 from relora_ds.checkpoint.deepspeed_state import DeepSpeedShards
 from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.stamp import Origin
 from relora_ds.checkpoint.format.tensors import open_tensors, read_tensors, write_tensors
 from relora_ds.checkpoint.inventory import Inventory, Pieces
 from relora_ds.engine.zero.matrices import STATE_PREFIX
@@ -146,11 +147,11 @@ class WorkingValues(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def write_state(state: SavedState, directory: Path, step: int) -> None:
+def write_state(state: SavedState, directory: Path, origin: Origin) -> None:
     """Write a state so that any topology can read it; at most one file is held in memory.
 
     Args:
-        step: updates that the checkpoint in `directory` holds.
+        origin: of the checkpoint in `directory`.
 
     Raises:
         CheckpointError: a tensor of it is damaged, or holds values that are not finite.
@@ -165,11 +166,11 @@ def write_state(state: SavedState, directory: Path, step: int) -> None:
             )
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
-            write_tensors(pending, directory / layout.state(number), step)
+            write_tensors(pending, directory / layout.state(number), origin)
             pending, size, number = {}, 0, number + 1
         pending[key] = tensor
         size += grown
-    write_tensors(pending, directory / layout.state(number), step)
+    write_tensors(pending, directory / layout.state(number), origin)
 
 
 def is_written_state(directory: Path) -> bool:

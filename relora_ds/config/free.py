@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from relora_ds.config.base import OnResume, Section
 from relora_ds.config.keys import section_models
@@ -18,6 +19,20 @@ def free_keys(model: type[Section]) -> frozenset[str]:
     for key, is_free in _marks(model, ""):
         (free if is_free else bound).add(key)
     return frozenset(free - bound)
+
+
+def covers(keys: frozenset[str], key: str) -> bool:
+    """Whether a dotted key, or a section that it is in, is among `keys`."""
+    return any(key == name or key.startswith(f"{name}.") for name in keys)
+
+
+def flat_settings(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested settings by dotted key."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _marks(model: type[Section], prefix: str) -> Iterator[tuple[str, bool]]:

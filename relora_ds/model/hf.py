@@ -27,7 +27,7 @@ from relora_ds.files.durable import (
     write_file,
 )
 from relora_ds.files.regular import open_regular, read_regular
-from relora_ds.files.scratch import scratch_folder
+from relora_ds.files.scratch import remove_leftovers, scratch_folder
 from relora_ds.files.tensors import stream_safetensors
 from relora_ds.model.hf_tokenizer import write_tokenizer
 from relora_ds.model.init import dense_shapes
@@ -294,6 +294,17 @@ def _publish(work: Path, target: Path) -> None:
     if work.exists() and not target.exists():
         os.replace(work, target)
     sync_directory(target.parent)
+
+
+def recover_export(target: Path) -> None:
+    """Undo what a killed export left beside its target: an earlier export goes back to its place,
+    scratch folders of processes that are gone are removed.
+
+    Raises:
+        OSError: the earlier export cannot be moved.
+    """
+    _restore_interrupted(target)
+    remove_leftovers(target.parent, f".{target.name}.")
 
 
 def _restore_interrupted(target: Path) -> None:

@@ -19,8 +19,9 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import ValidationBatches, unigram_perplexity
 from relora_ds.data.source import Corpus
 from relora_ds.errors import ReloraError
+from relora_ds.files.durable import describe, remedy
 from relora_ds.methods.registry import plan_phases
-from relora_ds.model.hf import check_target
+from relora_ds.model.hf import check_target, recover_export
 from relora_ds.train.telemetry.plot import has_losses, plot_run
 from relora_ds.train.telemetry.sinks.base import Status, last_figures, read_metrics
 from relora_ds.train.telemetry.summary import write_summary
@@ -51,6 +52,18 @@ def warn_of_missing_export(config: RunConfig) -> None:
             "Hugging Face export; resume and evaluate its checkpoints instead",
             config.method.name,
         )
+
+
+def recover_results(config: RunConfig) -> None:
+    """Undo what an export of an earlier process left that was killed; by the main process.
+
+    What cannot be undone is logged: the next export meets it again, and a run can do without.
+    """
+    target = Path(config.output_dir) / _HF
+    try:
+        recover_export(target)
+    except OSError as error:
+        _logger.warning("%s, which a killed export left; %s", describe(error), remedy(error))
 
 
 def check_export_target(config: RunConfig) -> None:

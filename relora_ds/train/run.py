@@ -47,6 +47,7 @@ from relora_ds.train.results import (
     are_complete,
     check_export_target,
     earlier_figures,
+    recover_results,
     warn_of_missing_export,
     write_results,
 )
@@ -96,6 +97,8 @@ def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
         at_step(None)
         outcome = Outcome(status, reason, started_at, prepared.topology.world_size, trainer.final)
         problems = _write_results(prepared, trainer, outcome)
+        if problems:
+            lifetime.say_again()
         if status in ("completed", "preempted"):
             # a launcher ends the other ranks when one has left: nobody leaves before all are done
             distributed.barrier()
@@ -197,6 +200,8 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
 def _find_start(prepared: Prepared) -> SavedRun | None:
     """The checkpoint to resume from, which belongs to this run, or a clean output directory."""
     config, topology = prepared.config, prepared.topology
+    if topology.is_main:
+        recover_results(config)  # before the results of an earlier run are moved aside
     saved = find_saved_run(config, topology.is_main)
     if saved is not None:
         _check_export_target(prepared)

@@ -1,9 +1,15 @@
-"""`launch/single_node.sh` does what the launcher under it does not: stop in order, leave nobody."""
+"""`launch/single_node.sh` does what the launcher under it does not: stop in order, leave nobody.
+
+The project, the run file and the output lie in folders whose names have blanks.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +26,16 @@ pytestmark = pytest.mark.distributed
 def test_sigterm_and_a_killed_launcher_save_and_leave_no_rank(
     tiny_run: dict[str, Any], tmp_path: Path
 ) -> None:
+    project = tmp_path / "a project"
+    for folder in ("launch", "relora_ds"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, project / folder, ignore=ignored)
+    tiny_run["output_dir"] = str(tmp_path / "the results")
     tiny_run["train"]["steps"] = 5000
     tiny_run["checkpoint"] = {"every": 0}
     tiny_run["eval"] = {"every": 0, "batches": 1}
-    description = write_run(tiny_run, tmp_path / "run.yaml")
-    script = _start(description)
+    description = write_run(tiny_run, tmp_path / "the run.yaml")
+    script = _start(project, description)
     _wait_for_step(script, tiny_run, 5)
     script.send_signal(signal.SIGTERM)
     output, _ = script.communicate(timeout=120)
@@ -32,7 +43,7 @@ def test_sigterm_and_a_killed_launcher_save_and_leave_no_rank(
     assert _ranks(description) == []
     stopped_at = _saved(tiny_run)
 
-    script = _start(description)
+    script = _start(project, description)
     _wait_for_step(script, tiny_run, stopped_at + 5)
     for launcher in _processes("deepspeed.launcher.launch", description):
         launcher.kill()  # the deepspeed command returns 0 now
@@ -42,16 +53,18 @@ def test_sigterm_and_a_killed_launcher_save_and_leave_no_rank(
     assert _saved(tiny_run) > stopped_at
 
     tiny_run["method"]["rnak"] = 8
-    script = _start(write_run(tiny_run, tmp_path / "wrong.yaml"))
+    script = _start(project, write_run(tiny_run, tmp_path / "wrong.yaml"))
     output, _ = script.communicate(timeout=120)
     assert script.returncode == 2, output
 
 
-def _start(description: Path) -> subprocess.Popen[str]:
+def _start(project: Path, description: Path) -> subprocess.Popen[str]:
     environment = rank_environment() | {"PROCESSES": "2", "MASTER_PORT": str(free_port())}
+    # as this interpreter is, and with the copy's package alone
+    environment |= {"VENV": "none", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
     return subprocess.Popen(
-        ["bash", "launch/single_node.sh", str(description)],
-        cwd=ROOT,
+        ["bash", str(project / "launch" / "single_node.sh"), str(description)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ _BACKEND = "relora_ds.engine.deepspeed.backend:DeepSpeedBackend"
 
 STARTED = Moment("process group joined", Call("relora_ds.engine.distributed:start", "after"))
 MID_ACCUMULATION = Moment("mid-accumulation", Doing("micro-batch"), nth=2)
+AFTER_FORWARD = Moment("after a forward pass", Call(f"{_BACKEND}.__call__", "after"))
 AFTER_BACKWARD = Moment("after backward", Call(f"{_BACKEND}.backward", "after"), nth=2)
 IN_OPTIMIZER = Moment(
     "inside the optimizer", Call("relora_ds.optim.vector_adamw:VectorAdamW.update", "after")

@@ -21,7 +21,10 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
     2: ("SIGKILL in a save", (_KILLS, _BACKGROUND)),
     3: (
         "SIGTERM to one rank",
-        ("faults/test_requests.py::test_one_rank_is_asked_to_stop_at_any_moment",),
+        (
+            "faults/test_requests.py::test_one_rank_is_asked_to_stop_at_any_moment",
+            "faults/test_requests.py::test_a_save_in_the_background_and_an_export_are_asked_to_stop",
+        ),
     ),
     4: (
         "a launcher is stopped or killed",
@@ -53,11 +56,12 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
     10: ("file of a rank missing, or one too many", (_ALTERED,)),
     11: (
         "latest missing, empty, wrong, elsewhere",
-        (_ALTERED, "unit/checkpoint/test_store.py::test_what_latest_says_is_read_without_trust"),
+        (_ALTERED, "unit/checkpoint/test_find.py::test_what_latest_says_is_read_without_trust"),
     ),
     12: (
         "two jobs in one directory",
         (
+            "faults/test_starts.py::test_the_same_command_twice",
             "faults/test_requests.py::"
             "test_the_second_of_two_starts_is_refused_and_the_first_goes_on",
             "unit/train/lifetime/test_lock.py::test_a_killed_holder_does_not_stand_in_the_way",
@@ -198,6 +202,7 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
         "preparation killed, or started twice",
         (
             _BUILD,
+            "faults/test_tools.py::test_preparing_data_may_be_killed_at_any_moment",
             "unit/data/test_prepare.py::test_interrupted_publication_leaves_nothing_that_opens",
             "unit/data/test_builtin.py::test_lock_held_too_long",
         ),

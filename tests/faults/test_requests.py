@@ -14,16 +14,12 @@ from tests.conftest import TinyCorpus
 from tests.faults import moments as at
 from tests.faults import runs
 from tests.faults.conftest import Unbroken
-from tests.harness.faults import Call, Fault, Moment, Scale, Signal, Sleep
+from tests.harness.faults import Fault, Scale, Signal, Sleep
 from tests.harness.jobs import run_job, start_job
 from tests.harness.outcome import difference, lines, outcome
 
 pytestmark = pytest.mark.distributed
 
-_FORWARD = Moment(
-    "after a forward pass",
-    Call("relora_ds.engine.deepspeed.backend:DeepSpeedBackend.__call__", "after"),
-)
 _CANARIES = {
     "WANDB_API_KEY": "canary-of-wandb-0123456789",
     "HF_TOKEN": "hf_canaryofthehub0123456789",
@@ -51,6 +47,26 @@ def test_one_rank_is_asked_to_stop_at_any_moment(
         last = lines(run.output_dir)[-1]["step"]
         assert (run.output_dir / "checkpoints" / "latest").read_text() == f"step_{last}"
     assert run_job(run.arguments()).code == 0
+    assert difference(outcome(run.output_dir), unbroken("relora")) == ""
+
+
+def test_a_save_in_the_background_and_an_export_are_asked_to_stop(
+    tiny_corpus: TinyCorpus, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """The first is finished, and a later step saved; behind the last step there is only the end."""
+    behind = {"every": 4, "keep": 2, "asynchronous": True}
+    run = runs.write("relora", tiny_corpus, tmp_path, checkpoint=behind)
+    request = Signal(signal.SIGTERM)
+    for moment in (at.IN_SHARD, at.BEFORE_LATEST):
+        end = run_job(run.arguments(), Fault(moment, request))
+        assert end.struck == [moment.name], end.said
+        assert end.code == 75, end.said
+        assert "Traceback" not in end.said
+        last = lines(run.output_dir)[-1]["step"]
+        assert (run.output_dir / "checkpoints" / "latest").read_text() == f"step_{last}"
+    end = run_job(run.arguments(), Fault(at.IN_EXPORT, request))
+    assert end.struck == [at.IN_EXPORT.name], end.said
+    assert end.code == 0, end.said
     assert difference(outcome(run.output_dir), unbroken("relora")) == ""
 
 
@@ -86,8 +102,8 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_the_last_checkpoint_s
     tiny_corpus: TinyCorpus, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     run = runs.write("relora", tiny_corpus, tmp_path)
-    end = run_job(run.arguments(), Fault(_FORWARD, Scale(math.nan), rank=1, step=11))
-    assert end.struck == [_FORWARD.name]
+    end = run_job(run.arguments(), Fault(at.AFTER_FORWARD, Scale(math.nan), rank=1, step=11))
+    assert end.struck == [at.AFTER_FORWARD.name]
     assert end.code == 5, end.said
     assert (run.output_dir / "checkpoints" / "latest").read_text() == "step_8"
     assert not (run.output_dir / "hf").exists()

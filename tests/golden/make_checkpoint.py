@@ -143,11 +143,12 @@ def stamp_files(method: str) -> None:
     source, target = checkpoint(method, 1), checkpoint(method, 2)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
+    record = read_record(source)
     for path in target.glob("*.pt"):
-        torch.save({**read_shard(path), KEY: stamp(path.name, STEP)}, path)
+        torch.save({**read_shard(source / path.name), KEY: stamp(path.name, record.origin)}, path)
     for path in target.glob("*.safetensors"):
-        write_tensors(load_file(source / path.name), path, STEP)
-    write_record(read_record(target), target)
+        write_tensors(load_file(source / path.name), path, record.origin)
+    write_record(record, target)
     write_manifest(target)
 
 

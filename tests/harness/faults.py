@@ -2,7 +2,7 @@
 
 The product knows nothing of this: functions are wrapped from outside, files are watched through
 Python's audit events, and activities through `relora_ds.activity`. A test writes faults into a
-folder (`plan`), the ranks of a run start `tests/faults/pretrain.py`, which arms them (`arm`), and
+folder (`plan`), the ranks of a run start `tests/faults/armed.py`, which arms them (`arm`), and
 `struck` says afterwards which of them did.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ GONE_S = 35.0
 """How long processes of a job may outlive the first of them that ended."""
 
 _RANKS = 2
-_FAULTY = "tests/faults/pretrain.py"
+_ARMED = "tests/faults/armed.py"
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,35 @@ def start_job(arguments: Sequence[str], faults: Sequence[Fault], **environment: 
         faults: what is to happen.
         environment: variables beside those that ranks have anyway, or instead of them.
     """
-    folder = Path(tempfile.mkdtemp(prefix="job_"))
-    output = str(folder / "output.txt")
-    own = rank_environment() | meeting_point() | plan(folder, faults) | environment
-    script = Script(_FAULTY, tuple(arguments))
-    starts = [Start(script, own | place(rank, _RANKS), output) for rank in range(_RANKS)]
-    launcher = Start(Launcher(tuple(starts)), own, output)
-    return Job(warm_process().start([launcher])[0], folder)
+    shared = meeting_point() | environment
+    places = [shared | place(rank, _RANKS) for rank in range(_RANKS)]
+    return _start("launch/pretrain.py", arguments, faults, places)
 
 
 def run_job(arguments: Sequence[str], *faults: Fault, **environment: str) -> End:
     """Start a job as `start_job` does and wait for its end."""
     return start_job(arguments, faults, **environment).finish()
+
+
+def run_tool(script: str, arguments: Sequence[str], *faults: Fault) -> End:
+    """Run another script of the project in one process below a launcher, and wait for its end."""
+    return _start(script, arguments, faults, [{}]).finish()
+
+
+def _start(
+    script: str,
+    arguments: Sequence[str],
+    faults: Sequence[Fault],
+    places: Sequence[Mapping[str, str]],
+) -> Job:
+    """Start a script on a process for each of the places that are described to them."""
+    folder = Path(tempfile.mkdtemp(prefix="job_"))
+    output = str(folder / "output.txt")
+    own = rank_environment() | plan(folder, faults)
+    armed = Script(_ARMED, (script, *arguments))
+    starts = [Start(armed, own | dict(place), output) for place in places]
+    launcher = Start(Launcher(tuple(starts)), own, output)
+    return Job(warm_process().start([launcher])[0], folder)
 
 
 def session(leader: int) -> list[psutil.Process]:

@@ -31,6 +31,8 @@ class Outcome:
         state: what it holds, by file and entry: hashes of tensors, and plain values.
         export: hashes of the exported tensors by name.
         status: in summary.json.
+        final: last figures in summary.json, without those of the start that wrote them.
+        files: names of everything that is left, but logs and what was set aside.
     """
 
     lines: list[dict[str, Any]]
@@ -38,25 +40,40 @@ class Outcome:
     state: dict[str, Any]
     export: dict[str, str]
     status: str
+    final: dict[str, Any]
+    files: list[str]
 
 
 def outcome(output_dir: Path) -> Outcome:
     """What a completed run left behind."""
     checkpoints = output_dir / "checkpoints"
     last = (checkpoints / "latest").read_text()
+    summary = json.loads((output_dir / "summary.json").read_text())
+    names = [str(path.relative_to(output_dir)) for path in output_dir.rglob("*")]
     return Outcome(
         lines(output_dir),
         last,
         state(checkpoints / last),
-        {name: sha256(t) for name, t in load_file(output_dir / "hf/model.safetensors").items()},
-        json.loads((output_dir / "summary.json").read_text())["status"],
+        exported(output_dir / "hf"),
+        summary["status"],
+        _without_the_start(summary["final"]),
+        sorted(name for name in names if not name.startswith(("logs", "previous_"))),
     )
+
+
+def exported(directory: Path) -> dict[str, str]:
+    """Hashes of the tensors of an exported model, by name."""
+    return {name: sha256(t) for name, t in load_file(directory / "model.safetensors").items()}
 
 
 def lines(output_dir: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl, without figures of the start that wrote them."""
     read = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
-    return [{k: v for k, v in line.items() if not _OF_THE_START.search(k)} for line in read]
+    return [_without_the_start(line) for line in read]
+
+
+def _without_the_start(figures: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figures.items() if not _OF_THE_START.search(key)}
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
@@ -82,14 +99,15 @@ def difference(found: Outcome, expected: Outcome) -> str:
             return f"line {number + 1} of metrics.jsonl, step {theirs['step']}: {pairs}"
     if len(found.lines) != len(expected.lines):
         return f"{len(found.lines)} lines of metrics.jsonl, not {len(expected.lines)}"
-    for part in ("checkpoint", "state", "export", "status"):
+    for part in ("checkpoint", "state", "export", "status", "final"):
         ours, theirs = getattr(found, part), getattr(expected, part)
         if isinstance(ours, dict):
             keys = [k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)]
             ours, theirs = ({k: part.get(k) for k in sorted(keys)[:3]} for part in (ours, theirs))
         if ours != theirs:
             return f"{part}: {ours}, not {theirs}"
-    return ""
+    more, fewer = set(found.files) - set(expected.files), set(expected.files) - set(found.files)
+    return f"files: {sorted(more)} too many, {sorted(fewer)} missing" if more | fewer else ""
 
 
 def sha256(tensor: torch.Tensor) -> str:

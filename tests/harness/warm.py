@@ -180,13 +180,12 @@ def _import_everything() -> None:
 
 
 def _compile_kernels() -> None:
-    from relora_ds.numerics import block_codes, rounding
+    """All of them: a process compiles what is not there yet, which takes it most of a second."""
+    import relora_ds
     from relora_ds.numerics.host_kernels import load_kernels
-    from relora_ds.optim import vector_block
 
-    for module in (block_codes, rounding, vector_block):
-        assert module.__file__ is not None
-        load_kernels(Path(module.__file__).with_suffix(".c"))
+    for source in Path(relora_ds.__file__).parent.rglob("*.c"):
+        load_kernels(source)
 
 
 def _signal_all(codes: Mapping[int, int | None], number: int) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError
 
 from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.stamp import Origin
 from relora_ds.checkpoint.format.upgrade import FORMAT, KEY, STAMPED, Contents, format_of, upgrade
 from relora_ds.config.base import NonNegativeInt, PositiveInt, Section
 from relora_ds.config.explain import explain
+from relora_ds.config.free import covers, flat_settings, free_keys
 from relora_ds.config.load import dump_run_config, validate_run
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.reading.document import Document
@@ -28,6 +32,8 @@ RECORD = (layout.TRAINER, layout.RUN, layout.MODEL)
 
 _SUMS = "sha256"
 """Where `trainer.json` keeps the SHA-256 of the other two descriptions."""
+_RUN = "run_digest"
+"""Where it keeps what files of tensors name as their run."""
 _MAX_BYTES = 64 << 20  # what a method keeps beside its tensors is some thousand numbers
 
 
@@ -103,16 +109,47 @@ class RunRecord:
     """Its model."""
     format: int = field(default=FORMAT, compare=False)
     """Number of the format that it was read from."""
+    run: str = field(default="", compare=False)
+    """Digest of the run as it was read; empty in a record that is to be written."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the checkpoint's files of tensors come from."""
+        return Origin(self.trainer.step, self.run or self._run_digest())
+
+    def _run_digest(self) -> str:
+        """Of everything that the weights depend on: equal runs may take each other's files.
+
+        It is kept when it is written, for a later version knows more settings.
+        """
+        free = free_keys(RunConfig)
+        settings = flat_settings(self.config.model_dump(mode="json"))
+        kept = {key: value for key, value in settings if not covers(free, key)}
+        files = self.run_files[layout.MODEL].decode(), self.trainer.data_fingerprints
+        return _sum(json.dumps([kept, *files], sort_keys=True).encode())
+
+    @cached_property
+    def run_files(self) -> Mapping[str, bytes]:
+        """Contents of `run.yaml` and `model.json` in today's format, by name."""
+        return {
+            layout.RUN: dump_run_config(self.config).encode(),
+            layout.MODEL: (self.architecture.model_dump_json(indent=1) + "\n").encode(),
+        }
+
+
+def _sums_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: _sum(content) for name, content in files.items()}
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def encode_record(record: RunRecord) -> dict[str, bytes]:
     """Contents of `trainer.json`, `run.yaml` and `model.json` in today's format, by name."""
-    others = {
-        layout.RUN: dump_run_config(record.config).encode(),
-        layout.MODEL: (record.architecture.model_dump_json(indent=1) + "\n").encode(),
-    }
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in others.items()}
-    trainer = {KEY: FORMAT, _SUMS: sums, **record.trainer.model_dump(mode="json")}
+    others = record.run_files
+    own = {_SUMS: _sums_of(others), _RUN: record.origin.run}
+    trainer = {KEY: FORMAT, **own, **record.trainer.model_dump(mode="json")}
     return {layout.TRAINER: (json.dumps(trainer, indent=1) + "\n").encode(), **others}
 
 
@@ -135,7 +172,7 @@ def read_record(checkpoint: Path) -> RunRecord:
     except ConfigError as error:
         raise _unusable(error.problems) from error
     trainer = _read_json(trainer_path)
-    sums = trainer.pop(_SUMS, {})
+    sums, run_digest = trainer.pop(_SUMS, {}), str(trainer.pop(_RUN, ""))
     read = Contents(trainer, run.data, _read_json(model_path))
     contents = upgrade(read, trainer_path)
     if format_of(read) >= STAMPED:
@@ -149,6 +186,7 @@ def read_record(checkpoint: Path) -> RunRecord:
         config,
         _validated(ModelConfig, contents.model, model_path),
         format_of(read),
+        run_digest,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.format.stamp import stamp
+from relora_ds.checkpoint.format.stamp import Origin, stamp
 from relora_ds.errors import CheckpointError
 from relora_ds.files.tensors import write_safetensors
 
@@ -21,17 +21,17 @@ def split_tensors(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return {key: value for key, value in values.items() if key not in tensors}, tensors
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, step: int) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, origin: Origin) -> None:
     """Write tensors of any device and layout; the same arguments give the same bytes.
 
     Args:
         path: in the directory of a checkpoint.
-        step: updates that the checkpoint holds.
+        origin: of the checkpoint.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_safetensors(path, tensors, stamp(path.name, step))
+    write_safetensors(path, tensors, stamp(path.name, origin))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

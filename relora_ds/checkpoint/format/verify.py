@@ -87,7 +87,7 @@ def verify_files(
     for name in names or listed:
         check_file(checkpoint / name, listed[name])
         if record.format >= STAMPED and Path(name).suffix in (".pt", ".safetensors"):
-            check_stamp(checkpoint / name, record.trainer.step)
+            check_stamp(checkpoint / name, record.origin)
 
 
 def shares(listed: Mapping[str, Listed], count: int) -> list[list[str]]:

@@ -12,7 +12,7 @@ import torch
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RECORD, RunRecord, encode_record
 from relora_ds.checkpoint.format.stamp import KEY as STAMP
-from relora_ds.checkpoint.format.stamp import stamp
+from relora_ds.checkpoint.format.stamp import Origin, stamp
 from relora_ds.checkpoint.restore import side_slices, side_tensors
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.files.durable import OutputFile
@@ -129,6 +129,7 @@ def contents_of_rank(
     method_tensors: Mapping[str, torch.Tensor],
     tokenizer: Path | None,
     topology: Topology,
+    origin: Origin,
 ) -> Contents:
     """What this rank writes of a checkpoint, live. A collective call.
 
@@ -139,10 +140,10 @@ def contents_of_rank(
         tokenizer: copied into the checkpoint.
         topology: the first rank writes what exists once, the first of each tensor-parallel place
             what all copies of the model share.
+        origin: of the checkpoint, the same on every rank.
     """
-    step = record.trainer.step
     contents: dict[str, Content] = {
-        name: Pickled({**value, STAMP: stamp(name, step)})
+        name: Pickled({**value, STAMP: stamp(name, origin)})
         for name, value in engine.shards().items()
     }
     named = {layout.side_of_rank(topology.rank): side_slices(engine)}
@@ -151,7 +152,7 @@ def contents_of_rank(
     named = {name: tensors for name, tensors in named.items() if tensors}
     if topology.dp_rank == 0:
         named[layout.side(topology.tp.suffix)] = side_tensors(engine)
-    contents |= {n: Tensors(tensors, stamp(n, step)) for n, tensors in named.items()}
+    contents |= {n: Tensors(tensors, stamp(n, origin)) for n, tensors in named.items()}
     if topology.is_main:
         contents |= {name: Described(record, name) for name in RECORD}
         if tokenizer is not None:

@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 
 from relora_ds.activity import doing
+from relora_ds.checkpoint.find import list_checkpoints, named_by_latest
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import encode_manifest, is_complete
 from relora_ds.checkpoint.saving.task import Files
-from relora_ds.checkpoint.store import list_checkpoints, named_by_latest
 from relora_ds.files.durable import remove, sync_directory, write_file
 
 _logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import logging
 import os
 from pathlib import Path
 
+from relora_ds.checkpoint.find import named_by_latest, read_pointer
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import is_complete
-from relora_ds.checkpoint.store import named_by_latest, read_pointer
 from relora_ds.files.durable import remove, sync_directory
 
 _logger = logging.getLogger(__name__)

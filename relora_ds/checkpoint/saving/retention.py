@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from relora_ds.checkpoint.find import list_checkpoints, named_by_latest
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.saving.publish import discard, point_to
-from relora_ds.checkpoint.store import list_checkpoints, named_by_latest
 from relora_ds.files.durable import sync_directory
 
 

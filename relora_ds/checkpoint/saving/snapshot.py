@@ -17,12 +17,17 @@ from torch import nn
 
 from relora_ds.checkpoint.saving.contents import Contents
 
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.Size, torch.dtype})
+"""Types of values that nothing changes."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """Contents that nothing changes any more."""
 
     contents: Contents
+    bytes: int
+    """Of its tensors."""
     wait: Callable[[], None]
     """Returns when all of it has arrived in host memory."""
 
@@ -67,7 +72,8 @@ def take_snapshot(contents: Contents, device: torch.device, buffers: HostBuffers
     """
     copier = _Copier(buffers)
     if device.type != "cuda":
-        return Snapshot(copier.copy_contents(contents), lambda: None)
+        copied = copier.copy_contents(contents)
+        return Snapshot(copied, copier.bytes, lambda: None)
     training, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     own.wait_stream(training)
     with torch.cuda.stream(own):
@@ -75,13 +81,15 @@ def take_snapshot(contents: Contents, device: torch.device, buffers: HostBuffers
         arrived = torch.cuda.Event()
         arrived.record(own)
     training.wait_stream(own)  # the next update must not overtake the copies
-    return Snapshot(copied, arrived.synchronize)
+    return Snapshot(copied, copier.bytes, arrived.synchronize)
 
 
 class _Copier:
     """Copies values; what is the same object or shares memory stays so."""
 
     def __init__(self, buffers: HostBuffers) -> None:
+        self.bytes = 0
+        """Copied so far."""
         self._buffers = buffers
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._seen: dict[int, tuple[object, object]] = {}
@@ -95,11 +103,12 @@ class _Copier:
         }
 
     def _copy(self, value: object) -> Any:
-        if value is None or isinstance(value, str | bytes | int | float | torch.Size | torch.dtype):
+        if type(value) in _PLAIN:
             return value
-        if id(value) not in self._seen:
-            self._seen[id(value)] = value, self._copy_new(value)
-        return self._seen[id(value)][1]
+        seen = self._seen.get(id(value))
+        if seen is None:
+            seen = self._seen[id(value)] = value, self._copy_new(value)
+        return seen[1]
 
     def _copy_new(self, value: object) -> object:
         if isinstance(value, torch.Tensor):
@@ -121,8 +130,10 @@ class _Copier:
         twin.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
         if isinstance(tensor, nn.Parameter):
             twin = nn.Parameter(twin)
-        twin.requires_grad_(tensor.requires_grad)
-        vars(twin).update(self._copy(vars(tensor)))  # what DeepSpeed notes on it
+        if tensor.requires_grad != twin.requires_grad:
+            twin.requires_grad_(tensor.requires_grad)
+        if vars(tensor):
+            vars(twin).update(self._copy(vars(tensor)))  # what DeepSpeed notes on it
         return twin
 
     def _copy_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -130,6 +141,7 @@ class _Copier:
         if key not in self._storages:
             source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
             buffer = self._buffers.take(storage.nbytes())
+            self.bytes += storage.nbytes()
             buffer.copy_(source, non_blocking=True)
             self._storages[key] = buffer.untyped_storage()
         return self._storages[key]

@@ -22,8 +22,10 @@ from typing import Literal
 import torch
 
 from relora_ds.activity import doing
+from relora_ds.checkpoint.find import list_checkpoints
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RunRecord
+from relora_ds.checkpoint.format.stamp import Origin
 from relora_ds.checkpoint.saving.agreement import Agreement
 from relora_ds.checkpoint.saving.contents import Contents, contents_of_rank, size_of
 from relora_ds.checkpoint.saving.problem import Problem, explain, size
@@ -32,7 +34,7 @@ from relora_ds.checkpoint.saving.retention import abandon_later, prune
 from relora_ds.checkpoint.saving.room import check_room, free_bytes
 from relora_ds.checkpoint.saving.snapshot import HostBuffers, take_snapshot
 from relora_ds.checkpoint.saving.task import Files, Task, Worker, write_contents
-from relora_ds.checkpoint.store import list_checkpoints
+from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
@@ -122,6 +124,7 @@ class CheckpointStore:
         self._buffers = HostBuffers(topology.device)
         self._worker = Worker(topology.rank)
         self._flight: _Flight | None = None
+        self._digest: tuple[RunConfig, str] | None = None
 
     def continue_from(self, source: Path, step: int) -> Path | None:
         """Move aside what is not of the line that goes on from a checkpoint.
@@ -201,7 +204,10 @@ class CheckpointStore:
         started = time.monotonic()
         background = self._settings.asynchronous and not last
         with doing("save: begin"):
-            live = contents_of_rank(engine, record, method_tensors, tokenizer, self._topology)
+            origin = Origin(record.trainer.step, self._run_digest(record))
+            live = contents_of_rank(
+                engine, record, method_tensors, tokenizer, self._topology, origin
+            )
             self._begin(record.trainer.step, live, background, last, started)
         assert self._flight is not None, "it was just begun"
         self._flight.stall_seconds = time.monotonic() - started
@@ -241,24 +247,35 @@ class CheckpointStore:
         except CheckpointError as error:
             _logger.error("%s", error)
 
+    def _run_digest(self, record: RunRecord) -> str:
+        """What the first rank's description of the run comes to; asked once per run.
+
+        Its word is taken by all: it writes the description that files are compared with.
+        """
+        if self._digest is None or self._digest[0] is not record.config:
+            own = record.origin.run if self._topology.is_main else ""
+            self._digest = record.config, self._agreement.gather(own)[0]
+        return self._digest[1]
+
     def _begin(
         self, step: int, live: Contents, background: bool, last: bool, started: float
     ) -> None:
         """Start to write a checkpoint; every failure from here on is the flight's."""
         staging = self._staging(step)
-        problem, contents, wait = None, live, _no_wait
+        problem, contents, wait, needed = None, live, _no_wait, 0
         try:
             if self._topology.is_main:
                 begin(staging)
             if background:
                 self._buffers.recycle()
                 snapshot = take_snapshot(live, self._topology.device, self._buffers)
-                contents, wait = snapshot.contents, snapshot.wait
+                contents, wait, needed = snapshot.contents, snapshot.wait, snapshot.bytes
         except (OSError, MemoryError) as error:
             problem = Problem.of(error, self._topology.rank)
+        needed = needed or size_of(live)
         # nobody goes on before all have their copies: ranks of a node share some of the memory
         failed, needed, free = self._agreement.begin(
-            problem is not None, size_of(contents), free_bytes(self.directory)
+            problem is not None, needed, free_bytes(self.directory)
         )
         problems = [p for p in self._agreement.gather(problem) if p is not None] if failed else []
         if not problems and free is not None and free < needed:

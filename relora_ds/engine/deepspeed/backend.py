@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
 from relora_ds.engine.deepspeed.layouts import build_layout
 from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
+from relora_ds.engine.distributed import lost_peers
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.parallel.shape import keeps_tp_local_shape, shard_of
 from relora_ds.parallel.tensor import ModelParallelUnit, TensorParallel
@@ -128,8 +129,7 @@ class DeepSpeedBackend:
         engine._save_checkpoint(*place)
         if engine.save_zero_checkpoint:
             engine._save_zero_checkpoint(*place)
-        if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
-            engine.optimizer.checkpoint_event_epilogue()
+        self._finish_files()
         collected, self._files.collected = self._files.collected, {}
         return collected
 
@@ -137,10 +137,24 @@ class DeepSpeedBackend:
         """Restore what was written of `shards`, with the same stage and processes."""
         wrapper = self._engine.optimizer
         own = {name: getattr(wrapper, name) for name in _SETTINGS if hasattr(wrapper, name)}
-        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=False)
+        try:
+            path, _ = self._engine.load_checkpoint(
+                directory, tag=tag, load_lr_scheduler_states=False
+            )
+        except Exception as error:
+            # ranks that could read meet at the end of the call: one that could not must come too,
+            # or they wait for it while it waits to tell them
+            if not (isinstance(error, RuntimeError) and lost_peers(error)):
+                self._finish_files()
+            raise
         assert path is not None, "the caller verified that the files are there"
         for name, value in own.items():
             setattr(wrapper, name, value)
+
+    def _finish_files(self) -> None:
+        """Gather what stage 3 keeps whole, after files were filled or read. A collective call."""
+        if hasattr(self._engine.optimizer, "checkpoint_event_epilogue"):
+            self._engine.optimizer.checkpoint_event_epilogue()
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the model and let go of it."""

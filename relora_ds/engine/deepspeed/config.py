@@ -19,9 +19,12 @@ from relora_ds.config.reading.source import read_json
 from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.keys import (
+    ALLOCATED,
     BF16_FIXED,
     BF16_KEYS,
     DATA_TYPE_KEYS,
+    LARGEST_BUCKET,
+    LARGEST_NUMBER,
     REFUSED_KEYS,
     TOP_CHOICES,
     TOP_KEYS,
@@ -292,11 +295,18 @@ def _check_section(
             yield from _check_kind((name, key), value, kinds[key])
         elif kinds[key] == "number" and isinstance(value, (int, float)) and value < 0:
             yield Finding((name, key), f"is {show(value)}, but must not be negative")
+        elif kinds[key] == "number" and isinstance(value, (int, float)) and value > _limit(key):
+            yield Finding((name, key), f"is {show(value)}, but must be at most {_limit(key)}")
         elif key in fixed and value is not None and not _same(value, fixed[key][0]):
             allowed, reason = fixed[key]
             yield Finding(
                 (name, key), f"is {show(value)}, but must be {show(allowed)} or absent: {reason}"
             )
+
+
+def _limit(key: str) -> int:
+    """The largest number that a key may hold."""
+    return LARGEST_BUCKET if key in ALLOCATED else LARGEST_NUMBER
 
 
 def _check_kind(path: KeyPath, value: object, kind: str) -> Iterator[Finding]:

@@ -61,11 +61,10 @@ def shard_files(stage: int, dp_size: int, tp_size: int, dtype: torch.dtype) -> I
     for tensor_rank in range(tp_size):
         if stage < 3:
             yield model_file(tensor_rank)
-        for rank in range(dp_size):
+        for rank in range(dp_size if stage else 0):  # nobody checked `dp_size` at stage 0
             if stage == 3:
                 yield sliced_model_file(rank, tensor_rank)
-            if stage > 0:
-                yield optimizer_file(rank, tensor_rank, dtype)
+            yield optimizer_file(rank, tensor_rank, dtype)
 
 
 def open_shard(path: Path) -> dict[str, Any]:

@@ -129,6 +129,12 @@ ZERO_NUMBERS = frozenset(
         "zero_hpz_partition_size",
     ]
 )
+LARGEST_NUMBER = 2**63 - 1
+"""DeepSpeed's own word for "no limit"; what is larger fits into no integer of torch."""
+ALLOCATED = frozenset(("reduce_bucket_size", "allgather_bucket_size"))
+"""Numbers of elements that DeepSpeed allocates or sends at once."""
+LARGEST_BUCKET = 10**11
+"""More elements than the memory of any device holds."""
 ZERO_SECTIONS = frozenset(("offload_param", "offload_optimizer", "zenflow", "leaf_module"))
 
 ZERO_KEYS = {

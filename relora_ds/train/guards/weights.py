@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from relora_ds.checkpoint.store import list_checkpoints
+from relora_ds.checkpoint.find import list_checkpoints
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.errors import DivergenceError

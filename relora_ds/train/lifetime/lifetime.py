@@ -67,6 +67,7 @@ class Lifetime:
         self._reason: str | None = None
         self._code: int | None = None
         self._ends_because_of_another = False
+        self._announced: str | None = None
         self._last_line: str | None = None
         self._told, self._may_leave = threading.Event(), threading.Event()
         self._fails_itself = threading.Event()
@@ -187,6 +188,10 @@ class Lifetime:
                 self._say(failure, error)
         return self._reason
 
+    def say_again(self) -> None:
+        """Have the root cause that this rank announced stand last, behind what was said since."""
+        self._last_line = self._last_line or self._announced
+
     def leave(self, error: BaseException) -> int:
         """End because of an exception.
 
@@ -210,6 +215,7 @@ class Lifetime:
         known = self._watch is not None or not isinstance(error, ConfigError)
         if known or os.environ.get("LOCAL_RANK", "0") == "0":
             announce(failure, error)
+            self._announced = failure.line
 
     def _cause_of(self, error: BaseException) -> Failure:
         """What ended the run: this error, or the loss of a rank that made it."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from relora_ds.checkpoint.export import DenseModel, FiniteWeights, export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
+from relora_ds.checkpoint.format.record import read_record
 from relora_ds.checkpoint.format.tensors import write_tensors
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.errors import CheckpointError
@@ -37,7 +38,7 @@ def poison(saved: Saved, key: str, value: float) -> None:
     path = saved.path / layout.state(0)
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not a view of it
     tensors[key].view(-1)[3] = value
-    write_tensors(tensors, path, step=5)
+    write_tensors(tensors, path, read_record(saved.path).origin)
     write_manifest(saved.path)
 
 

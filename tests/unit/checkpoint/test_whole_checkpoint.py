@@ -6,20 +6,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import Listed, write_manifest
-from relora_ds.checkpoint.format.stamp import KEY
+from relora_ds.checkpoint.format.record import read_record
+from relora_ds.checkpoint.format.stamp import KEY, stamp
 from relora_ds.checkpoint.format.tensors import write_tensors
 from relora_ds.checkpoint.format.verify import shares, verify_checkpoint
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.engine.deepspeed.files import read_shard
 from relora_ds.errors import CheckpointError
+from relora_ds.files.tensors import write_safetensors
 from tests.golden.make_checkpoint import ROOT, checkpoint
 
 MODEL = "mp_rank_00_model_states.pt"
@@ -56,7 +60,7 @@ def test_a_rewritten_one_is_whole(whole: Path, tmp_path: Path) -> None:
     target.parent.mkdir()
     reshape_checkpoint(whole, target, dp_size=2, stage=3)
     verify_checkpoint(target)
-    write_tensors({"a": torch.zeros(1)}, target / layout.state(7), 5)
+    write_tensors({"a": torch.zeros(1)}, target / layout.state(7), read_record(target).origin)
     write_manifest(target)
     with pytest.raises(CheckpointError, match=layout.state(1)):
         verify_checkpoint(target)
@@ -70,7 +74,7 @@ def test_it_may_have_any_name_and_notes_beside_it(whole: Path) -> None:
 
 
 def stray_state(path: Path) -> str:
-    write_tensors({"a": torch.zeros(1)}, path / layout.state(0), 5)
+    write_tensors({"a": torch.zeros(1)}, path / layout.state(0), read_record(path).origin)
     return layout.state(0)
 
 
@@ -197,24 +201,39 @@ def test_a_step_that_the_run_does_not_have(whole: Path) -> None:
 
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, layout.side("")])
 @pytest.mark.parametrize(
-    "stamp", [None, {"file": "other", "step": "5"}, {"step": "4"}, "x"], ids=str
+    "change", [None, {"file": "other"}, {"step": "4"}, {"run": "0" * 64}, {}, "x"], ids=str
 )
-def test_files_of_another_step_or_name(whole: Path, name: str, stamp: object) -> None:
+def test_files_of_another_step_or_name_or_run(whole: Path, name: str, change: object) -> None:
     """With a manifest that was written anew."""
-    path = whole / name
+    path, origin = whole / name, read_record(whole).origin
+    own = {"file": name, "step": "5", "run": origin.run}
     if path.suffix == ".pt":
         content = read_shard(path)
         del content[KEY]
-        full = {"file": name, **stamp} if isinstance(stamp, dict) else stamp
-        torch.save(content if stamp is None else {**content, KEY: full}, path)
+        full = {**own, **change} if isinstance(change, dict) else change
+        torch.save(content if change is None else {**content, KEY: full}, path)
     else:
-        step = 4 if isinstance(stamp, dict) and stamp.get("step") == "4" else 5
-        other = whole / "other.safetensors"
-        write_tensors({"a": torch.zeros(1)}, other if step == 5 else path, step)
-        if step == 5:
-            other.rename(path)
+        full = {**own, **change} if isinstance(change, dict) else {}
+        tensors = {key: value.clone() for key, value in load_file(path).items()}  # no view of it
+        write_safetensors(path, tensors, full)
     write_manifest(whole)
+    if change == {}:
+        verify_checkpoint(whole)
+        return
     with pytest.raises(CheckpointError, match=f"step_5/{name}: .* were mixed"):
+        verify_checkpoint(whole)
+
+
+def test_the_same_step_of_a_run_with_another_seed(whole: Path) -> None:
+    """Same names, shapes and step; only what the runs say of themselves differs."""
+    record = read_record(whole)
+    train = record.config.train.model_copy(update={"seed": record.config.train.seed + 1})
+    other = replace(record, config=record.config.model_copy(update={"train": train}), run="")
+    assert other.origin.run != record.origin.run
+    path = whole / OPTIMIZER
+    torch.save({**read_shard(path), KEY: stamp(OPTIMIZER, other.origin)}, path)
+    write_manifest(whole)
+    with pytest.raises(CheckpointError, match=f"{OPTIMIZER}: was written by another run"):
         verify_checkpoint(whole)
 
 

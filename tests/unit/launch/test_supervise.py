@@ -65,6 +65,8 @@ def test_the_code_is_that_of_the_cause(launcher: str, code: int) -> None:
     ("launcher", "code"),
     [
         pytest.param("exit 1", 75, id="nothing had begun"),
+        pytest.param("exit 241", 75, id="a rank that could not listen yet"),
+        pytest.param(f"{_told(3)}; exit 241", 241, id="a rank had failed before"),
         pytest.param(f"{_told(1)}; exit 1", 1, id="the save that was asked for failed"),
         pytest.param(f"{_told(75)}; exit 7", 75, id="asked before the first step"),
     ],

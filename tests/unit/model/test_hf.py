@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.model.hf import HfWeights, read_hf, write_hf
+from relora_ds.files.scratch import scratch_folder
+from relora_ds.model.hf import HfWeights, read_hf, recover_export, write_hf
 from relora_ds.model.init import InitialWeights, dense_shapes
 
 
@@ -81,6 +83,20 @@ def test_target_is_replaced_only_if_it_is_an_export(tmp_path, plain):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is not an earlier export"):
         write_hf(tmp_path / "file", plain, weights.items(), None, torch.float32)
+
+
+def test_what_a_killed_export_left_is_undone(tmp_path, plain):
+    target, scratch = tmp_path / "hf", tmp_path / ".hf.dead"
+    write_hf(target, plain, drawn(plain).items(), None, torch.float32)
+    content = (target / "config.json").read_bytes()
+    with scratch_folder(tmp_path, ".hf.") as in_use:
+        scratch.mkdir()
+        target.rename(scratch / "old")  # killed between the two renames of its publication
+        (scratch / ".owner").write_text(f"{socket.gethostname()} 1\n")
+        recover_export(target)
+        assert in_use.is_dir()
+    assert not scratch.exists()
+    assert (target / "config.json").read_bytes() == content
 
 
 def without(name):

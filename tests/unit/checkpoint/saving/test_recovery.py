@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from relora_ds.checkpoint.find import latest_checkpoint, list_checkpoints, named_by_latest
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.retention import abandon_later, prune
-from relora_ds.checkpoint.store import latest_checkpoint, list_checkpoints, named_by_latest
 
 Place = Callable[..., Path]
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from relora_ds.checkpoint.find import latest_checkpoint, list_checkpoints
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import check_file, read_manifest
 from relora_ds.checkpoint.format.record import RunRecord, read_record
@@ -21,7 +22,6 @@ from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.saving import task
 from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.store import CheckpointStore, SaveResult
-from relora_ds.checkpoint.store import latest_checkpoint, list_checkpoints
 from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError

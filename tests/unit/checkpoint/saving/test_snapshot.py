@@ -52,7 +52,9 @@ def test_memory_is_copied_once_for_all_files() -> None:
     flat = torch.arange(1000.0)
     contents = {"a": Pickled([flat[:10], flat[10:]]), "b": Tensors({"x": flat})}
     assert size_of(contents) == 4000
-    snapshot = take_snapshot(contents, CPU, HostBuffers(CPU)).contents
+    taken = take_snapshot(contents, CPU, HostBuffers(CPU))
+    snapshot = taken.contents
+    assert taken.bytes == 4000
     assert size_of(snapshot) == 4000
     found = [t for content in snapshot.values() for t in tensors_in(content.values())]
     assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1

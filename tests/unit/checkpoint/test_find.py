@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import is_complete
-from relora_ds.checkpoint.store import (
+from relora_ds.checkpoint.find import (
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     named_by_latest,
 )
+from relora_ds.checkpoint.format import layout
+from relora_ds.checkpoint.format.manifest import is_complete
 from relora_ds.errors import CheckpointError
 
 Place = Callable[..., Path]
