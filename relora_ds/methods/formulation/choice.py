@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,27 +52,33 @@ class Rates:
     """Bytes read or written."""
     link: float
     """Bytes exchanged over a tensor-parallel group."""
+    latency: float
+    """Seconds until a collective has begun."""
     sampled: float
     """Rate of a product that is formed at the support of a sparse matrix only, transposes included,
     relative to `operations`; 0 where there is none."""
 
 
-_HOST = Rates(8e10, 1e10, 1e10, 0.04)
+_HOST = Rates(8e10, 1e10, 1e10, 1e-4, 0.04)
 _RATES: dict[tuple[str, torch.dtype], Rates] = {
     # one core with AVX-512, fp32 measured: 512^2 to 1024^2 and T = 2048
     ("cpu", torch.float32): _HOST,
-    ("cpu", torch.float64): Rates(4e10, 1e10, 1e10, 0.04),
-    ("cpu", torch.bfloat16): Rates(1.6e11, 1e10, 1e10, 0.0),
+    ("cpu", torch.float64): Rates(4e10, 1e10, 1e10, 1e-4, 0.04),
+    ("cpu", torch.bfloat16): Rates(1.6e11, 1e10, 1e10, 1e-4, 0.0),
     # an H100 without TF32, from its data sheet; sampled: bound of gathers out of L2, not measured
-    ("cuda", torch.float32): Rates(5e13, 3e12, 3e11, 0.007),
-    ("cuda", torch.float64): Rates(5e13, 3e12, 3e11, 0.007),
-    ("cuda", torch.bfloat16): Rates(6.5e14, 3e12, 3e11, 0.0),
+    ("cuda", torch.float32): Rates(5e13, 3e12, 3e11, 2e-5, 0.007),
+    ("cuda", torch.float64): Rates(5e13, 3e12, 3e11, 2e-5, 0.007),
+    ("cuda", torch.bfloat16): Rates(6.5e14, 3e12, 3e11, 2e-5, 0.0),
 }
 
 
 def rates_of(device: str, dtype: torch.dtype) -> Rates:
-    """Rates of a type of device; those of a GPU for types that are not known."""
-    return _RATES.get((device, dtype)) or _RATES["cuda", dtype]
+    """Rates of a type of device; those of a GPU for types that are not known.
+
+    `meta`, on which a model is rehearsed without memory, has no sampled product.
+    """
+    rates = _RATES.get((device, dtype)) or _RATES["cuda", dtype]
+    return replace(rates, sampled=0.0) if device == "meta" else rates
 
 
 @dataclass(frozen=True)
@@ -202,13 +208,13 @@ def seconds(size: ProductSize, choice: Choice, rates: Rates) -> float:
     composed = _composed(size, choice)
     # W is read and W_eff written in place of a second reading; the support is read and added to
     moved = composed * (2.0 * m * n + 2.0 * size.count)
-    exchanged = 0.0
     if choice.form == "split":
         moved += 2.0 * t * (m + n)  # y and dx are added to
-        exchanged += 2.0 * t * size.rank
+        calls, exchanged = 2.0, 2.0 * t * size.rank
     else:
         # joined wherever W_eff is composed and gradients are formed, and their sum is divided
-        exchanged += (composed + (2.0 if choice.form == "step" else 1.0)) * size.joined
+        calls = composed + (2.0 if choice.form == "step" else 1.0)
+        exchanged = calls * size.joined
     if choice.gradient == "dense":
         moved += 3.0 * m * n + 2.0 * size.count
     total = operations(size, choice) / rates.operations + size.element * moved / rates.memory
@@ -216,7 +222,9 @@ def seconds(size: ProductSize, choice: Choice, rates: Rates) -> float:
         if not rates.sampled:
             return math.inf
         total += 2.0 * t * size.count * (1.0 / rates.sampled - 1.0) / rates.operations
-    return total + (size.element * exchanged / rates.link if size.shards > 1 else 0.0)
+    if size.shards > 1:
+        total += calls * rates.latency + size.element * exchanged / rates.link
+    return total
 
 
 def _composed(size: ProductSize, choice: Choice) -> float:

@@ -37,7 +37,7 @@ from relora_ds.parallel.linear import LinearSpec, Projection, weights_stay
 Spec = Callable[..., LinearSpec]
 FORMS: tuple[Form, ...] = ("split", "layer", "step")
 GRADIENTS: tuple[GradientForm, ...] = ("low_rank", "dense")
-ONLY_OPERATIONS = Rates(1.0, 1e30, 1e30, 1.0)
+ONLY_OPERATIONS = Rates(1.0, 1e30, 1e30, 0.0, 1.0)
 HOST = rates_of("cpu", torch.float32)
 RANK = 3
 
@@ -193,6 +193,22 @@ def test_the_gradient_of_a_sparse_part_follows_the_shape() -> None:
     ):
         work = ProductSize(2048, 1, m, n, r, count=int(0.03 * m * n))
         assert choose(work, "layer", True, HOST).gradient == form
+
+
+def test_factors_are_joined_where_that_moves_less() -> None:
+    """(T, r) activations against factors of (r, n), of which each call costs something too."""
+    work = ProductSize(8192, 4, 1024, 2048, 256, 2, shards=2, joined=256 * 2048)
+    gpu = rates_of("cuda", torch.bfloat16)
+    assert choose(work, "auto", True, gpu).form == "step"
+    assert choose(replace(work, tokens=64), "auto", True, gpu).form == "split"
+    late = replace(gpu, latency=1.0)
+    assert choose(work, "auto", True, late).form == "split"
+
+
+def test_a_rehearsal_without_memory_has_no_sampled_product() -> None:
+    sparse = ProductSize(2048, 1, 1024, 1024, 64, count=int(0.001 * 1024**2))
+    assert choose(sparse, "layer", True, HOST).gradient == "low_rank"
+    assert choose(sparse, "layer", True, rates_of("meta", torch.float32)).gradient == "dense"
 
 
 def test_room_is_an_eighth_of_the_device_below_stage_3(spec: Spec) -> None:
