@@ -10,6 +10,7 @@ from relora_ds.train.lifetime.requests import listen
 if __name__ == "__main__":
     listen()  # before seconds of imports: a launcher may end, and a user may press Ctrl-C, in them
 
+    from relora_ds.train.lifetime.lifetime import leave_process
     from relora_ds.train.main import main
 
-    sys.exit(main(sys.argv[1:]))
+    leave_process(main(sys.argv[1:]))

@@ -103,7 +103,7 @@ def _ranks(description: Path) -> list[psutil.Process]:
 
 def _left(description: Path, script: int) -> list[str]:
     """What is left of a job, with the helpers of its script, which know it by its launch id."""
-    found = [" ".join(process.cmdline()) for process in _processes(description)]
+    found = [" ".join(process.info["cmdline"]) for process in _processes(description)]
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
         if process.info["status"] != psutil.STATUS_ZOMBIE and f"-{script}-" in line:

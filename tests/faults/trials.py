@@ -150,6 +150,7 @@ TRIALS: dict[str, tuple[str, tuple[str, ...]]] = {
             "faults/test_tools.py::test_an_export_may_be_killed_at_any_moment",
             _BUILTIN + "test_a_build_that_is_killed_leaves_nothing_wrong",
             _RECOVERY + "test_unfinished_and_half_removed_ones_go",
+            _METRICS + "test_what_a_killed_writer_left_goes_and_what_another_one_writes_stays",
         ),
     ),
     "F17": (

@@ -21,6 +21,11 @@ stage 3, DeepSpeed's first update after a start moves more: it has no trace to f
 of a checkpoint follows the length of the paths in its run file."""
 
 
+_OF_NO_RESULT = re.compile(r"^(logs|previous_\d+|checkpoints/step_\d+)(/|$)")
+"""What may be there or not: logs, what was set aside, and checkpoints: a run that was asked to stop
+has one more."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A run's results.
@@ -32,7 +37,7 @@ class Outcome:
         export: hashes of the exported tensors by name.
         status: in summary.json.
         final: last figures in summary.json, without those of the start that wrote them.
-        files: names of everything that is left, but logs and what was set aside.
+        files: names of everything else that is left.
     """
 
     lines: list[dict[str, Any]]
@@ -57,7 +62,7 @@ def outcome(output_dir: Path) -> Outcome:
         exported(output_dir / "hf"),
         summary["status"],
         _without_the_start(summary["final"]),
-        sorted(name for name in names if not name.startswith(("logs", "previous_"))),
+        sorted(name for name in names if not _OF_NO_RESULT.match(name)),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
 from pathlib import Path
 
@@ -10,18 +13,30 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Give `path` exactly `content`, through a temporary file in the same directory.
 
     The content is on disk before the name points to it: neither a crash of the process nor of the
-    machine leaves a partial file under `path`.
+    machine leaves a partial file under `path`. What a killed process has left of an attempt is
+    removed by the next one.
 
     Raises:
         OSError: the directory cannot be written; an earlier file at `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_drafts(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_drafts(path: Path) -> None:
+    """Remove temporary files of processes that have ended: the system has let go of their locks."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), draft.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.unlink()
