@@ -43,9 +43,11 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import build_engine
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.device import device_memory
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import sharded_meta_model
-from relora_ds.methods.interface import matrix_rules
+from relora_ds.methods.formulation.choice import update_of
+from relora_ds.methods.interface import matrix_rules, projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
@@ -294,8 +296,9 @@ def _expected(
     if tp.size == 1:
         return moved
     share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
-    tokens = workload.micro_batch_size * workload.seq_length
-    work = GroupWork(tp.size, tokens, share, len(groups), matrices.sharded)
+    place = zero.stage, copies, topology.device.type, device_memory(topology.device)
+    update = update_of(projection_layers(model).values(), config.train, *place)
+    work = GroupWork(tp.size, update, share, len(groups), matrices.sharded)
     return moved | tensor_payloads(model, zero, work)
 
 
