@@ -1,8 +1,9 @@
-"""What a method may touch of a running engine: four ports that hide where ZeRO keeps what.
+"""What a method may touch of a running engine: five ports that hide where ZeRO keeps what.
 
-`TrainState` has one port per concern: `weights`, `moments`, `vectors` and `host`. They are declared
-here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They are called
-on every rank, in the same order, within `torch.no_grad`, and only between optimizer steps.
+`TrainState` has one port per concern: `weights`, `moments`, `vectors`, `host` and `gradients`. They
+are declared here, the last in `dense_gradients`, and implemented once, in `engine.zero`. Their
+verbs work at every ZeRO stage. They are called on every rank, in the same order, within
+`torch.no_grad`, and only between optimizer steps.
 
 Where tensor parallelism shards a parameter, a method sees this rank's part of it (its *method
 shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor along r.
@@ -11,12 +12,13 @@ shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.numerics.draws import draw_uniform
 from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import TPShard
@@ -90,6 +92,15 @@ class Weights(ABC):
     @abstractmethod
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Set a trained parameter to `value` everywhere it lives: master and working copies.
+
+        Args:
+            value: of the parameter's method shape, any float dtype, the same on every data-parallel
+                rank.
+        """
+
+    @abstractmethod
+    def write_frozen(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Set a small frozen parameter to `value` everywhere it lives.
 
         Args:
             value: of the parameter's method shape, any float dtype, the same on every data-parallel
@@ -175,6 +186,19 @@ class Moments(ABC):
         Returns:
             Two fp32 scalars per parameter, of the first and the second moment, the same on every
             rank; beside the moments, and waited for only if these are not where ranks exchange.
+        """
+
+    @abstractmethod
+    def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Carry the moments of matrices over to another basis of their rows.
+
+        A row m of the first moment becomes m C, a row v of the second one v (C o C), elementwise
+        squares: the moments of the gradient's coordinates in the new basis, where coordinates in
+        the old one are uncorrelated. Rows that a slice cuts are completed by one small exchange.
+
+        Args:
+            rotations: C (r, r), fp32, of trained parameters (L, r), the same on every data-parallel
+                rank.
         """
 
     @abstractmethod
@@ -301,22 +325,29 @@ class HostMemory(ABC):
 
 
 class TrainState(ABC):
-    """The partitioned state of a run, as four ports.
+    """The partitioned state of a run, as five ports.
 
     Args:
         weights: values of parameters.
         moments: Adam's moments of what is trained.
         vectors: single vectors of clocked parameters.
         host: memory of the node's host.
+        gradients: dense gradients of frozen weights.
     """
 
     def __init__(
-        self, weights: Weights, moments: Moments, vectors: Vectors, host: HostMemory
+        self,
+        weights: Weights,
+        moments: Moments,
+        vectors: Vectors,
+        host: HostMemory,
+        gradients: Gradients,
     ) -> None:
         self.weights = weights
         self.moments = moments
         self.vectors = vectors
         self.host = host
+        self.gradients = gradients
         self.before_event: Callable[[str, bytes], None] = lambda kind, state: None
         """To be called first in an event, with its kind and with what it is going to do or with the
         method's own state, as far as that must be the same on all ranks: those that are not about
