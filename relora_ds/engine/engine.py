@@ -25,6 +25,7 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.engine.zero.state import Probe, ZeroState
 from relora_ds.engine.zero.tensor_gradients import (
+    FrozenGradients,
     TensorGradients,
     global_norm,
     square_sums_of_slices,
@@ -102,6 +103,7 @@ class TrainEngine:
             self.clocks,
             self.completed_steps,
             self._probe,
+            FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp),
             lambda weight: self._digest.seal([weight]),
             tp,
         )

@@ -16,6 +16,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.full import Full
+from relora_ds.methods.galore.galore import GaLore
 from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.methods.lora import LoRA
 from relora_ds.methods.low_rank import LowRank
@@ -30,6 +31,7 @@ from relora_ds.parallel.zero import ZeroSettings
 
 METHODS: dict[str, type[Method[Any]]] = {
     "full": Full,
+    "galore": GaLore,
     "lora": LoRA,
     "low_rank": LowRank,
     "relora": ReLoRA,
@@ -94,7 +96,7 @@ def plan_phases(config: RunConfig) -> list[Phase]:
         phases.append(Phase(full, "full", 0, first, _schedule(config, total), rate))
     name, steps = config.method.name, total - first
     method = METHODS[name](config.method, seed, steps, DTYPES[config.train.precision])
-    rate = config.optimizer.resolved_adapter_lr
+    rate = config.optimizer.resolved_adapter_lr * config.method.rate_factor
     phases.append(Phase(method, name, first, steps, _schedule(config, steps), rate))
     return phases
 

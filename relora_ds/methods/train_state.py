@@ -1,8 +1,9 @@
-"""What a method may touch of a running engine: four ports that hide where ZeRO keeps what.
+"""What a method may touch of a running engine: five ports that hide where ZeRO keeps what.
 
-`TrainState` has one port per concern: `weights`, `moments`, `vectors` and `host`. They are declared
-here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They are called
-on every rank, in the same order, within `torch.no_grad`, and only between optimizer steps.
+`TrainState` has one port per concern: `weights`, `moments`, `vectors`, `host` and `gradients`. They
+are declared here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They
+are called on every rank, in the same order, within `torch.no_grad`, and only between optimizer
+steps.
 
 Where tensor parallelism shards a parameter, a method sees this rank's part of it (its *method
 shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor along r.
@@ -11,7 +12,7 @@ shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,15 @@ class Weights(ABC):
         """
 
     @abstractmethod
+    def write_frozen(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Set a small frozen parameter to `value` everywhere it lives.
+
+        Args:
+            value: of the parameter's method shape, any float dtype, the same on every data-parallel
+                rank.
+        """
+
+    @abstractmethod
     def add_product(
         self,
         weight: nn.Parameter,
@@ -175,6 +185,19 @@ class Moments(ABC):
         Returns:
             Two fp32 scalars per parameter, of the first and the second moment, the same on every
             rank; beside the moments, and waited for only if these are not where ranks exchange.
+        """
+
+    @abstractmethod
+    def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Carry the moments of matrices over to another basis of their rows.
+
+        A row m of the first moment becomes m C, a row v of the second one v (C o C), elementwise
+        squares: the moments of the gradient's coordinates in the new basis, where coordinates in
+        the old one are uncorrelated. Rows that a slice cuts are completed by one small exchange.
+
+        Args:
+            rotations: C (r, r), fp32, of trained parameters (L, r), the same on every data-parallel
+                rank.
         """
 
     @abstractmethod
@@ -300,23 +323,77 @@ class HostMemory(ABC):
         """
 
 
+class Gradients(ABC):
+    """Dense gradients of frozen weights at the coming update, outside of DeepSpeed's reduction."""
+
+    batch: Callable[[], Iterable[torch.Tensor]]
+    """This rank's micro-batches of tokens (B, S + 1) of the coming update; none if it is left
+    out."""
+
+    @property
+    @abstractmethod
+    def owners(self) -> int:
+        """Processes that take turns in owning whole gradients."""
+
+    @abstractmethod
+    def run_batch(self) -> int:
+        """Pass the coming update's micro-batches through the model, forward and backward.
+
+        No gradient of a parameter is kept: whoever wants one takes it while its module is on its
+        way back.
+
+        Returns:
+            The number of micro-batches; the sum of what was taken divided by it is this rank's
+            mean gradient.
+        """
+
+    @abstractmethod
+    def mean(self, weight: nn.Parameter, part: torch.Tensor, turn: int) -> torch.Tensor | None:
+        """The mean over the data-parallel ranks of a frozen weight's gradient. A collective call.
+
+        Args:
+            weight: whose gradient it is.
+            part: this rank's gradient of its part of the weight, fp32; overwritten.
+            turn: number of the owner.
+
+        Returns:
+            The whole gradient, of the weight's global shape, on the owner; None elsewhere.
+        """
+
+    @abstractmethod
+    def spread(self, value: torch.Tensor, turn: int) -> torch.Tensor:
+        """The owner's value, written into everyone's. A collective call.
+
+        Args:
+            value: contiguous, of the same shape and dtype on every rank.
+            turn: number of the owner.
+        """
+
+
 class TrainState(ABC):
-    """The partitioned state of a run, as four ports.
+    """The partitioned state of a run, as five ports.
 
     Args:
         weights: values of parameters.
         moments: Adam's moments of what is trained.
         vectors: single vectors of clocked parameters.
         host: memory of the node's host.
+        gradients: dense gradients of frozen weights.
     """
 
     def __init__(
-        self, weights: Weights, moments: Moments, vectors: Vectors, host: HostMemory
+        self,
+        weights: Weights,
+        moments: Moments,
+        vectors: Vectors,
+        host: HostMemory,
+        gradients: Gradients,
     ) -> None:
         self.weights = weights
         self.moments = moments
         self.vectors = vectors
         self.host = host
+        self.gradients = gradients
         self.before_event: Callable[[str, bytes], None] = lambda kind, state: None
         """To be called first in an event, with its kind and with what it is going to do or with the
         method's own state, as far as that must be the same on all ranks: those that are not about

@@ -151,9 +151,13 @@ class Trainer:
             self.agreement.meet(Place(kind, step, phase.name, digest_of(state)))
 
         engine.state.before_event = agree
+        left_out = self.guard.leaves_out(step)
+        engine.state.gradients.batch = lambda: (
+            () if left_out else _noting(self.train_data.micro_batches(step))
+        )
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
-        if not self.guard.leaves_out(step):
+        if not left_out:
             admit = self.guard.admit(step)
             loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)), admit)
             if self.guard.found is not None:

@@ -159,6 +159,7 @@ class Training:
             rates: learning rate by role, before the method's own factor.
         """
         self.set_rates(step, rates)
+        self.engine.state.gradients.batch = lambda: self.own_share(tokens)
         self.before_step(step)
         loss, norm = self.train_step(self.own_share(tokens))
         event = self.after_step(step + 1)

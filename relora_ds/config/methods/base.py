@@ -47,6 +47,11 @@ class MethodSettings(Section):
         return False
 
     @property
+    def rate_factor(self) -> float:
+        """Factor on the learning rate of what is trained of the projections."""
+        return 1.0
+
+    @property
     def warm_start(self) -> WarmStart | None:
         """Full-rank training that precedes the method within the run."""
         return None

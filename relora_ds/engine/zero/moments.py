@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.layout import Layout
@@ -13,6 +14,60 @@ from relora_ds.methods.train_state import Moments, MomentShard
 from relora_ds.numerics.order_statistic import order_statistics
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import global_shape, shard_of
+
+
+class _RotatedRows:
+    """The rows of both moments that a slice touches, carried over to another basis.
+
+    What the slice holds of a row is padded with zeros: the rotated row is the sum over all slices
+    that hold something of it.
+
+    Args:
+        shard: this rank's slice of the moments of a parameter (L, r).
+        rotation: C (r, r), fp32.
+    """
+
+    def __init__(self, shard: MomentShard, rotation: torch.Tensor) -> None:
+        self._shard, width = shard, len(rotation)
+        count, device = shard.exp_avg.numel(), shard.exp_avg.device
+        self._first, self._before = divmod(shard.start, width)
+        rows = -(-(self._before + count) // width)
+        behind = rows * width - self._before - count
+        turn = rotation.to(device, torch.float32)
+        self._parts = [
+            F.pad(moment.float(), (self._before, behind)).view(rows, width) @ by
+            for moment, by in ((shard.exp_avg, turn), (shard.exp_avg_sq, turn.square()))
+        ]
+        first = [0] if self._before else []
+        last = [rows - 1] if behind and (rows > 1 or not first) else []
+        self._cut = first + last
+
+    def cut_rows(self) -> list[tuple[int, torch.Tensor]]:
+        """Number in the parameter and both rotated parts, (2 r,), of rows that the slice cuts."""
+        return [
+            (self._first + at, torch.cat([part[at] for part in self._parts]).double().cpu())
+            for at in self._cut
+        ]
+
+    def complete(self, everyone: Sequence[torch.Tensor]) -> None:
+        """Add up what all ranks hold of the rows that the slice cuts.
+
+        Args:
+            everyone: by rank, (2, 1 + 2 r): numbers and parts of the rows that its slice cuts.
+        """
+        for at in self._cut:
+            ends = torch.cat(list(everyone))
+            whole = ends[ends[:, 0] == self._first + at, 1:].sum(0)
+            for part, value in zip(self._parts, whole.chunk(2), strict=True):
+                part[at] = value.to(part)
+
+    def store(self) -> None:
+        """Write the slice's elements back."""
+        count = self._shard.exp_avg.numel()
+        for moment, part in zip(
+            (self._shard.exp_avg, self._shard.exp_avg_sq), self._parts, strict=True
+        ):
+            moment.copy_(part.reshape(-1)[self._before : self._before + count])
 
 
 class ZeroMoments(Moments):
@@ -74,6 +129,47 @@ class ZeroMoments(Moments):
         sums = self._collectives
         found = order_statistics(values, both, sums.sum_over_state, sums.device)
         return list(zip(found[::2], found[1::2], strict=True))
+
+    def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        found, cut = {}, []
+        for number, (parameter, rotation) in enumerate(rotations.items()):
+            shard = self.shard(parameter)
+            rows = None if shard is None else _RotatedRows(shard, rotation)
+            found[number] = rows
+            cut.append(self._ends(rows, rotation))
+        if not cut:
+            return
+        everyone = self._everyones(cut)
+        for number, rows in found.items():
+            if rows is not None:
+                rows.complete([ends[number] for ends in everyone])
+                rows.store()
+
+    def _ends(self, rows: _RotatedRows | None, rotation: torch.Tensor) -> torch.Tensor:
+        """First and last rotated row of this rank's slice, each behind its number in the parameter,
+        (2, 1 + 2 r), fp64; a number of -1 says that there is no such row, or that no slice cuts
+        it."""
+        ends = torch.zeros(2, 1 + 2 * len(rotation), dtype=torch.float64)
+        ends[:, 0] = -1
+        if rows is not None:
+            for place, (row, values) in enumerate(rows.cut_rows()):
+                ends[place, 0] = row
+                ends[place, 1:] = values
+        return ends.flatten()
+
+    def _everyones(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """By rank that holds a slice of the state, and by parameter: its `_ends`."""
+        group = self._layout.partition_group
+        if group is None:
+            return [[each.view(2, -1) for each in mine]]
+        size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        flat = torch.cat(list(mine))
+        buffer = torch.zeros(size, flat.numel(), dtype=flat.dtype)
+        buffer[rank] = flat
+        # every element is non-zero on one rank at most, so the sum is exact
+        summed = self._collectives.sum_over_slices(buffer.to(self._collectives.device)).cpu()
+        sizes = [each.numel() for each in mine]
+        return [[part.view(2, -1) for part in flat.split(sizes)] for flat in summed]
 
     def _counted(self, parameter: nn.Parameter) -> MomentShard | None:
         """The shard, but None for all of several identical copies except one."""

@@ -12,6 +12,7 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.host_memory import ZeroHostMemory
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.moments import ZeroMoments
+from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.engine.zero.vectors import ZeroVectors
 from relora_ds.engine.zero.weights import ZeroWeights
 from relora_ds.methods.train_state import TrainState
@@ -31,7 +32,8 @@ class ZeroState(TrainState):
         clocks: clock of every parameter that has one.
         completed_steps: the optimizer's own count of updates.
         probe: output of the model on a fixed batch.
-        edited: called with every frozen weight that was edited.
+        gradients: runs the model outside of updates.
+        edited: called with every frozen parameter that was edited.
         tp: the tensor-parallel group whose ranks hold other parts.
     """
 
@@ -42,6 +44,7 @@ class ZeroState(TrainState):
         clocks: Mapping[nn.Parameter, VectorClock],
         completed_steps: Callable[[], int],
         probe: Probe,
+        gradients: FrozenGradients,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
         tp: TensorParallel = SINGLE,
     ) -> None:
@@ -49,12 +52,14 @@ class ZeroState(TrainState):
         device = next(iter((*layout.placements, *bases))).device
         self._collectives = collectives = StateCollectives(layout, tp, device)
         self._probe = probe
+        gradients.count = collectives.count
         host = ZeroHostMemory(layout, collectives)
         super().__init__(
             ZeroWeights(layout, bases, edited, collectives),
             ZeroMoments(layout, clocks, completed_steps, collectives),
             ZeroVectors(layout, clocks, completed_steps, host, collectives),
             host,
+            gradients,
         )
 
     @property

@@ -26,7 +26,7 @@ class ZeroWeights(Weights):
     Args:
         layout: where working weights and masters are.
         bases: authoritative store of every frozen weight that may be edited.
-        edited: called with every frozen weight that was edited.
+        edited: called with every frozen parameter that was edited.
         collectives: sums over the ranks that hold other parts.
     """
 
@@ -67,6 +67,14 @@ class ZeroWeights(Weights):
         start, working = self._layout.working(parameter)
         working.copy_(flat[start : start + working.numel()])
         self._layout.write_copies(parameter, value)
+
+    def write_frozen(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        assert not torch.is_grad_enabled(), "verbs of the state are called within no_grad"
+        assert value.shape == method_shape(parameter), (value.shape, method_shape(parameter))
+        start, working = self._layout.working(parameter)
+        working.copy_(value.reshape(-1)[start : start + working.numel()])
+        self._layout.write_copies(parameter, value)
+        self._edited(parameter)
 
     def add_product(
         self,

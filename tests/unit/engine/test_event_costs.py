@@ -22,6 +22,7 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.zero.digest import ReplicaDigest
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.state import ZeroState
+from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.interface import Session
 from relora_ds.methods.registry import METHODS
@@ -34,6 +35,7 @@ from relora_ds.optim.rectangles import Rectangle
 from relora_ds.optim.scale import Scale
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.optim.vector_clock import Fragment, VectorClock
+from relora_ds.parallel.tensor import SINGLE
 from relora_ds.randomness import Stream
 from tests.harness.device_costs import DEVICE, Costs, MixedDevicesError, SimulatedDevice
 from tests.harness.simulated_zero import layout_of, rank_of_two
@@ -201,7 +203,9 @@ def live(settings: dict[str, Any], stage: int, layers: int) -> Live:
             _, working = layout.working(weight)
             exact = torch.zeros(working.numel(), device=DEVICE)
             bases[weight] = KINDS["bf16_residual"](working, exact)
-        state = ZeroState(layout, bases, clocks, lambda: 4, lambda: torch.ones(3, device=DEVICE))
+        probe = torch.ones(3, device=DEVICE)
+        gradients = FrozenGradients(model, DEVICE, None, SINGLE)
+        state = ZeroState(layout, bases, clocks, lambda: 4, lambda: probe, gradients)
         session = method.start(state, model)
         names = dict(model.named_parameters())
         matrices: Any = SimpleNamespace(shared=lambda: (), replicated=lambda: ())

@@ -6,7 +6,7 @@ weight may have an authoritative store of the engine's beside its working values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.train_state import (
+    Gradients,
     HostMemory,
     LocatedVectors,
     Moments,
@@ -56,6 +57,9 @@ class MemoryWeights(Weights):
     def write(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         assert value.shape == parameter.shape
         parameter.data.copy_(value)
+
+    def write_frozen(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        self.write(parameter, value)
 
     def add_product(
         self,
@@ -106,6 +110,12 @@ class MemoryMoments(Moments):
     @property
     def updates(self) -> int:
         return self._completed()
+
+    def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        for parameter, rotation in rotations.items():
+            stored = self.stored[parameter]
+            stored.exp_avg = stored.exp_avg @ rotation
+            stored.exp_avg_sq = stored.exp_avg_sq @ rotation.square()
 
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         if parameter not in self.stored:
@@ -194,6 +204,29 @@ class MemoryVectors(Vectors):
         return tensor if self.clocks[parameter].axis == 0 else tensor.t()
 
 
+class MemoryGradients(Gradients):
+    """One process: what it has is the mean, and it owns everything."""
+
+    def __init__(self) -> None:
+        self.batch: Callable[[], Iterable[torch.Tensor]] = tuple
+        self.passes: Callable[[torch.Tensor], None] = lambda tokens: None
+        """Runs the model forward and backward on a micro-batch."""
+
+    @property
+    def owners(self) -> int:
+        return 1
+
+    def run_batch(self) -> int:
+        with torch.enable_grad():
+            return sum(1 for tokens in self.batch() if self.passes(tokens) is None)
+
+    def mean(self, weight: nn.Parameter, part: torch.Tensor, turn: int) -> torch.Tensor | None:
+        return part
+
+    def spread(self, value: torch.Tensor, turn: int) -> torch.Tensor:
+        return value
+
+
 class MemoryHost(HostMemory):
     """Plain tensors, which count."""
 
@@ -250,6 +283,7 @@ class MemoryState(TrainState):
             moments or MemoryMoments(self.stored, self.restarted, self.clocks, completed),
             MemoryVectors(self.clocks, self.stored, completed),
             MemoryHost(),
+            MemoryGradients(),
         )
 
     @property

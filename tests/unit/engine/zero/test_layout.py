@@ -20,12 +20,14 @@ from relora_ds.engine.deepspeed.layouts import (
 )
 from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
 from relora_ds.engine.zero.state import ZeroState
+from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.methods.relora.pruning import reset_moments, reset_share
 from relora_ds.numerics.base_weight import Residual
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import slice_of
+from relora_ds.parallel.tensor import SINGLE
 from tests.unit.fake_ranks import Sum, on_ranks
 
 GROUPS = [[(3, 4), (5, 3), (2, 2)], [(7,), (1,)]]
@@ -279,7 +281,13 @@ def test_an_unknown_wrapper_is_refused() -> None:
 def state_of(cut: Cut, layout: Layout, done: int = 4) -> tuple[ZeroState, VectorClock]:
     """The port over one rank's cut; the first parameter has a clock, a frozen weight a store."""
     clock = VectorClock(3, axis=0)
-    return ZeroState(layout, {}, {cut.flat[0]: clock}, lambda: done, lambda: None), clock
+    clocks = {cut.flat[0]: clock}
+    return ZeroState(layout, {}, clocks, lambda: done, lambda: None, no_gradients()), clock
+
+
+def no_gradients() -> FrozenGradients:
+    """The port of a run whose method asks for none."""
+    return FrozenGradients(nn.Identity(), torch.device("cpu"), None, SINGLE)
 
 
 @torch.no_grad()
@@ -318,7 +326,7 @@ def test_frozen_weights_are_edited_through_their_store() -> None:
     cut = Cut(1, 0)
     weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16), requires_grad=False)
     base = Residual(weight.data.view(-1), torch.full((12,), 1.0))
-    state = ZeroState(cut.layout(), {weight: base}, {}, lambda: 0, lambda: None)
+    state = ZeroState(cut.layout(), {weight: base}, {}, lambda: 0, lambda: None, no_gradients())
     sums = state.weights.add_product(weight, torch.ones(4, 1), torch.full((1, 3), 2.0**-20), 1.0)
     assert sums is not None
     assert sums[0] == 12

@@ -1,0 +1,63 @@
+"""Settings of GaLore and their rules. Defaults are the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from relora_ds.config.base import PositiveFloat, PositiveInt
+from relora_ds.config.methods.base import WarmStarted
+from relora_ds.config.methods.catalogue import register_settings
+from relora_ds.config.reading.document import Finding, Rule
+from relora_ds.config.sections import OptimizerConfig
+
+
+@register_settings
+class GaLoreConfig(WarmStarted):
+    """GaLore: Adam on gradients that are projected to a subspace of rank r, which is chosen anew
+    every few hundred updates (Zhao et al., arXiv 2403.03507)."""
+
+    name: Literal["galore"]
+    """Chooses this method."""
+    rank: PositiveInt = 128
+    """Rank r of the subspace; smaller than both sides of every projection."""
+    update_every: PositiveInt = 200
+    """Optimizer steps between refreshes of the subspace, the first one before the first update."""
+    scale: PositiveFloat = 0.25
+    """Factor on the learning rate of the projections, `optimizer.adapter_lr` or `optimizer.lr`."""
+    transport: Literal["rotate", "none"] = "rotate"
+    """What becomes of Adam's moments at a refresh. `rotate`: they are carried over to the new
+    basis. `none`: they stay as they are, though they belong to the old one (the authors')."""
+    svd: Literal["exact", "randomised"] = "exact"
+    """How the leading singular vectors of a gradient are found."""
+
+    @property
+    def low_rank(self) -> int:
+        return self.rank
+
+    @property
+    def has_frozen_base(self) -> bool:
+        return True
+
+    @property
+    def rate_factor(self) -> float:
+        return self.scale
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (*super().rules(), self.frozen_weight_does_not_decay, self.rotated_moments_are_plain)
+
+    def frozen_weight_does_not_decay(self, optimizer: OptimizerConfig) -> Iterator[Finding]:
+        if optimizer.weight_decay:
+            yield Finding(
+                ("optimizer", "weight_decay"),
+                f"is {optimizer.weight_decay:g}, but method galore moves its projections within a "
+                "subspace, where a decay of the whole weight has no place: write 0",
+            )
+
+    def rotated_moments_are_plain(self, optimizer: OptimizerConfig) -> Iterator[Finding]:
+        if self.transport == "rotate" and optimizer.name == "adamw8bit":
+            yield Finding(
+                ("method", "transport"),
+                "is rotate, but optimizer.name adamw8bit stores codes, which cannot be carried "
+                "over to another basis: use adamw, or write none",
+            )

@@ -1,0 +1,1 @@
+"""GaLore: training within a subspace that the gradient chooses again and again."""

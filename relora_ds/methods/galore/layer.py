@@ -1,0 +1,119 @@
+"""A projection whose weight moves within a subspace of rank r.
+
+Shapes: x (T, n), W (m, n); S is the shorter side of W and L the longer one. The weight in effect is
+W + P Q where m >= n and W + (P Q)^T otherwise. The `projected` P (L, r) is trained, the `basis` Q
+(r, S) is fixed. The gradient of P is G Q^T, or G^T Q^T, for the gradient G of W: training P is
+GaLore between two choices of the basis, and no gradient larger than P is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.parallel.linear import LinearSpec, Projection
+
+Sink = Callable[[torch.Tensor], None]
+"""Takes a dense gradient of this rank's part of W, of the part's shape."""
+
+
+class _ProjectedProduct(torch.autograd.Function):
+    """y = x W^T plus what P Q adds, saving x alone.
+
+    The parameters themselves are saved, not views of them: what ZeRO stage 3 gathers for the
+    forward pass is not kept until the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        projected: torch.Tensor,
+        basis: torch.Tensor,
+        tall: bool,
+        sink: Sink | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, projected, basis)
+        ctx.tall, ctx.sink = tall, sink
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows @ weight.t()
+        if tall:
+            out.addmm_(rows @ basis.t(), projected.t())
+        else:
+            out.addmm_(rows @ projected, basis)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, projected, basis = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        if ctx.sink is not None:
+            ctx.sink(grad.t() @ rows)
+        inner = grad @ (projected if ctx.tall else basis.t())
+        grad_x = grad_projected = None
+        if ctx.needs_input_grad[0]:
+            behind = basis if ctx.tall else projected.t()
+            grad_x = (grad @ weight).addmm_(inner, behind).view_as(x)
+        if ctx.needs_input_grad[2]:
+            tall = ctx.tall
+            grad_projected = grad.t() @ (rows @ basis.t()) if tall else rows.t() @ inner
+        return grad_x, None, grad_projected, None, None, None
+
+
+class GaLoreLinear(Projection):
+    """A frozen `weight` (m, n), a frozen `basis` (r, S) and the trained `projected` (L, r).
+
+    Over tensor-parallel ranks the two small matrices are cut along the side that they have in
+    common with what is cut of the weight; the one without such a side is whole on every rank.
+    """
+
+    def __init__(self, spec: LinearSpec, rank: int) -> None:
+        super().__init__(spec)
+        self.rank = rank
+        m, n = spec.out_features, spec.in_features
+        self.weight = nn.Parameter(torch.empty(m, n), requires_grad=False)
+        self.basis = nn.Parameter(torch.empty(rank, min(m, n)), requires_grad=False)
+        self.projected = nn.Parameter(torch.empty(max(m, n), rank))
+        self.bias = self.allocate_bias()
+        self.sink: Sink | None = None
+        """Given the dense gradient of every backward pass whose forward pass it was set in."""
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether the weight has as many rows as columns, or more."""
+        return self.spec.out_features >= self.spec.in_features
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        out = _ProjectedProduct.apply(
+            x, self.weight, self.projected, self.basis, self.is_tall, self.sink
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    @property
+    def _cuts_long_side(self) -> bool:
+        return (self.spec.style == "column") == self.is_tall
+
+    def shard_dims(self) -> dict[str, int]:
+        weight = {"weight": 0 if self.spec.style == "column" else 1}
+        return weight | ({"projected": 0} if self._cuts_long_side else {"basis": 1})
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        partial = super().partial_gradients()
+        if self.spec.tp.size > 1 and not self._cuts_long_side:
+            partial.append(self.projected)
+        return partial
+
+    def factors(
+        self, projected: torch.Tensor, basis: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What P and Q add to the weight, as the two factors (m, r) and (r, n) of a product."""
+        return (projected, basis) if self.is_tall else (basis.t(), projected.t())
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"

@@ -1,0 +1,200 @@
+"""GaLore on plain tensors: the layer, the bases, its settings, and its session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from relora_ds.config.load import load_run_config
+from relora_ds.config.schema import RunConfig
+from relora_ds.errors import ConfigError
+from relora_ds.methods.build import build_model
+from relora_ds.methods.galore.basis import leading_basis
+from relora_ds.methods.galore.galore import GaLoreSession, galore_layers
+from relora_ds.methods.galore.layer import GaLoreLinear
+from relora_ds.methods.registry import plan_phases
+from relora_ds.model.init import InitialWeights
+from relora_ds.model.llama import Llama
+from relora_ds.numerics.base_weight import Working
+from relora_ds.parallel.linear import LinearSpec
+from relora_ds.randomness import Stream
+from tests.harness.build import TINY, batches, run_config
+from tests.unit.methods.memory_state import MemoryState, StoredMoments
+
+STREAM = Stream(1, "basis")
+
+
+def layer_of(rows: int, cols: int, rank: int) -> GaLoreLinear:
+    draw = torch.Generator().manual_seed(rows)
+    layer = GaLoreLinear(LinearSpec("a", cols, rows, bias=False, style="column"), rank).double()
+    for parameter in layer.parameters():
+        parameter.data.normal_(generator=draw)
+    return layer
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(9, 5), (5, 9), (6, 6)])
+def test_the_factor_gets_the_projected_gradient_and_the_sink_the_whole(
+    rows: int, cols: int
+) -> None:
+    layer, x = layer_of(rows, cols, 3), torch.randn(2, 4, cols, dtype=torch.float64)
+    x.requires_grad_()
+    left, right = layer.factors(layer.projected, layer.basis)
+    dense = (layer.weight + left @ right).detach().requires_grad_()
+    taken: list[torch.Tensor] = []
+    layer.sink = taken.append
+    out = layer(x)
+    torch.testing.assert_close(out, F.linear(x, dense))
+    (grad_x,) = torch.autograd.grad(out.pow(3).sum(), x, retain_graph=True)
+    wanted_x, wanted = torch.autograd.grad(F.linear(x, dense).pow(3).sum(), (x, dense))
+    torch.testing.assert_close(grad_x, wanted_x)
+    torch.testing.assert_close(taken[-1], wanted)
+    (grad,) = torch.autograd.grad(out.pow(3).sum(), layer.projected)
+    torch.testing.assert_close(grad, (wanted if rows >= cols else wanted.t()) @ layer.basis.t())
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_a_basis_spans_the_leading_directions_of_the_shorter_side(
+    svd: Any, shape: tuple[int, int]
+) -> None:
+    low = torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
+    gradient = low + 1e-4 * torch.randn(shape)
+    basis = leading_basis(gradient, 3, svd, STREAM)
+    assert basis is not None
+    assert basis.shape == (3, 7)
+    torch.testing.assert_close(basis @ basis.t(), torch.eye(3), atol=1e-5, rtol=0)
+    side = gradient if shape[0] > shape[1] else gradient.t()
+    left = side - side @ basis.t() @ basis
+    assert float(left.norm()) <= 1e-2 * float(side.norm())
+    assert bool((basis.gather(1, basis.abs().argmax(1, keepdim=True)) > 0).all())
+    again = leading_basis(gradient, 3, svd, STREAM)
+    assert again is not None
+    assert torch.equal(basis, again)
+
+
+def test_a_random_basis_leaves_the_generator_of_the_process_alone() -> None:
+    before = torch.get_rng_state()
+    leading_basis(torch.randn(8, 6, generator=torch.Generator()), 2, "randomised", STREAM)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_a_gradient_without_direction_has_no_basis(value: float) -> None:
+    gradient = torch.zeros(6, 4)
+    gradient[1, 2] = value
+    assert leading_basis(gradient, 2, "exact", STREAM) is None
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_gradients_of_any_size_have_a_basis(size: float) -> None:
+    gradient = torch.randn(6, 4)
+    scaled = leading_basis(gradient * size, 2, "exact", STREAM)
+    basis = leading_basis(gradient, 2, "exact", STREAM)
+    assert scaled is not None
+    assert basis is not None
+    torch.testing.assert_close(scaled, basis, atol=1e-5, rtol=1e-5)
+
+
+def config_of(**settings: object) -> RunConfig:
+    return run_config({"name": "galore", "rank": 4, "update_every": 5, **settings})
+
+
+def session_of(config: RunConfig) -> tuple[GaLoreSession, MemoryState, Llama]:
+    """A session on plain tensors, whose moments are random."""
+    method = plan_phases(config)[-1].method
+    source = InitialWeights(TINY, config.train.seed)
+    model = build_model(TINY, method, config.train, source, torch.device("cpu"))
+    state = MemoryState()
+    for layer in galore_layers(model).values():
+        weight = layer.weight
+        state.bases[weight] = Working(weight.data.view(-1), weight.detach().clone().view(-1))
+        shape = layer.projected.shape
+        state.stored[layer.projected] = StoredMoments(torch.randn(shape), torch.rand(shape))
+    tokens = batches(1)[0]
+    state.gradients.batch = lambda: [tokens]
+    gradients: Any = state.gradients
+    gradients.passes = lambda tokens: model(tokens).backward()
+    session = method.start(state, model)
+    assert isinstance(session, GaLoreSession)
+    return session, state, model
+
+
+def test_a_refresh_keeps_the_function_and_carries_the_moments_over() -> None:
+    session, state, model = session_of(config_of())
+    tokens = batches(1)[0]
+    with torch.no_grad():
+        session.before_step(0)
+        for layer in galore_layers(model).values():
+            layer.projected.normal_(std=0.01)
+            layer.basis.copy_(torch.linalg.qr(torch.randn(layer.basis.shape).t()).Q.t())
+        loss = model(tokens)
+        old = {name: layer.basis.clone() for name, layer in galore_layers(model).items()}
+        moments = {p: (m.exp_avg, m.exp_avg_sq) for p, m in state.stored.items()}
+        state.completed = 5
+        assert session.before_step(4) is None
+        event = session.before_step(5)
+        assert event is not None
+        assert event.kind == "refresh"
+        assert event.moments_reset_fraction == 0.0
+        assert event.function_drift <= 1e-6
+        torch.testing.assert_close(model(tokens), loss, atol=0, rtol=1e-6)
+    for name, layer in galore_layers(model).items():
+        assert not layer.projected.any()
+        turn = old[name] @ layer.basis.t()
+        first, second = moments[layer.projected]
+        torch.testing.assert_close(state.stored[layer.projected].exp_avg, first @ turn)
+        torch.testing.assert_close(state.stored[layer.projected].exp_avg_sq, second @ turn.square())
+
+
+def test_published_moments_stay_as_they_are() -> None:
+    session, state, _ = session_of(config_of(transport="none"))
+    moments = {p: m.exp_avg.clone() for p, m in state.stored.items()}
+    state.completed = 5
+    with torch.no_grad():
+        assert session.before_step(5) is not None
+    assert all(torch.equal(state.stored[p].exp_avg, value) for p, value in moments.items())
+
+
+def test_a_batch_that_is_left_out_chooses_no_basis() -> None:
+    session, state, model = session_of(config_of())
+    state.gradients.batch = tuple
+    before = {name: layer.basis.clone() for name, layer in galore_layers(model).items()}
+    with torch.no_grad():
+        assert session.before_step(0) is None
+    after = {name: layer.basis for name, layer in galore_layers(model).items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_without_gradient_keep_basis_and_factor() -> None:
+    session, _, model = session_of(config_of())
+    layers = galore_layers(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        next(iter(layers.values())).projected.fill_(0.5)
+        event = session.before_step(0)
+    assert event is not None
+    assert event.details["method/kept_bases"] == len(layers)
+    assert bool((next(iter(layers.values())).projected == 0.5).all())
+
+
+def test_the_scale_multiplies_the_rate_of_the_projections_alone() -> None:
+    phase = plan_phases(config_of(scale=0.25, warm_start_steps=0))[-1]
+    assert phase.adapter_lr == pytest.approx(0.25 * config_of().optimizer.lr)
+    warm = plan_phases(config_of(scale=0.25, warm_start_steps=3))[0]
+    assert warm.adapter_lr == pytest.approx(config_of().optimizer.lr)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.weight_decay=0.1", "optimizer.weight_decay"),
+        ("optimizer.name=adamw8bit", "method.transport"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(override: str, key: str) -> None:
+    path = "configs/run/llama_60m_galore.yaml"
+    with pytest.raises(ConfigError, match=key):
+        load_run_config(path, [override])
