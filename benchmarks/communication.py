@@ -47,6 +47,7 @@ from relora_ds.errors import ConfigError
 from relora_ds.methods.build import sharded_meta_model
 from relora_ds.methods.interface import matrix_rules
 from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.topology import Topology, share_models
 from relora_ds.parallel.zero import ZeroSettings
 
@@ -187,7 +188,7 @@ def _measure(
     in_charge = plan_phases(config)[-1].method
     engine = build_engine(architecture, in_charge, config, zero, topology)
     engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
-    expected = _expected(workload, config, zero, topology)
+    expected = _expected(workload, config, zero, topology, engine.update_size)
     # processes that share a copy of the model read the same tokens
     draw = torch.Generator().manual_seed(topology.dp_rank)
     shape = (accumulation, workload.micro_batch_size, workload.seq_length + 1)
@@ -277,25 +278,25 @@ def _run_config(workload: Workload, method: str, accumulation: int, world: Topol
 
 
 def _expected(
-    workload: Workload, config: RunConfig, zero: ZeroSettings, topology: Topology
+    workload: Workload,
+    config: RunConfig,
+    zero: ZeroSettings,
+    topology: Topology,
+    update: UpdateSize,
 ) -> Payloads:
     method, tp = plan_phases(config)[-1].method, topology.tp
     model = sharded_meta_model(workload.architecture, method, config.train, tp)
-    trained = method.parameter_groups(model)
-    groups = [group.parameters for group in trained]
+    groups = [group.parameters for group in method.parameter_groups(model)]
     copies = topology.dp_size
     rules = matrix_rules(method, config.optimizer, model)
     place = Place(topology.dp_rank, tp.rank)
     matrices = matrix_traffic(model, groups, rules, zero, (copies, tp.size), place)
-    name = "world" if tp.size == 1 else "dp"
-    moved = expected_payloads(
-        model, groups, zero, copies, group=name, tp_size=tp.size, matrices=matrices
-    )
+    more = {"group": "world" if tp.size == 1 else "dp", "tp_size": tp.size}
+    moved = expected_payloads(model, groups, zero, copies, **more, matrices=matrices)
     if tp.size == 1:
         return moved
     share = shares_by_rank(model, groups, zero.stage, copies)[topology.dp_rank]
-    tokens = workload.micro_batch_size * workload.seq_length
-    work = GroupWork(tp.size, tokens, share, len(groups), matrices.sharded)
+    work = GroupWork(tp.size, update, share, len(groups), matrices.sharded)
     return moved | tensor_payloads(model, zero, work)
 
 

@@ -64,12 +64,12 @@ def measured_footprint(layer: Projection, size: UpdateSize) -> Footprint:
             parallelism.
         size: of the update.
     """
-    rehearsal = _Rehearsal(layer, size.dtype)
+    rehearsal = _Rehearsal(layer, size)
     passes = [rehearsal.micro_batch(size.tokens) for _ in range(min(size.micro_batches, 2))]
     # all further micro-batches are as the second one, which may find what the first one left
     times = [1, size.micro_batches - 1][: len(passes)]
     grown = layer.spec.tp.size
-    longer = _Rehearsal(layer, size.dtype).micro_batch(size.tokens + grown)
+    longer = _Rehearsal(layer, size).micro_batch(size.tokens + grown)
     return Footprint(
         exchanges=_exchanges(zip(passes, times, strict=True)),
         held_bytes=rehearsal.held_bytes(),
@@ -162,12 +162,12 @@ class _Rehearsal:
 
     Args:
         layer: what is copied.
-        dtype: of the copy's weights and input.
+        size: of the update.
     """
 
-    def __init__(self, layer: Projection, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Projection, size: UpdateSize) -> None:
         self._group = _ListeningGroup.like(layer.spec.tp)
-        self._dtype = dtype
+        self._dtype = dtype = size.dtype
         # what a deep copy finds in its memo it takes instead of copying
         memo: dict[int, Any] = {id(held): None for held in layer.held()}
         memo[id(layer.spec)] = replace(layer.spec, tp=self._group)
@@ -177,6 +177,7 @@ class _Rehearsal:
         for buffer in layer.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device="meta")
         self._layer = copy.deepcopy(layer, memo)
+        self._layer.begin_update(size)
         self._width, rows = _input_and_output(layer)
         self._weight = self._width * rows
 

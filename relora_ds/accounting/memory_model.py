@@ -65,6 +65,8 @@ class StoragePlan:
     """An update has several micro-batches, over which gradients have to be kept."""
     host: bool = False
     """On a host torch's RMSNorm keeps more than its input."""
+    memory: int | None = None
+    """Bytes of the device; None where there is no telling."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,7 +79,7 @@ def expected_memory(
     plan: StoragePlan,
     groups: Sequence[Sequence[nn.Parameter]],
     edited: Sequence[nn.Parameter] = (),
-    tokens: int = 0,
+    update: UpdateSize | None = None,
     checkpointing: bool = False,
     rules: Mapping[nn.Parameter, MatrixOptimizer] = MappingProxyType({}),
 ) -> MemoryUse:
@@ -87,13 +89,14 @@ def expected_memory(
         model: a `Llama`, on the meta device at best.
         groups: its trained parameters by optimizer group.
         edited: frozen weights that the method edits.
-        tokens: of one micro-batch on one process.
+        update: of the run; without it no activations are counted.
         checkpointing: layers are recomputed in the backward pass.
         rules: the matrix-wise optimizer of every parameter that has one.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     total = sum(p.numel() for p in model.parameters())
-    costs = list(footprints(model, UpdateSize(_TYPICAL_TOKENS, dtype=plan.dtype)).values())
+    size = update or UpdateSize(_TYPICAL_TOKENS, dtype=plan.dtype)
+    costs = list(footprints(model, size).values())
     weights = plan.working * total + plan.beside_edited * sum(p.numel() for p in edited)
     scratch = max((cost.scratch_bytes for cost in costs), default=0)
     return MemoryUse(
@@ -101,7 +104,9 @@ def expected_memory(
         indices=sum(b.numel() * b.element_size() for b in model.buffers()),
         gradients=_gradients(plan, [sum(p.numel() for p in group) for group in groups], groups),
         states=round(state_bytes(plan, trained, rules)),
-        activations=_activations(model, plan, costs, tokens, checkpointing) if tokens else 0,
+        activations=(
+            _activations(model, plan, costs, update.tokens, checkpointing) if update else 0
+        ),
         transient=sum(cost.held_bytes for cost in costs) + scratch,
     )
 

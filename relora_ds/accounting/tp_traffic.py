@@ -52,8 +52,8 @@ class GroupWork:
 
     ranks: int
     """Processes in the group."""
-    tokens: int
-    """Read per micro-batch."""
+    update: UpdateSize
+    """What a rank reads, and how it computes."""
     share_elements: int
     """Gradient elements in this rank's slices of the model's `partial_gradients`; see
     `shares_by_rank`."""
@@ -102,11 +102,10 @@ def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Vol
         volume = Volume(times * each.calls, times * size * each.elements)
         add(each.operation, dtype, each.phase, volume)
 
-    add_exchange(_of_loss(model, work.tokens), "float32", _WIDE_BYTES, micro_batches)
-    for each in _of_blocks(model, work.tokens):
+    add_exchange(_of_loss(model, work.update.tokens), "float32", _WIDE_BYTES, micro_batches)
+    for each in _of_blocks(model, work.update.tokens):
         add_exchange(each, working, element, micro_batches)
-    size = UpdateSize(work.tokens, micro_batches, zero.dtype)
-    for layer in footprints(model, size).values():
+    for layer in footprints(model, work.update).values():
         for each in layer.exchanges:
             add_exchange(each, working, element)
     add("all_reduce", working, "step", Volume(1, element * work.share_elements))

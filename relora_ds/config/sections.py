@@ -74,6 +74,12 @@ class TrainConfig(Section):
     Hopper and Blackwell. `cudnn`: cuDNN's. `math`: without fusion, anywhere. A choice by name that
     cannot be met is an error. The backward pass of `cudnn` is not deterministic; `math` always is,
     the others where determinism is asked for, and `auto` and `sdpa` then leave cuDNN out."""
+    formulation: Free[Literal["auto", "split", "layer", "step"]] = "auto"
+    """How adapted projections compute. `split`: the products of the frozen weight and of the
+    factors are added up. `layer`: the weight that they amount to is composed for each product.
+    `step`: it is composed once per optimizer step and kept for all micro-batches, at the price of
+    the dense weights' memory. `auto`: the fastest by operations and bytes for each shape; keeps
+    weights only below ZeRO stage 3 and where all of them take less than an eighth of the device."""
     activation_checkpointing: Free[bool] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     per_layer_update: bool = False

@@ -18,7 +18,7 @@ from relora_ds.methods.build import DenseSource, build_model, filled_model, mark
 from relora_ds.methods.interface import Method
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
-from relora_ds.numerics.indexing import upload
+from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.topology import Topology
 from relora_ds.parallel.zero import ZeroSettings
 

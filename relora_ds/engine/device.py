@@ -76,6 +76,13 @@ def take_device(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a device, used or not; None for a host, whose processes share what it has."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def check_places(optimizer: str, layout: Layout, edited: Sequence[nn.Parameter]) -> None:
     """Refuse placements for which there is no arithmetic.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +17,9 @@ from relora_ds.accounting.memory_meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.backend import Backend, start_backend
-from relora_ds.engine.device import check_places
+from relora_ds.engine.device import check_places, device_memory
 from relora_ds.engine.finite import FiniteCheck, is_finite_everywhere
 from relora_ds.engine.optimizer import build_optimizer, unapplied
 from relora_ds.engine.precision import base_precision
@@ -30,14 +34,19 @@ from relora_ds.engine.zero.tensor_gradients import (
     global_norm,
     square_sums_of_slices,
 )
-from relora_ds.methods.interface import Method, matrix_rules
+from relora_ds.methods.formulation.choice import update_of
+from relora_ds.methods.interface import Method, matrix_rules, projection_layers
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
+from relora_ds.parallel.footprint import UpdateSize
+from relora_ds.parallel.linear import weights_stay
 from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
+
+_logger = logging.getLogger(__name__)
 
 Admit = Callable[[torch.Tensor], bool]
 """Asked on every rank between the last backward pass of an update and the update, which is applied
@@ -117,6 +126,17 @@ class TrainEngine:
         self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
         self._engine.watch_updates(self.memory.after_backward)
         self._reduces_once = zero.reduces_once
+        self._layers = list(projection_layers(model).values())
+        self.update_size = self._update_size(config.train, zero)
+
+    def _update_size(self, train: TrainConfig, zero: ZeroSettings) -> UpdateSize:
+        memory = device_memory(self.device)
+        place = zero.stage, zero.dp_size, self.device.type, memory
+        size = update_of(self._layers, train, *place)
+        for how, count in Counter(layer.describe(size) for layer in self._layers).items():
+            if how:
+                _logger.info("%d projections, %d tokens each: %s", count, size.tokens, how)
+        return size
 
     def _digest_of_replicas(self) -> ReplicaDigest:
         return ReplicaDigest(
@@ -205,6 +225,21 @@ class TrainEngine:
             waits for it.
         """
         self._engine.train()
+        # until the update is over: its backward passes may be where it happens
+        with weights_stay(self._layers, self.update_size):
+            losses, norm = self._passes(micro_batches, admit)
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+
+    def weights_kept(self, batches: int) -> AbstractContextManager[None]:
+        """Within it the weights stay as they are for so many forward passes."""
+        return weights_stay(self._layers, replace(self.update_size, micro_batches=max(1, batches)))
+
+    def _passes(
+        self, micro_batches: Iterable[torch.Tensor], admit: Admit | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Losses of all micro-batches, and the norm where DeepSpeed is not going to know it."""
         losses, norm = [], None
         with self._one_reduction() if self._reduces_once else nullcontext():
             for tokens in micro_batches:
@@ -220,9 +255,7 @@ class TrainEngine:
                     norm = self._update(losses, admit, at_boundary)
         if self._reduces_once:
             norm = self._update(losses, admit, at_boundary=True)
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+        return losses, norm
 
     def _update(
         self, losses: list[torch.Tensor], admit: Admit | None, at_boundary: bool
@@ -274,7 +307,7 @@ class TrainEngine:
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
         del self._digest, self.memory, self._shares, self.matrices
-        del self._probe_output
+        del self._probe_output, self._layers
         self._before_forward.remove()
         self.bases, self.clocks = {}, {}
         gc.collect()

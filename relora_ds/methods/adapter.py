@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,13 +15,18 @@ from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.errors import DivergenceError
+from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
+from relora_ds.methods.formulation.composed import ComposedProduct, Composition, Gradients
 from relora_ds.methods.interface import Method, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
+from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
 from relora_ds.parallel.shape import global_shape, method_shape, shard_of
 from relora_ds.randomness import Stream
+
+_SPLIT = Choice("split", "low_rank")
 
 
 class _AdapterProduct(torch.autograd.Function):
@@ -72,6 +78,22 @@ class _AdapterProduct(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, None, None
 
 
+@dataclass(frozen=True)
+class _Adapted(Composition):
+    """W_eff = W + scale * B @ A with a frozen W, of which no gradient is formed."""
+
+    def compose(
+        self, lora_a: torch.Tensor, lora_b: torch.Tensor, *rest: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.addmm(rest[0], lora_b, lora_a, alpha=self.scale)
+
+    def of_dense(self, full: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        return (None,)
+
+    def of_rows(self, rows: torch.Tensor, grad: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        return (None,)
+
+
 class AdapterLinear(LowRankProjection):
     """A frozen `weight` (m, n) beside the trained factors `lora_A` (r, n) and `lora_B` (m, r).
 
@@ -85,15 +107,41 @@ class AdapterLinear(LowRankProjection):
         self.bias = self.allocate_bias()
         self.scaling = nn.Parameter(torch.empty(1)) if config.trainable_scaling else None
         self.scale = 1.0 if config.trainable_scaling else config.scale
+        self._composed: torch.Tensor | None = None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         lora_b = self.lora_B
         if self.scaling is not None:
             lora_b = lora_b * torch.tanh(self.scaling)
-        exchange = self.inner_exchange() if self.shards_inner else None
-        out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale, exchange)
+        choice = _SPLIT if self.update is None else self._choice(self.update)
+        if choice.form == "split":
+            exchange = self.inner_exchange() if self.shards_inner else None
+            out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale, exchange)
+        else:
+            pair = self.join_factors, self.divide_factors
+            keep = self.recomputed and choice.form == "layer"
+            how = _Adapted(self.scale, choice.gradient, keep, *pair)
+            if choice.form == "step" and self._composed is None:
+                with torch.no_grad():
+                    self._composed = how.compose(*how.join(self.lora_A, lora_b), self.weight)
+            out = ComposedProduct.apply(x, self._composed, how, self.lora_A, lora_b, self.weight)
         assert isinstance(out, torch.Tensor)
         return out
+
+    def end_update(self) -> None:
+        super().end_update()
+        self._composed = None
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        return () if self._composed is None else (self._composed,)
+
+    def describe(self, update: UpdateSize) -> str:
+        return str(self._choice(update))
+
+    def _choice(self, update: UpdateSize) -> Choice:
+        rates = rates_of(update.device, update.dtype)
+        size = product_size(self, update)
+        return choose(size, update.formulation, update.keeps_composed, rates)
 
     def shard_dims(self) -> dict[str, int]:
         return super().shard_dims() | {"weight": 0 if self.spec.style == "column" else 1}

@@ -1,9 +1,9 @@
 """What a method may touch of a running engine: five ports that hide where ZeRO keeps what.
 
 `TrainState` has one port per concern: `weights`, `moments`, `vectors`, `host` and `gradients`. They
-are declared here and implemented once, in `engine.zero`. Their verbs work at every ZeRO stage. They
-are called on every rank, in the same order, within `torch.no_grad`, and only between optimizer
-steps.
+are declared here, the last in `dense_gradients`, and implemented once, in `engine.zero`. Their
+verbs work at every ZeRO stage. They are called on every rank, in the same order, within
+`torch.no_grad`, and only between optimizer steps.
 
 Where tensor parallelism shards a parameter, a method sees this rank's part of it (its *method
 shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor along r.
@@ -12,14 +12,15 @@ shape*); what ZeRO makes of that part is hidden, and so is a shard of a factor a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.numerics.draws import draw_uniform
-from relora_ds.numerics.indexing import upload
+from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import TPShard
 from relora_ds.randomness import Stream
 
@@ -320,53 +321,6 @@ class HostMemory(ABC):
 
         Returns:
             None except on the rank that writes checkpoints.
-        """
-
-
-class Gradients(ABC):
-    """Dense gradients of frozen weights at the coming update, outside of DeepSpeed's reduction."""
-
-    batch: Callable[[], Iterable[torch.Tensor]]
-    """This rank's micro-batches of tokens (B, S + 1) of the coming update; none if it is left
-    out."""
-
-    @property
-    @abstractmethod
-    def owners(self) -> int:
-        """Processes that take turns in owning whole gradients."""
-
-    @abstractmethod
-    def run_batch(self) -> int:
-        """Pass the coming update's micro-batches through the model, forward and backward.
-
-        No gradient of a parameter is kept: whoever wants one takes it while its module is on its
-        way back.
-
-        Returns:
-            The number of micro-batches; the sum of what was taken divided by it is this rank's
-            mean gradient.
-        """
-
-    @abstractmethod
-    def mean(self, weight: nn.Parameter, part: torch.Tensor, turn: int) -> torch.Tensor | None:
-        """The mean over the data-parallel ranks of a frozen weight's gradient. A collective call.
-
-        Args:
-            weight: whose gradient it is.
-            part: this rank's gradient of its part of the weight, fp32; overwritten.
-            turn: number of the owner.
-
-        Returns:
-            The whole gradient, of the weight's global shape, on the owner; None elsewhere.
-        """
-
-    @abstractmethod
-    def spread(self, value: torch.Tensor, turn: int) -> torch.Tensor:
-        """The owner's value, written into everyone's. A collective call.
-
-        Args:
-            value: contiguous, of the same shape and dtype on every rank.
-            turn: number of the owner.
         """
 
 

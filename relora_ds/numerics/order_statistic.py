@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from relora_ds.numerics.indexing import orderless_writes, upload
+from relora_ds.numerics.transfers import orderless_writes, upload
 
 _BUCKETS = 256
 _MAGNITUDE = 0x7FFFFFFF  # all bits of an fp32 word but the sign

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
-from relora_ds.numerics.indexing import upload
 from relora_ds.numerics.rounding import round_at_random
+from relora_ds.numerics.transfers import upload
 from relora_ds.optim.vector_block import Rectangle, Tensors, update_blocks
 from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.randomness import Stream

@@ -13,11 +13,13 @@ import torch
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 Pass = Literal["forward", "backward"]
+Formulation = Literal["auto", "split", "layer", "step"]
+"""How a projection multiplies with what it is made of; see `train.formulation`."""
 
 
 @dataclass(frozen=True)
 class UpdateSize:
-    """What one update reads on one process, and the type it computes in."""
+    """What one update reads on one process, what it computes in, and how."""
 
     tokens: int
     """Tokens of one micro-batch; at least 1."""
@@ -25,6 +27,12 @@ class UpdateSize:
     """Micro-batches of the update; at least 1."""
     dtype: torch.dtype = torch.float32
     """Type of working weights and activations."""
+    formulation: Formulation = "auto"
+    """What the run asks of projections that have a choice."""
+    device: str = "cpu"
+    """Type of the device that computes."""
+    keeps_composed: bool = True
+    """Whether there is room for every projection's dense weight during the update."""
 
 
 @dataclass(frozen=True)

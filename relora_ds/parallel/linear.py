@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,8 @@ class Projection(nn.Module):
     bias: nn.Parameter | None
     recomputed = False
     """Whether the forward pass is run a second time within the backward pass; the model says so."""
+    update: UpdateSize | None = None
+    """The update under way, during which the weights stay as they are; see `weights_stay`."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
@@ -103,6 +106,18 @@ class Projection(nn.Module):
         # added behind the sum, to this rank's part of the sequence
         return [bias] if bias is not None and spec.style == "row" and spec.tp.sequence else []
 
+    def begin_update(self, update: UpdateSize) -> None:
+        """From here on the weights stay as they are: what is derived of them may be kept."""
+        self.update = update
+
+    def end_update(self) -> None:
+        """The weights are going to change: forget what was derived of them."""
+        self.update = None
+
+    def describe(self, update: UpdateSize) -> str:
+        """How the layer computes in such an update; empty if it has no choice."""
+        return ""
+
     def held(self) -> tuple[torch.Tensor, ...]:
         """Live tensors beyond parameters and buffers that outlive a forward and backward pass.
 
@@ -118,6 +133,25 @@ class Projection(nn.Module):
         its costs only where they are not what one forward and backward pass shows.
         """
         return None
+
+
+@contextmanager
+def weights_stay(layers: Iterable[Projection], update: UpdateSize) -> Iterator[None]:
+    """Within it nobody changes the weights of projections, until the last backward pass has used
+    them.
+
+    Args:
+        layers: the projections of a model.
+        update: what runs through them meanwhile.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.begin_update(update)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.end_update()
 
 
 class DenseLinear(Projection):

@@ -31,7 +31,8 @@ from relora_ds.accounting.zero_traffic import (
     expected_payloads,
 )
 from relora_ds.config.load import LoadedRun
-from relora_ds.methods.interface import MemoryShare, matrix_rules
+from relora_ds.methods.formulation.choice import update_of
+from relora_ds.methods.interface import MemoryShare, matrix_rules, projection_layers
 from relora_ds.methods.registry import Phase
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.footprint import UpdateSize
@@ -95,13 +96,15 @@ class PhaseEstimator:
             seconds=self._seconds(zero, moved, replay.calls, volumes),
         )
 
-    def _micro_batch(self) -> UpdateSize:
-        train = self._config.train
-        tokens, dtype = train.micro_batch_size * train.seq_length, DTYPES[train.precision]
-        return UpdateSize(tokens, dtype=dtype)
+    def _gpu_bytes(self) -> int:
+        return round(self._cluster.gpu_memory)
+
+    def _update(self, stage: int) -> UpdateSize:
+        layers, train = projection_layers(self._model).values(), self._config.train
+        return update_of(layers, train, stage, self._copies, "cuda", self._gpu_bytes())
 
     def _working(self) -> int:
-        return self._micro_batch().dtype.itemsize
+        return DTYPES[self._config.train.precision].itemsize
 
     def _room(self) -> float:
         return self._cluster.gpu_memory * (1 - self._cluster.reserve)
@@ -123,7 +126,7 @@ class PhaseEstimator:
 
     def _storage(self, zero: ZeroSettings) -> StoragePlan:
         device = torch.device("cuda")
-        return storage_plan(self._config, zero.stage, self._copies, device)
+        return storage_plan(self._config, zero.stage, self._copies, device, self._gpu_bytes())
 
     def _form(self, zero: ZeroSettings, micro: int) -> MemoryUse:
         train = self._config.train.model_copy(update={"micro_batch_size": micro})
@@ -172,8 +175,8 @@ class PhaseEstimator:
     def _tensor_volumes(self, zero: ZeroSettings, share: int) -> Volumes:
         if self._tp.size == 1:
             return {}
-        tokens, groups = self._micro_batch().tokens, len(self._groups)
-        work = GroupWork(self._tp.size, tokens, share, groups, self._matrices(zero).sharded)
+        update, groups = self._update(zero.stage), len(self._groups)
+        work = GroupWork(self._tp.size, update, share, groups, self._matrices(zero).sharded)
         return tensor_volumes(self._model, zero, work)
 
     def _traffic(self, payloads: Payloads, volumes: Volumes) -> StepTraffic:
@@ -220,7 +223,7 @@ class PhaseEstimator:
     def _seconds(
         self, zero: ZeroSettings, moved: StepTraffic, gathers: int, volumes: Volumes
     ) -> Seconds:
-        cluster, compute = self._cluster, self._compute_seconds()
+        cluster, compute = self._cluster, self._compute_seconds(zero.stage)
         bucket = zero.reduce_bucket * self._working()
         calls = gathers + math.ceil(moved.gradient_payload / bucket) + len(self._groups)
 
@@ -242,11 +245,11 @@ class PhaseEstimator:
             serial=tensor + compute + communication,
         )
 
-    def _compute_seconds(self) -> float:
+    def _compute_seconds(self, stage: int) -> float:
         train, cluster = self._config.train, self._cluster
         tokens = train.global_batch_size * train.seq_length / cluster.gpus
         # every rank multiplies with what every rank holds whole
-        again = (self._tp.size - 1) * _held_alike(self._model, self._micro_batch())
+        again = (self._tp.size - 1) * _held_alike(self._model, self._update(stage))
         operations = (flops_per_token(self._model, train.seq_length) + 6.0 * again) * tokens
         if train.activation_checkpointing:
             operations += (_forward_flops(self._model) + 2.0 * again) * tokens

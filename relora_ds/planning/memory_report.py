@@ -13,7 +13,8 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import meta_model, shard_over_ranks
-from relora_ds.methods.interface import Method, matrix_rules
+from relora_ds.methods.formulation.choice import update_of
+from relora_ds.methods.interface import Method, matrix_rules, projection_layers
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.block_codes import BLOCK
 from relora_ds.numerics.dtypes import DTYPES
@@ -24,8 +25,22 @@ _FP32 = 4
 _BESIDE = {"working": 0, "bf16_residual": 2, "fp32": 4}
 
 
-def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.device) -> StoragePlan:
-    """How the run stores its numbers under DeepSpeed."""
+def storage_plan(
+    config: RunConfig,
+    stage: int,
+    dp_size: int,
+    device: torch.device,
+    memory: int | None = None,
+) -> StoragePlan:
+    """How the run stores its numbers under DeepSpeed.
+
+    Args:
+        config: the run.
+        stage: of ZeRO.
+        dp_size: data-parallel processes.
+        device: that computes.
+        memory: bytes of it; None where there is no telling.
+    """
     train, bf16 = config.train, config.train.precision == "bf16"
     return StoragePlan(
         working=DTYPES[train.precision].itemsize,
@@ -40,6 +55,7 @@ def storage_plan(config: RunConfig, stage: int, dp_size: int, device: torch.devi
         per_layer=train.per_layer_update,
         accumulates=train.global_batch_size > train.micro_batch_size * dp_size,
         host=device.type == "cpu",
+        memory=memory,
     )
 
 
@@ -75,7 +91,14 @@ def memory_of_part(
         plan,
         [group.parameters for group in groups],
         method.edited_weights(part),
-        train.micro_batch_size * train.seq_length,
+        update_of(
+            projection_layers(part).values(),
+            train,
+            plan.stage,
+            plan.dp_size,
+            "cpu" if plan.host else "cuda",
+            plan.memory,
+        ),
         train.activation_checkpointing,
         matrix_rules(method, config.optimizer, part),
     )

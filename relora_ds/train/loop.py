@@ -268,7 +268,8 @@ class Trainer:
         if self.valid_data is None:
             return {}
         assert isinstance(engine.model, Llama)
-        with recorder.phase("eval"), doing("evaluate"):
+        kept = engine.weights_kept(len(self.valid_data))
+        with recorder.phase("eval"), doing("evaluate"), kept:
             loss, _ = validation_loss(engine.model, self.valid_data, engine.device)
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 

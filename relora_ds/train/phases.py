@@ -26,6 +26,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.source import Corpus
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
+from relora_ds.engine.device import device_memory
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import (
     CheckpointError,
@@ -131,7 +132,8 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
         if rewind is not None:
             engine.destroy()
             return rewind
-        plan = storage_plan(config, stage, topology.dp_size, topology.device)
+        device = topology.device
+        plan = storage_plan(config, stage, topology.dp_size, device, device_memory(device))
         expected = closed_form(config, architecture, phase.method, plan)
         trainer.final |= memory_metrics(engine.memory.measured, expected)
         completed = phase.last_step
@@ -196,7 +198,8 @@ def _make_room(
         moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
         if moved is not None:
             _logger.info("moved checkpoints that this run does not continue to %s", moved)
-    plan = storage_plan(config, stage, topology.dp_size, topology.device)
+    device = topology.device
+    plan = storage_plan(config, stage, topology.dp_size, device, device_memory(device))
     largest = max(
         saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
         for phase in phases

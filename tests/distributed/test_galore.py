@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.cases import galore
@@ -18,3 +20,27 @@ def test_every_stage_equals_plain_pytorch(transport: str, processes: int, tensor
     assert len(found) == 4
     for stage, result in found.items():
         assert max(result["losses"]) <= 1e-6, stage
+
+
+@pytest.mark.distributed
+def test_resume_is_bit_exact_around_a_refresh(tmp_path: Path) -> None:
+    found = run_ranks(galore.resumed, 2, directory=str(tmp_path))
+    assert len(found) == 9
+    assert all(found.values()), found
+
+
+@pytest.mark.distributed
+def test_bytes_are_those_of_the_factor_and_a_refresh_moves_each_gradient_once() -> None:
+    for stage, result in run_ranks(galore.moved, 2).items():
+        assert result["recorded"][1] == result["expected"], stage
+        assert result["refresh"] == result["refresh_expected"], stage
+
+
+@pytest.mark.distributed
+def test_other_ways_to_take_a_step_agree() -> None:
+    found = run_ranks(galore.variants, 2)
+    plain = found.pop("plain")
+    for name, close in (("recomputed", 1e-6), ("per layer", 1e-6), ("one reduction", 1e-6)):
+        assert found[name] == pytest.approx(plain, rel=close), name
+    for name, losses in found.items():
+        assert losses == pytest.approx(plain, rel=2e-2), name

@@ -18,6 +18,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import DenseWeights, build_engine
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.engine.device import device_memory
 from relora_ds.engine.handover import exact_parameters
 from relora_ds.errors import DesyncError
 from relora_ds.methods.adapter import AdapterLinear
@@ -237,8 +238,8 @@ class Training:
 
     def expected_memory(self) -> dict[str, int]:
         """Bytes of an update by the closed form, by component."""
-        topology = self.topology
-        plan = storage_plan(self.config, self.zero.stage, topology.dp_size, topology.device)
+        dp_size, device = self.topology.dp_size, self.topology.device
+        plan = storage_plan(self.config, self.zero.stage, dp_size, device, device_memory(device))
         return closed_form(self.config, self.architecture, self.method, plan).as_dict()
 
     def check_replicas(self, event: str | None = None) -> None:

@@ -36,7 +36,8 @@ class Outcome:
         state: what it holds, by file and entry: hashes of tensors, and plain values.
         export: hashes of the exported tensors by name.
         status: in summary.json.
-        final: last figures in summary.json, without those of the start that wrote them.
+        final: last figures in summary.json, without those of the start that wrote them, and those
+            of memory, which a start that finds nothing left to train does not know.
         files: names of everything else that is left.
     """
 
@@ -61,7 +62,7 @@ def outcome(output_dir: Path) -> Outcome:
         state(checkpoints / last),
         exported(output_dir / "hf"),
         summary["status"],
-        _without_the_start(summary["final"]),
+        {k: v for k, v in _without_the_start(summary["final"]).items() if k[:7] != "memory/"},
         sorted(name for name in names if not _OF_NO_RESULT.match(name)),
     )
 

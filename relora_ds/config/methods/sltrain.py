@@ -31,10 +31,10 @@ class SLTrainConfig(MethodSettings):
     (7B)."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Share delta of a projection's elements that the sparse matrix sets and trains."""
-    keep_composed: Literal["layer", "step"] = "layer"
+    keep_composed: Literal["auto", "layer", "step"] = "auto"
     """How long the composed dense weight lives. `layer`: for one matrix product, at the price of
     composing it again in the backward pass. `step`: for all micro-batches of an optimizer step, at
-    the price of the dense weights' memory."""
+    the price of the dense weights' memory. `auto`: as `train.formulation` says."""
     gradient: Literal["auto", "dense", "low_rank"] = "auto"
     """How gradients are formed. `dense`: from the dense weight's gradient, which lives for one
     layer. `low_rank`: products with the factors and a sampled product at the support. `auto`: the

@@ -19,7 +19,7 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.errors import DesyncError
 from relora_ds.numerics.base_weight import BaseWeight
-from relora_ds.numerics.indexing import upload_together
+from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import shard_of

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from relora_ds.engine.zero.layout import Layout
-from relora_ds.methods.train_state import Gradients
+from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.parallel.shape import TPShard, shard_of

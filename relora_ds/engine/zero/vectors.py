@@ -12,7 +12,7 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
-from relora_ds.numerics.indexing import orderless_writes, upload_together
+from relora_ds.numerics.transfers import orderless_writes, upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock, VectorPlaces
 from relora_ds.parallel.shape import inner_shard, tp_local_shape

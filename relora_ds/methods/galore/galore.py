@@ -24,7 +24,7 @@ from relora_ds.methods.galore.layer import GaLoreLinear, Sink
 from relora_ds.methods.interface import Event, Method, Session, projection_layers
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.numerics.readings import Stopwatch, read_together
+from relora_ds.numerics.transfers import Stopwatch, read_together
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.randomness import Stream

@@ -24,7 +24,7 @@ from relora_ds.methods.relora.pruning import reset_moments, reset_share
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.numerics.readings import Stopwatch, read_together
+from relora_ds.numerics.transfers import Stopwatch, read_together
 
 _logger = logging.getLogger(__name__)
 

@@ -8,15 +8,11 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.sltrain import SLTrainConfig
-from relora_ds.methods.interface import Event, Method, Session, projection_layers
-from relora_ds.methods.sltrain.sparse_linear import (
-    GradientForm,
-    SparseForm,
-    SparseLowRankProduct,
-    compose,
-)
+from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
+from relora_ds.methods.formulation.composed import ComposedProduct
+from relora_ds.methods.interface import Method
+from relora_ds.methods.sltrain.sparse_linear import SparseComposition, compose
 from relora_ds.methods.sltrain.support import column_type, draw_support, support_size
-from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.draws import draw_uniform
 from relora_ds.parallel.footprint import Exchange, Footprint, UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
@@ -46,19 +42,35 @@ class SparseLowRankLinear(LowRankProjection):
         self.register_buffer("row_starts", torch.zeros(rows + 1, dtype=torch.int32))
         self.register_buffer("columns", torch.zeros(count, dtype=column_type(cols)))
         self.scale = config.resolved_scale
-        self._gradient: GradientForm = config.gradient
-        self._keeps_composed = config.keep_composed == "step"
+        self._asked = config.keep_composed, config.gradient
         self._composed: torch.Tensor | None = None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._keeps_composed and self._composed is None:
+        # outside an update nobody says when the weights change
+        alone = UpdateSize(x.numel() // x.shape[-1], 1, x.dtype, "layer", x.device.type)
+        choice = self._choice(self.update or alone)
+        pair, parts = (self.join_factors, self.divide_factors), self._parts()
+        how = SparseComposition(self.scale, choice.gradient, self.recomputed, *pair)
+        if choice.form == "step" and self.update is not None and self._composed is None:
             with torch.no_grad():
-                self._composed = self._compose()
-        pair = self.join_factors, self.divide_factors
-        form = SparseForm(self.scale, self._gradient, self.recomputed, *pair)
-        out = SparseLowRankProduct.apply(x, *self._parts(), self._composed, form)
+                self._composed = how.compose(*how.join(*parts[:2]), *parts[2:])
+        out = ComposedProduct.apply(x, self._composed, how, *parts)
         assert isinstance(out, torch.Tensor)
         return out
+
+    def end_update(self) -> None:
+        super().end_update()
+        self._composed = None
+
+    def describe(self, update: UpdateSize) -> str:
+        return str(self._choice(update))
+
+    def _choice(self, update: UpdateSize) -> Choice:
+        keeps, gradient = self._asked
+        asked = update.formulation if keeps == "auto" else keeps
+        size = product_size(self, update, self.columns.numel())
+        rates = rates_of(update.device, update.dtype)
+        return choose(size, asked, update.keeps_composed, rates, gradient)
 
     def shards(self) -> dict[str, TPShard]:
         return super().shards() | {"values": TPShard(self.values.shape, 0, self._own_values())}
@@ -90,10 +102,6 @@ class SparseLowRankLinear(LowRankProjection):
         columns = self.columns.cpu()
         return ((columns >= first) & (columns < last)).nonzero().flatten()
 
-    def drop_composed(self) -> None:
-        """Forget the composed weight: the factors or values have changed."""
-        self._composed = None
-
     def held(self) -> tuple[torch.Tensor, ...]:
         return () if self._composed is None else (self._composed,)
 
@@ -105,17 +113,18 @@ class SparseLowRankLinear(LowRankProjection):
         joined = (
             method_shape(getattr(self, self.inner_factor[0])).numel() if self.shards_inner else 0
         )
+        keeps = self._choice(size).form == "step"
         return Footprint(
-            exchanges=self._exchanges(size.micro_batches, joined) if joined else (),
-            held_bytes=working * dense if self._keeps_composed else 0,
+            exchanges=self._exchanges(size.micro_batches, joined, keeps) if joined else (),
+            held_bytes=working * dense if keeps else 0,
             scratch_bytes=working * (dense + joined) + 4 * self.columns.numel(),
         )
 
-    def _exchanges(self, micro_batches: int, factor: int) -> tuple[Exchange, ...]:
+    def _exchanges(self, micro_batches: int, factor: int, keeps: bool) -> tuple[Exchange, ...]:
         """The cut factor is joined wherever W is composed or a gradient formed: unlike (T, r)
         activations that serves a product of which x A^T is no part."""
-        composed = 1 if self._keeps_composed else micro_batches
-        again = 0 if self._keeps_composed or not self.recomputed else micro_batches
+        composed = 1 if keeps else micro_batches
+        again = 0 if keeps or not self.recomputed else micro_batches
         backward = micro_batches + again
         return (
             Exchange("all_gather", "forward", composed, composed * factor),
@@ -125,10 +134,6 @@ class SparseLowRankLinear(LowRankProjection):
 
     def _parts(self) -> _Parts:
         return self.lora_A, self.lora_B, self.values, self.row_starts, self.columns
-
-    def _compose(self) -> torch.Tensor:
-        factors = self.join_factors(self.lora_A, self.lora_B)
-        return compose(*factors, self.values, self.row_starts, self.columns, self.scale)
 
     def extra_repr(self) -> str:
         return (
@@ -179,21 +184,8 @@ class SLTrain(Method[SLTrainConfig]):
         """The values are elements of a matrix, though they are kept in a vector."""
         return name.endswith(".values") or super().decays(name, parameter)
 
-    def start(self, state: TrainState, model: nn.Module) -> SLTrainSession:
-        return SLTrainSession(self, state, model)
-
     def _support(self, layer: SparseLowRankLinear) -> tuple[torch.Tensor, torch.Tensor]:
         spec = layer.spec
         return draw_support(
             self.seed, spec.name, spec.out_features, spec.in_features, layer.columns.numel()
         )
-
-
-class SLTrainSession(Session[SLTrain]):
-    """Lets layers forget their composed weights after every update."""
-
-    def after_step(self, step: int) -> Event | None:
-        for layer in projection_layers(self.model).values():
-            assert isinstance(layer, SparseLowRankLinear)
-            layer.drop_composed()
-        return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from relora_ds.numerics.indexing import orderless_writes, upload
+from relora_ds.numerics.transfers import orderless_writes, upload
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
 """Slots (k,), int64 on the pool's device -> their initial vectors (k, width), fp32."""

@@ -12,7 +12,7 @@ import torch
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.train_state import Weights
 from relora_ds.numerics.base_weight import WeightEdit
-from relora_ds.numerics.indexing import upload
+from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.randomness import Stream
 

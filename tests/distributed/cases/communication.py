@@ -12,7 +12,7 @@ from relora_ds.accounting.collectives import CALLS
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
 from relora_ds.parallel.topology import Topology
-from tests.harness.build import UNEVEN, VOCAB, Training
+from tests.harness.build import UNEVEN, VOCAB, Training, changed
 from tests.harness.traffic import MICRO, SEQUENCE, listed, record, uneven
 
 STAGES, PRECISIONS, METHODS, ACCUMULATIONS = (0, 1, 2), ("fp32", "bf16"), ("full", "relora"), (1, 2)
@@ -66,7 +66,12 @@ def reductions(topology: Topology) -> dict[str, list[list[float]]]:
 
 def trained(topology: Topology, stage: int, precision: str, reduction: str) -> list[list[float]]:
     """Losses and gradient norms of four updates of three micro-batches that differ by rank."""
-    config = uneven("relora", precision, 3, 0.5, gradient_reduction=reduction)
+    # the same arithmetic at every stage: by itself stage 3 would not keep composed weights
+    config = changed(
+        uneven("relora", precision, 3, 0.5, gradient_reduction=reduction),
+        "train",
+        formulation="step",
+    )
     run = Training(config, topology, {"stage": stage}, UNEVEN)
     generator = torch.Generator().manual_seed(topology.rank)
     found = []

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from relora_ds.accounting.recorder import recorder
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine.assemble import AwaitedState
 from relora_ds.methods.build import build_model
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config
+from tests.harness.resume import load, save
+from tests.harness.traffic import record, uneven
 
-STEPS, EVERY, RANK, EPS = 40, 15, 4, 1e-3
+STEPS, EVERY, RANK, EPS = 40, 15, 3, 1e-3
 RATES = {"dense": 1e-3, "adapter": 1e-3}
-MODEL = CUT.model_copy(update={"attention_bias": False})
+MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
 """Slices cut rows at every stage, and shards differ in size."""
 
 
@@ -52,6 +59,17 @@ class PlainGaLore:
         return change if tall else change.T
 
 
+def config_of(transport: str, every: int, tensor: int = 1, **train: object) -> RunConfig:
+    """A run without clipping at a constant rate."""
+    return run_config(
+        {"name": "galore", "rank": RANK, "update_every": every, "transport": transport},
+        train={"steps": STEPS, **train},
+        optimizer={"eps": EPS, "clip": 0.0},
+        schedule={"name": "constant"},
+        parallel={"tensor": tensor},
+    )
+
+
 def plain(transport: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final dense weights of autograd, torch's Adam and the formula."""
     config = run_config({"name": "full"})
@@ -80,13 +98,7 @@ def plain(transport: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 def check(topology: Topology, tensor: int, transport: str) -> dict[str, dict[str, Any]]:
     """By stage: the relative difference of every loss."""
     expected, _ = plain(transport)
-    config = run_config(
-        {"name": "galore", "rank": RANK, "update_every": EVERY, "transport": transport},
-        train={"steps": STEPS},
-        optimizer={"eps": EPS, "clip": 0.0},
-        schedule={"name": "constant"},
-        parallel={"tensor": tensor},
-    )
+    config = config_of(transport, EVERY, tensor)
     place = share_models(topology, config)
     found: dict[str, dict[str, Any]] = {}
     for stage in range(4):
@@ -94,8 +106,96 @@ def check(topology: Topology, tensor: int, transport: str) -> dict[str, dict[str
         losses = []
         for step, tokens in enumerate(batches(STEPS)):
             losses.append(run.update(step, tokens, RATES).loss)
-            run.engine.check_replicas(run.session.replicas())
+            if step % EVERY == 0:
+                run.check_replicas("refresh")
         pairs = zip(losses, expected, strict=True)
         found[str(stage)] = {"losses": [abs(a - b) / b for a, b in pairs]}
+        run.destroy()
+    return found
+
+
+def resumed(topology: Topology, directory: str) -> dict[str, bool]:
+    """Whether a run that goes on from just before, at and just after a refresh ends with the same
+    bits as one that was not interrupted, by stage and break."""
+    breaks, last, tokens, found = (4, 5, 6), 8, batches(8), {}
+    for stage in (0, 1, 3):
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        config, saved = config_of("rotate", 5), {}
+        run = Training(config, topology, zero, MODEL)
+        for step in range(last):
+            if step in breaks:
+                saved[step] = save(run, Path(directory) / f"{stage}_{step}")
+            run.update(step, tokens[step], RATES)
+        expected = [value.clone() for value in run.gather(list(run.named.values()))]
+        run.destroy()
+        for first, broken in saved.items():
+            run = Training(config, topology, zero, MODEL, weights=AwaitedState())
+            load(run, broken)
+            for step in range(first, last):
+                run.update(step, tokens[step], RATES)
+            again = run.gather(list(run.named.values()))
+            same = all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+            found[f"{stage}/{first}"] = same
+            run.destroy()
+    return found
+
+
+def moved(topology: Topology) -> dict[str, dict[str, Any]]:
+    """By stage: recorded and predicted payloads of an update, and what a refresh reduced and
+    broadcast beside the bytes of whole gradients and of bases."""
+    found = {}
+    with recorder:
+        for stage in range(4):
+            found[str(stage)] = record(topology, uneven("galore", "fp32", 2), {"stage": stage})
+            run = Training(config_of("rotate", 5), topology, {"stage": stage}, MODEL)
+            volumes = recorder.step_volumes()
+            for step, tokens in enumerate(batches(6)):
+                run.set_rates(step, RATES)
+                share = run.own_share(tokens)
+                run.engine.state.gradients.batch = partial(iter, share)
+                recorder.begin_step()
+                run.before_step(step)
+                volumes = recorder.step_volumes()
+                run.train_step(share)
+            sums: dict[str, float] = {"reduce": 0, "broadcast": 0}
+            for kind, volume in volumes.items():
+                if kind.operation in sums:
+                    sums[kind.operation] += volume.payload
+            sides = [
+                (layer.spec.out_features, layer.spec.in_features)
+                for layer in projection_layers(run.engine.model).values()
+            ]
+            wanted = {
+                "reduce": 4 * sum(m * n for m, n in sides),
+                "broadcast": 4 * RANK * sum(map(min, sides)),
+            }
+            found[str(stage)] |= {"refresh": sums, "refresh_expected": wanted}
+            run.destroy()
+    return found
+
+
+def variants(topology: Topology) -> dict[str, list[float]]:
+    """Losses of runs with settings that change how a step is done, by name."""
+    found = {}
+    for name, train, optimizer, method in (
+        ("plain", {}, {}, {}),
+        ("recomputed", {"activation_checkpointing": True}, {}, {}),
+        ("per layer", {"per_layer_update": True}, {}, {}),
+        ("one reduction", {"gradient_reduction": "step"}, {}, {}),
+        ("randomised", {}, {}, {"svd": "randomised"}),
+        ("eight bits", {}, {"name": "adamw8bit"}, {"transport": "none"}),
+        ("bf16", {"precision": "bf16"}, {}, {}),
+    ):
+        config = run_config(
+            {"name": "galore", "rank": RANK, "update_every": 5, **method},
+            train={"steps": STEPS, **train},
+            optimizer={"eps": EPS, "clip": 0.0, **optimizer},
+            schedule={"name": "constant"},
+        )
+        run = Training(config, topology, {"stage": 0 if name == "per layer" else 1}, MODEL)
+        found[name] = [
+            run.update(step, tokens, RATES).loss for step, tokens in enumerate(batches(12))
+        ]
+        run.check_replicas()
         run.destroy()
     return found

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 8},
     "relora": {"name": "relora", "rank": 8},
     "low_rank": {"name": "low_rank", "rank": 8},
+    "galore": {"name": "galore", "rank": 8},
     "sltrain": {"name": "sltrain", "rank": 8},
     "sltrain_step": {"name": "sltrain", "rank": 8, "keep_composed": "step"},
 }

@@ -10,7 +10,7 @@ from relora_ds.config.methods.relora import ReLoRAConfig
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
-from tests.harness.build import STAGES, TINY, batches
+from tests.harness.build import STAGES, TINY, batches, changed
 from tests.harness.reference import PlainAdamW, PlainAdapter, PlainReLoRA
 from tests.harness.runs import RATES, RESETS, STEPS, WARMUP, relora, start, train_observed
 
@@ -48,7 +48,9 @@ def figures(topology: Topology) -> dict[str, Any]:
             }
             run.destroy()
     for stage in STAGES:
-        run = start(relora("zero", "bf16"), stage, topology)
+        # the same arithmetic at every stage: by itself stage 3 would not keep composed weights
+        config = changed(relora("zero", "bf16"), "train", formulation="step")
+        run = start(config, stage, topology)
         found[f"bf16/{stage}"] = train_observed(run)
         run.destroy()
     return found

@@ -19,7 +19,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine import distributed
 from relora_ds.parallel.topology import Topology
-from tests.harness.build import TINY, Training, batches
+from tests.harness.build import TINY, Training, batches, changed
 from tests.harness.runs import RATES, STEPS, relora, start, switchlora
 
 BREAK_AT, AFTER = 7, 5
@@ -42,7 +42,9 @@ TARGETS = {
 
 
 def build(config: RunConfig, stage: int, topology: Topology) -> Training:
-    """The run under an engine."""
+    """The run under an engine, with one arithmetic at every stage: by itself stage 3 would not keep
+    composed weights."""
+    config = changed(config, "train", formulation="step")
     small = {"stage3_param_persistence_threshold": 200, "sub_group_size": 500}
     return start(config, stage, topology, **(small if stage == 3 else {}))
 

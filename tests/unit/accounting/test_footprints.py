@@ -20,13 +20,14 @@ from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 R, IN, OUT = 4, 12, 20
+SPARSE = {"name": "sltrain", "rank": R, "sparsity": 0.2, "gradient": "dense"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "relora": {"name": "relora", "rank": R},
     "lora_trainable": {"name": "lora", "rank": R, "trainable_scaling": True},
     "low_rank": {"name": "low_rank", "rank": R},
-    "sltrain": {"name": "sltrain", "rank": R, "sparsity": 0.2},
-    "sltrain_step": {"name": "sltrain", "rank": R, "sparsity": 0.2, "keep_composed": "step"},
+    "sltrain": {**SPARSE, "keep_composed": "layer"},
+    "sltrain_step": {**SPARSE, "keep_composed": "step"},
 }
 GROUPS = {
     "alone": SINGLE,
@@ -34,7 +35,10 @@ GROUPS = {
     "fold": TensorParallel(1, 2, plan="fold"),
     "sequence": TensorParallel(1, 2, sequence=True),
 }
-SIZES = (UpdateSize(6), UpdateSize(10, 3, torch.bfloat16))
+SIZES = (
+    UpdateSize(6, formulation="split"),
+    UpdateSize(10, 3, torch.bfloat16, formulation="split"),
+)
 Style = Literal["column", "row"]
 
 
@@ -80,6 +84,25 @@ def test_layers_that_state_nothing(name: str, group: str) -> None:
         assert footprint_of(layer, size) == by_hand(layer, name, size)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_composed_weight_is_held_or_made_for_a_moment(group: str) -> None:
+    for style, recomputed, size in product(("column", "row"), (False, True), SIZES):
+        layer = shard("relora", cast(Style, style), GROUPS[group], recomputed)
+        weight = layer_weight(layer) * size.dtype.itemsize
+        for formulation in ("layer", "step"):
+            found = footprint_of(layer, replace(size, formulation=formulation))
+            kept, cut = formulation == "step", GROUPS[group].plan != "fold"
+            assert found.held_bytes == kept * weight
+            assert found.saved_bytes_per_token == 0
+            assert found.scratch_bytes in ((0, weight) if kept else (weight,))
+            # a factor is joined where the weight is composed and where gradients are formed
+            joined = {each.phase: each.calls for each in found.exchanges}
+            if GROUPS[group].size == 1 or not cut:
+                assert not joined
+            else:
+                assert joined["forward"] == (1 if kept else size.micro_batches)
+
+
 @pytest.mark.parametrize("name", ["sltrain", "sltrain_step"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_a_layer_states_is_what_a_run_shows(name: str, group: str) -> None:
@@ -101,6 +124,7 @@ def test_neither_the_layer_nor_its_group_is_touched() -> None:
     layer = method("sltrain_step").linear(LinearSpec("p", IN, OUT, False, "column"))
     with torch.no_grad():
         method("sltrain_step").initialize(layer, torch.zeros(OUT, IN))
+    layer.begin_update(UpdateSize(2))
     layer.product(torch.ones(2, IN))
     (held,) = layer.held()
     before = {name: value.clone() for name, value in layer.state_dict().items()}

@@ -11,6 +11,7 @@ from relora_ds.accounting.memory_model import StoragePlan, expected_memory
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.planning.memory_report import storage_plan
 
 ROOT = Path(__file__).parents[3]
@@ -76,7 +77,9 @@ def test_stages_divide_what_they_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = meta_model(loaded.architecture, method, loaded.config.train)
     groups = [group.parameters for group in method.parameter_groups(model)]
     found = [
-        expected_memory(model, StoragePlan(2, 4, 4, stage=stage, dp_size=8), groups, tokens=1024)
+        expected_memory(
+            model, StoragePlan(2, 4, 4, stage=stage, dp_size=8), groups, update=UpdateSize(1024)
+        )
         for stage in (0, 1, 3)
     ]
     assert found[0].states == 12 * 42_770_944 == 8 * found[1].states

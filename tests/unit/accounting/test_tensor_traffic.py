@@ -13,6 +13,7 @@ from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_vo
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.llama import Llama
+from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part
@@ -69,7 +70,9 @@ def test_only_stage_3_does_not_exchange_the_overflow_flag(
 ) -> None:
     model, groups = part
     zero = ZeroSettings(stage, torch.bfloat16, accumulation=5, clip=1.0)
-    found = tensor_volumes(model, zero, GroupWork(2, 16, 100, len(groups)))
+    found = tensor_volumes(
+        model, zero, GroupWork(2, UpdateSize(16, 5, torch.bfloat16), 100, len(groups))
+    )
     flag = found.get(Traffic("all_reduce", "tp", 2, "uint8", "step"))
     assert (0 if flag is None else flag.payload) == flags
     forward = found[Traffic("all_reduce", "tp", 2, "bfloat16", "forward")]

@@ -22,6 +22,7 @@ FREE = {
     "data.tokenizer",
     "train.micro_batch_size",
     "train.attention",
+    "train.formulation",
     "train.activation_checkpointing",
     "train.deterministic",
     "train.digest_every",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from relora_ds.numerics.indexing import orderless_writes, upload, upload_together
+from relora_ds.numerics.transfers import orderless_writes, upload, upload_together
 from tests.harness.device_costs import DEVICE, SimulatedDevice
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ def test_otherwise_one_factor_is_whole_and_its_gradient_a_share(
     layer = cut_layer(name, "column", tp)
     assert tp_local_shape(layer.lora_A) == (4, 6)
     assert layer.partial_gradients() == [layer.lora_A]
-    assert footprint_of(layer, UpdateSize(10, 2)).exchanges == ()
+    assert footprint_of(layer, UpdateSize(10, 2, formulation="split")).exchanges == ()
 
 
 def test_a_row_bias_has_a_share_of_its_gradient_where_the_sequence_is_cut() -> None:
@@ -98,13 +100,14 @@ def test_vectors_of_a_cut_factor_go_by_their_full_numbers(style: str) -> None:
 
 def test_exchanges_are_counted_per_pass() -> None:
     layer = cut_layer("relora", "column", TensorParallel(0, 2))
-    size = UpdateSize(tokens=10, micro_batches=3)
+    size = UpdateSize(tokens=10, micro_batches=3, formulation="split")
     there, back = footprint_of(layer, size).exchanges
     assert there == Exchange("all_gather", "forward", 3, 3 * 10 * 4)
     assert back == Exchange("reduce_scatter", "backward", 3, 3 * 10 * 4)
     layer.recomputed = True
     assert len(footprint_of(layer, size).exchanges) == 3
-    factor = footprint_of(cut_layer("sltrain", "row", TensorParallel(0, 2)), size)
+    each = replace(size, formulation="layer")
+    factor = footprint_of(cut_layer("sltrain", "row", TensorParallel(0, 2)), each)
     assert [each.elements for each in factor.exchanges] == [3 * 40, 3 * 40, 3 * 40]
 
 

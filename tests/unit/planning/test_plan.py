@@ -21,6 +21,8 @@ from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model, sharded_meta_model
+from relora_ds.methods.formulation.choice import update_of
+from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.planning.memory_report import closed_form, storage_plan
@@ -137,8 +139,9 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
     groups = [group.parameters for group in method.parameter_groups(model)]
     estimate = found.phases["relora"].stages[str(stage)]
     storage = storage_plan(config, stage, 4, torch.device("cuda"))
-    tokens = train.micro_batch_size * train.seq_length
-    form = expected_memory(model, storage, groups, method.edited_weights(model), tokens)
+    layers = projection_layers(model).values()
+    update = update_of(layers, train, stage, 4, "cuda", round(Cluster(1, 1).gpu_memory))
+    form = expected_memory(model, storage, groups, method.edited_weights(model), update)
     memory = estimate.memory
     assert memory.weights + memory.residual == form.weights
     assert [memory.gradients, memory.states, memory.activations] == [
@@ -149,7 +152,7 @@ def test_a_cut_run_takes_up_and_moves_what_the_cut_model_does(stage: int, lane: 
     resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, 4)
     shares = shares_by_rank(model, groups, stage, 4)
     assert any(shares) == (lane != "act")
-    within = tensor_payloads(model, resolved, GroupWork(2, tokens, max(shares), len(groups)))
+    within = tensor_payloads(model, resolved, GroupWork(2, update, max(shares), len(groups)))
     between = expected_payloads(model, groups, resolved, 4, tp_size=2)
     traffic = estimate.traffic
     assert traffic.tensor_payload == sum(within.values())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.numerics.readings import Stopwatch, read_together
+from relora_ds.numerics.transfers import Stopwatch, read_together
 from tests.harness.device_costs import DEVICE, SimulatedDevice
 
 

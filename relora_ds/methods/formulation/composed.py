@@ -1,0 +1,107 @@
+"""y = x W_eff^T with a dense W_eff that is composed of factors and more, and their gradients.
+
+Shapes: x (T, n), A (r, n), B (m, r), W_eff (m, n), y (T, m). Saved are x and what W_eff is made of,
+or W_eff itself where it outlives the product. Nothing of x's size is kept beside x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from relora_ds.methods.formulation.choice import GradientForm
+from relora_ds.parallel.low_rank import Factors
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+def _as_they_are(lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
+    return lora_a, lora_b
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What W_eff is made of beside the factors, and how one projection is computed.
+
+    Args:
+        scale: factor on B @ A.
+        gradient: `dense` forms dW = dy^T x (m, n) for a moment, `low_rank` never does.
+        keep: hold W_eff from the forward to the backward pass. Where the forward pass is run again
+            in the backward pass, this is for a moment only, and W_eff is composed once there.
+        join: makes whole factors of the parts that are passed in, for a moment.
+        divide: makes gradients of the parts of those of the whole factors.
+    """
+
+    scale: float
+    gradient: GradientForm
+    keep: bool = False
+    join: Callable[[torch.Tensor, torch.Tensor], Factors] = _as_they_are
+    divide: Callable[[torch.Tensor, torch.Tensor], Factors] = _as_they_are
+
+    def compose(
+        self, lora_a: torch.Tensor, lora_b: torch.Tensor, *rest: torch.Tensor
+    ) -> torch.Tensor:
+        """W_eff (m, n) of whole factors; `rest` is what the projection is made of beside them."""
+        raise NotImplementedError
+
+    def of_dense(self, full: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        """Gradients of `rest` from dW (m, n)."""
+        raise NotImplementedError
+
+    def of_rows(self, rows: torch.Tensor, grad: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        """Gradients of `rest` from x (T, n) and dy (T, m), without dW."""
+        raise NotImplementedError
+
+
+class ComposedProduct(torch.autograd.Function):
+    """`apply(x, composed, composition, A, B, *rest)`; `composed` is W_eff if somebody keeps it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        composed: torch.Tensor | None,
+        composition: Composition,
+        *parts: torch.Tensor,
+    ) -> torch.Tensor:
+        weight = composed
+        if weight is None:
+            weight = composition.compose(*composition.join(*parts[:2]), *parts[2:])
+        kept = (weight,) if composition.keep or composed is not None else ()
+        # parameters as they are, nothing derived from them: ZeRO may swap their storage in between
+        ctx.save_for_backward(x, *parts, *kept)
+        ctx.composition, ctx.parts = composition, len(parts)
+        return (x.reshape(-1, x.shape[-1]) @ weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Gradients:  # pyright: ignore[reportIncompatibleMethodOverride]
+        composition: Composition = ctx.composition
+        x, *tensors = ctx.saved_tensors
+        (lora_a, lora_b, *rest), kept = tensors[: ctx.parts], tensors[ctx.parts :]
+        rows = x.reshape(-1, x.shape[-1])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        lora_a, lora_b = composition.join(lora_a, lora_b)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weight = kept[0] if kept else composition.compose(lora_a, lora_b, *rest)
+            grad_x = (grad @ weight).view_as(x)
+            del weight, kept, tensors  # before dW takes as much again
+        needed = ctx.needs_input_grad[3:]
+        if not any(needed):
+            return grad_x, None, None, *(None,) * len(needed)
+        scale = composition.scale
+        if composition.gradient == "low_rank":
+            grad_a = (grad @ lora_b).mul_(scale).t() @ rows
+            grad_b = (grad.t() @ (rows @ lora_a.t())).mul_(scale)
+            others = composition.of_rows(rows, grad, *rest)
+        else:
+            full = grad.t() @ rows
+            grad_a = (lora_b.t() @ full).mul_(scale)
+            grad_b = (full @ lora_a.t()).mul_(scale)
+            others = composition.of_dense(full, *rest)
+        return grad_x, None, None, *composition.divide(grad_a, grad_b), *others

@@ -1,0 +1,108 @@
+"""One run in every formulation: whichever way projections compute, it stays the same run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine import distributed
+from relora_ds.methods.interface import projection_layers
+from relora_ds.parallel.linear import Projection
+from relora_ds.parallel.topology import Topology, share_models
+from tests.harness.build import Training, batches, run_config
+from tests.harness.resume import load, save
+
+STEPS, BREAK = 14, 7
+FORMULATIONS = ("split", "layer", "step")
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "rank": 4, "alpha": 6, "trainable_scaling": True},
+    "relora": {
+        "name": "relora",
+        "rank": 4,
+        "alpha": 6,
+        "merge_every": 5,
+        "restart_warmup_steps": 2,
+    },
+    "switchlora": {"name": "switchlora", "rank": 6, "interval": 4, "freeze_steps": 2},
+    "sltrain": {"name": "sltrain", "rank": 4, "alpha": 6, "sparsity": 0.1},
+}
+RATES = {"dense": 4e-3, "adapter": 6e-3}
+
+
+def described(method: str, formulation: str, tensor: int, plan: str) -> RunConfig:
+    """Fourteen updates of two or four micro-batches each."""
+    return run_config(
+        METHODS[method],
+        train={
+            "formulation": formulation,
+            "activation_checkpointing": plan == "recomputed",
+            "per_layer_update": plan == "per_layer",
+        },
+        # a small eps turns rounding into updates where a gradient is nearly zero
+        optimizer={"eps": 1e-3, "clip": 0.0 if plan == "per_layer" else 0.3},
+        parallel={"tensor": tensor, "low_rank_plan": "fold" if plan == "fold" else "act"},
+    )
+
+
+def losses(
+    topology: Topology, cells: Sequence[tuple[str, int, str]], tensor: int = 1
+) -> dict[str, list[float]]:
+    """Losses by method, ZeRO stage, plan and formulation.
+
+    Args:
+        topology: this rank's place.
+        cells: method, ZeRO stage, and what is special: `act`, `fold`, `recomputed`, `per_layer`.
+        tensor: ranks that share a copy of the model.
+    """
+    found = {}
+    for method, stage, plan in cells:
+        for formulation in FORMULATIONS:
+            config = described(method, formulation, tensor, plan)
+            run = Training(config, share_models(topology, config), {"stage": stage})
+            found[f"{method}/{stage}/{plan}/{formulation}"] = _losses(run, formulation == "step")
+    return found
+
+
+def _losses(run: Training, keeps: bool) -> list[float]:
+    """Losses of all updates, in which composed weights were kept or were not."""
+    layers = list(projection_layers(run.engine.model).values())
+    kept: list[bool] = []
+
+    def look(module: nn.Module, *_: object) -> None:
+        assert isinstance(module, Projection)
+        kept.append(bool(module.held()))
+
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    updates = [run.update(step, each, RATES) for step, each in enumerate(batches(STEPS))]
+    for hook in hooks:
+        hook.remove()
+    assert set(kept) == {keeps}
+    assert not any(layer.held() for layer in layers), "one outlived its update"
+    run.check_replicas()
+    run.destroy()
+    return [update.loss for update in updates]
+
+
+def resumed(topology: Topology, method: str, formulation: str, stage: int) -> list[list[float]]:
+    """Losses of a run after its seventh update: unbroken, and resumed there."""
+    config, tokens = described(method, formulation, 1, "act"), batches(STEPS)
+    directory = distributed.broadcast_object(tempfile.mkdtemp())
+
+    def train(run: Training, first: int, last: int) -> list[float]:
+        return [run.update(step, tokens[step], RATES).loss for step in range(first, last)]
+
+    run = Training(config, topology, {"stage": stage})
+    train(run, 0, BREAK)
+    saved = save(run, Path(directory))
+    unbroken = train(run, BREAK, STEPS)
+    run.destroy()
+    again = Training(config, topology, {"stage": stage})
+    load(again, saved)
+    found = train(again, BREAK, STEPS)
+    again.destroy()
+    return [unbroken, found]

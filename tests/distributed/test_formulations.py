@@ -1,0 +1,61 @@
+"""`train.formulation` changes how projections compute, and nothing that they compute."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.cases import formulations as cases
+from tests.harness.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+# every method at every stage, the special ways once each
+_ALONE = [(method, stage, "act") for method in cases.METHODS for stage in (0, 3)]
+_ALONE += [
+    ("relora", 2, "recomputed"),
+    ("sltrain", 1, "recomputed"),
+    ("switchlora", 0, "per_layer"),
+]
+_COPIES = [("relora", 1, "act"), ("switchlora", 2, "act"), ("lora", 3, "act")]
+_SHARED = [
+    ("relora", 1, "act"),
+    ("relora", 3, "fold"),
+    ("switchlora", 2, "act"),
+    ("lora", 0, "act"),
+    ("sltrain", 2, "act"),
+]
+
+
+def _same(found: dict[str, list[float]]) -> None:
+    split = {name: losses for name, losses in found.items() if name.endswith("/split")}
+    for name, losses in split.items():
+        base = name.removesuffix("split")
+        for formulation in cases.FORMULATIONS:
+            assert found[base + formulation] == pytest.approx(losses, rel=2e-6), base + formulation
+
+
+def test_one_rank_at_every_stage() -> None:
+    _same(run_ranks(cases.losses, 1, cells=_ALONE))
+
+
+def test_two_copies() -> None:
+    _same(run_ranks(cases.losses, 2, cells=_COPIES))
+
+
+def test_one_copy_on_two_ranks() -> None:
+    """Factors that are cut along r are joined where weights are composed and gradients formed."""
+    _same(run_ranks(cases.losses, 2, cells=_SHARED, tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("method", "formulation", "stage"),
+    [
+        ("relora", "step", 1),
+        ("switchlora", "step", 0),
+        ("relora", "layer", 3),
+    ],
+)
+def test_a_resumed_run_is_bit_identical(method: str, formulation: str, stage: int) -> None:
+    arguments = {"method": method, "formulation": formulation, "stage": stage}
+    unbroken, resumed = run_ranks(cases.resumed, 2, 400.0, **arguments)
+    assert resumed == unbroken
