@@ -51,11 +51,12 @@ def driver_version() -> str | None:
     return answer[0] if answer else None
 
 
-def describe_machine() -> str:
-    """One line: this process's device, torch with what it was built for, and the driver."""
-    on_cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_cuda else f"CPU ({platform.machine()})"
-    line = f"{device}, torch {torch.__version__}"
+def describe_machine(device: torch.device) -> str:
+    """One line: the device that this process computes on, torch with what it was built for, and the
+    driver."""
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else f"CPU ({platform.machine()})"
+    line = f"{name}, torch {torch.__version__}"
     if torch.version.cuda:
         line += f", CUDA {torch.version.cuda}, driver {driver_version() or 'none'}"
     return line

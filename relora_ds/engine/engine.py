@@ -87,15 +87,18 @@ class TrainEngine:
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
         self._probe_output = probe
         edited = method.edited_weights(model)
-        if exact is None:  # taken before DeepSpeed casts the model
-            exact = {w: w.detach().clone().view(-1) for w in edited}
+        kind = KINDS[base_precision(config)]
+        self.bases: dict[nn.Parameter, BaseWeight] = {}
+        if exact is None:  # the weights are whole: their fp32 values need not outlive the cast
+            self.bases = {w: _store_whole(w, kind, zero.dtype) for w in edited}
         self._engine: Backend = start_backend(model, self.optimizer, config, zero, tp)
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
         self.layout: Layout = self._engine.layout([parameters for _, parameters in self.groups])
         check_places(config.optimizer.name, self.layout, edited)
-        self.bases = self._store(edited, KINDS[base_precision(config)], exact)
-        self._restore_slices(exact)
+        if exact is not None:
+            self.bases = self._store(edited, kind, exact)
+            self._restore_slices(exact)
         axes = method.vector_axes(model).items()
         self.clocks = {p: VectorClock(method_shape(p)[axis], axis) for p, axis in axes}
         self.matrices = ZeroMatrices(self.layout, rules, self.names(), tp)
@@ -163,7 +166,8 @@ class TrainEngine:
         bases = {}
         for weight in edited:
             _, working = self.layout.working(weight)
-            bases[weight] = kind(working, exact.pop(weight, working.float()))
+            value = exact.pop(weight) if weight in exact else working.float()
+            bases[weight] = kind(working, value)
         return bases
 
     def check_replicas(
@@ -347,3 +351,14 @@ class TrainEngine:
 
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tp)
+
+
+def _store_whole(weight: nn.Parameter, kind: type[BaseWeight], dtype: torch.dtype) -> BaseWeight:
+    """Cast a weight and keep its authoritative value, before anything else casts the model.
+
+    Weight by weight, so that no more than one of them is there twice.
+    """
+    exact = weight.data.view(-1)
+    if weight.dtype != dtype:
+        weight.data = torch.empty_like(weight.data, dtype=dtype)
+    return kind(weight.data.view(-1), exact)

@@ -11,6 +11,7 @@ Shape suffixes: T tokens, C tokens of one chunk, D model, V vocab.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -162,8 +163,31 @@ class _Gradients:
             return
         if self.weight.dtype == hidden_CD.dtype:
             self.weight.addmm_(logit_grad_CV.t(), hidden_CD)
+        elif _adds_widely(self.weight.device, hidden_CD.dtype):
+            _add_product(self.weight, logit_grad_CV.t(), hidden_CD)
         else:
             self.weight.add_(logit_grad_CV.t() @ hidden_CD)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right with fp32 `total` and half-precision factors, in one pass over `total`
+    and without rounding the product to their dtype."""
+    torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+@cache
+def _adds_widely(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `_add_product` can be computed there; only torch's CUDA builds have a kernel, not all
+    of them with a wide sum. Tried, once."""
+    if device.type != "cuda":
+        return False
+    total = torch.zeros(16, 16, device=device)
+    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        _add_product(total, factor, factor)
+    except RuntimeError:  # a check of torch's on dtypes, or no kernel
+        return False
+    return True
 
 
 def _run(

@@ -183,7 +183,7 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
     """Say on the main process what a user should know before training, and write `run.yaml`."""
     if not prepared.topology.is_main:
         return
-    _logger.info("running on %s", describe_machine())
+    _logger.info("running on %s", describe_machine(prepared.topology.device))
     warn_of_missing_export(loaded.config)
     for warning in (*loaded.warnings, reduction_advice(prepared.zero), version_advice()):
         if warning is not None:

@@ -62,3 +62,12 @@ def test_checkpointing_keeps_the_inputs_of_layers(figures: dict[str, Any], name:
     # the rotary tables, which do not grow with the batch, are 2 % of so small a model
     assert kept == pytest.approx(found["expected"]["activations"], rel=0.04)
     assert kept < 0.7 * figures[f"{name}/bf16/0"]["measured"]["activations"]
+
+
+def test_fp32_values_of_edited_weights_do_not_outlive_the_cast() -> None:
+    found = run_ranks(memory.handed_over, 1)
+    for kind, extra in (("bf16_residual", 0), ("bf16", -2), ("fp32", 2)):
+        figures = found[kind]
+        assert figures["edited"] > figures["model"] / 8
+        expected = figures["model"] + extra * figures["edited"]
+        assert figures["live"] == pytest.approx(expected, rel=0.03), kind

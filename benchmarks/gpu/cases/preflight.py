@@ -41,7 +41,7 @@ def machine(device: torch.device, sizes: Sizes) -> Figures:
     assert float(torch.ones(3, device=device).sum()) == 3.0
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     figures: Figures = {
-        "machine": describe_machine(),
+        "machine": describe_machine(device),
         "deepspeed": deepspeed.__version__,
         "megatron": megatron.core.__version__,
         "memlock_bytes": soft,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
 from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
+from relora_ds.engine import engine
+from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.parallel.topology import Topology
 from tests.harness.build import STAGES, Training, run_config
 from tests.harness.ranks import ROOT
@@ -94,3 +99,39 @@ def published(topology: Topology) -> dict[str, Any]:
             train = {"precision": "bf16", **train}
             found[f"{size}/{kind}"] = measure(topology, architecture, method, train, optimizer)
     return found
+
+
+def handed_over(topology: Topology) -> dict[str, dict[str, int]]:
+    """Bytes of tensors when DeepSpeed gets a bf16 model whose frozen weights are edited.
+
+    Returns:
+        By kind of base weight: `live`, what building the model left; `model`, its fp32 size;
+        `edited`, elements of edited weights.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for kind in ("bf16_residual", "bf16", "fp32"):
+        train = {"precision": "bf16", "base_precision": kind}
+        config = run_config({"name": "relora", "rank": 2, "warm_start_steps": 0}, train=train)
+        before = _live_bytes()
+        look = partial(_start, found.setdefault(kind, {}))
+        with mock.patch.object(engine, "start_backend", look):
+            Training(config, topology, {"stage": 1}, SMALL).destroy()
+        found[kind]["live"] -= before
+    return found
+
+
+def _start(figures: dict[str, int], model: torch.nn.Module, *rest: Any) -> Backend:
+    """Start the backend, and note what there was before."""
+    parameters = list(model.parameters())
+    figures["live"] = _live_bytes()
+    figures["model"] = sum(4 * p.numel() for p in parameters)
+    figures["edited"] = sum(p.numel() for p in parameters if p.dtype == torch.bfloat16)
+    return start_backend(model, *rest)
+
+
+def _live_bytes() -> int:
+    """Of all tensors that Python knows, each storage once."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

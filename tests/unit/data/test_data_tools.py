@@ -24,13 +24,18 @@ def run(tool: str, *arguments: object, folder: Path) -> subprocess.CompletedProc
     )
 
 
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines on stderr, without what a CUDA build of torch says on a machine without a GPU."""
+    return [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+
+
 def test_from_text_to_tokens_in_any_folder(text_file: Path, tmp_path: Path) -> None:
     options = ("--vocab-size", 400, "--output", "tokenizer.model")
     trained = run("train_tokenizer.py", "--input", text_file, *options, folder=tmp_path)
-    assert (trained.returncode, trained.stderr) == (0, "")
+    assert (trained.returncode, complaints(trained)) == (0, [])
     options = ("--tokenizer", "tokenizer.model", "--output", "data/corpus")
     prepared = run("prepare_data.py", "--input", text_file, *options, folder=tmp_path)
-    assert (prepared.returncode, prepared.stderr) == (0, "")
+    assert (prepared.returncode, complaints(prepared)) == (0, [])
     report = json.loads(prepared.stdout)
     assert report["tokenizer_sha256"] == json.loads(trained.stdout)["sha256"]
     assert report["num_tokens"] == TokenFile(tmp_path / "data" / "corpus").num_tokens

@@ -75,4 +75,15 @@ def test_the_driver_is_told_by_the_kernel_first(machine: Path) -> None:
         "GCC version:  gcc version 13.3.0\n"
     )
     assert accelerator.driver_version() == "580.95.05"
-    assert accelerator.describe_machine().endswith(", CUDA 13.0, driver 580.95.05")
+    line = accelerator.describe_machine(torch.device("cpu"))
+    assert line.endswith(", CUDA 13.0, driver 580.95.05")
+
+
+@pytest.mark.usefixtures("machine")
+def test_the_machine_is_described_by_the_device_that_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert accelerator.describe_machine(torch.device("cuda", 1)).startswith("GPU 1, torch ")
+    assert accelerator.describe_machine(torch.device("cpu")).startswith("CPU (")

@@ -42,6 +42,7 @@ def gpu(monkeypatch):
 
         calls = []
         loaded = (flash_attn_func, "") if flash else (None, "No module named 'flash_attn'")
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
@@ -51,6 +52,14 @@ def gpu(monkeypatch):
         return calls
 
     return of
+
+
+def test_a_kernel_of_gpus_is_refused_where_the_cpu_is_asked_for(plain, gpu, monkeypatch):
+    gpu(9)
+    Llama(plain, DenseLinear, attention="flash")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ConfigError, match="flash', which needs a CUDA device"):
+        Llama(plain, DenseLinear, attention="flash")
 
 
 def test_a_kernel_of_gpus_is_refused_on_a_machine_without(plain, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora_ds.model import loss as loss_module
 from relora_ds.model.loss import IGNORE, chunk_rows, linear_cross_entropy
+from tests.harness.device_costs import DEVICE, SimulatedDevice
 
 TOKENS, WIDTH, VOCAB, ROWS = 50, 12, 37, 16
 
@@ -80,6 +84,24 @@ def test_bfloat16_sums_the_weight_gradient_in_fp32():
         assert got.dtype == torch.bfloat16
         # 50 chunks summed in bf16 would be off by several percent
         assert (got.float() - want).norm() < 0.01 * want.norm()
+
+
+def test_a_gpu_adds_the_weight_gradient_of_a_chunk_in_one_pass(monkeypatch):
+    hidden = torch.randn(TOKENS, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(VOCAB, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(TOKENS, dtype=torch.int64, device=DEVICE)
+    counts = []
+    for adds in (False, True):
+        weight.grad = None
+        monkeypatch.setattr(loss_module, "_adds_widely", lambda device, dtype, adds=adds: adds)
+        with SimulatedDevice() as device:
+            linear_cross_entropy(hidden, weight, targets, rows=ROWS).backward()
+        assert not device.costs.waits
+        counts.append(Counter(device.costs.launches))
+    chunks = -(-TOKENS // ROWS)
+    assert counts[0]["add_"] == counts[1]["addmm"] == chunks
+    assert counts[0]["addmm"] == counts[1]["add_"] == 0
+    assert counts[0].total() - counts[1].total() == chunks
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
