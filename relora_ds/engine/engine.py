@@ -102,12 +102,7 @@ class TrainEngine:
         axes = method.vector_axes(model).items()
         self.clocks = {p: VectorClock(method_shape(p)[axis], axis) for p, axis in axes}
         self.matrices = ZeroMatrices(self.layout, rules, self.names(), tp)
-        if isinstance(self.optimizer, VectorAdamW):
-            self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
-            self.optimizer.roundings = rounding_streams(self.layout, self.names(), method.seed)
-        if isinstance(self.optimizer, GroupedOptimizer):
-            self.optimizer.matrices = self.matrices.placed
-            self.optimizer.exchange = self.matrices
+        self._place_optimizer(method.seed)
         self._digest = self._digest_of_replicas()
         self.state = ZeroState(
             self.layout,
@@ -131,6 +126,15 @@ class TrainEngine:
         self._reduces_once = zero.reduces_once
         self._layers = list(projection_layers(model).values())
         self.update_size = self._update_size(config.train, zero)
+
+    def _place_optimizer(self, seed: int) -> None:
+        """Tell the optimizer what lies where in its flat tensors."""
+        if isinstance(self.optimizer, VectorAdamW):
+            self.optimizer.fragments = clocked_fragments(self.layout, self.clocks)
+            self.optimizer.roundings = rounding_streams(self.layout, self.names(), seed)
+        if isinstance(self.optimizer, GroupedOptimizer):
+            self.optimizer.matrices = self.matrices.placed
+            self.optimizer.exchange = self.matrices
 
     def _update_size(self, train: TrainConfig, zero: ZeroSettings) -> UpdateSize:
         memory = device_memory(self.device)
