@@ -93,6 +93,8 @@ class _Runner:
                 each.kill()
 
     def _may_start(self, case: Case, running: Sequence[Running]) -> bool:
+        if self._tiny:  # no figure means anything that others could spoil
+            return len(running) < self._width
         if any(each.case.alone for each in running) or (case.alone and running):
             return False
         return len(running) < self._width

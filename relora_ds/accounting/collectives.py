@@ -45,7 +45,7 @@ class Call(NamedTuple):
 _TENSORS = ("tensors", "tensor")
 _OUTPUTS = ("output_tensors", "output_lists", "outputs", "output")
 _INPUTS = ("input_tensors", "inputs", "inputTensor", "input")
-_SHARD = ("input_tensors", "input_tensor")
+_SHARD = ("input_tensors", "input_tensor", "input")
 
 CALLS: dict[str, Call] = {
     "allreduce": Call("all_reduce", 0, _TENSORS),
@@ -65,6 +65,8 @@ CALLS: dict[str, Call] = {
     "reduce_scatter_single_coalesced": Call("reduce_scatter", 1, _INPUTS),
     # only the root holds every share
     "gather": Call("gather", 1, _SHARD, shards=True),
+    "gather_single": Call("gather", 1, _SHARD, shards=True),
+    "gather_into_tensor": Call("gather", 1, _SHARD, shards=True),
     "scatter": Call("scatter", 0, ("output_tensors", "output_tensor"), shards=True),
     "alltoall": Call("all_to_all", 1, _INPUTS),
     "alltoall_base": Call("all_to_all", 1, _INPUTS),

@@ -69,6 +69,7 @@ def test_an_unknown_operation_names_the_known_ones() -> None:
         ("_reduce_scatter_base", (SHARD, FLOATS), {}, 24),
         ("reduce_scatter", ([SHARD], [[SHARD, SHARD]]), {}, 24),
         ("gather", ([], [SHARD]), {}, 24),
+        ("gather_single", (), {"output": FLOATS, "input": SHARD}, 24),
         ("scatter", ([SHARD], []), {}, 24),
         ("alltoall_base", (FLOATS, FLOATS, [], []), {}, 24),
         ("barrier", (), {"opts": None}, 0),
@@ -88,7 +89,8 @@ def test_every_method_of_the_process_group_that_moves_data_is_known() -> None:
         for name, method in vars(ProcessGroup).items()
         if "-> c10d::Work" in (getattr(method, "__doc__", None) or "")
     }
-    assert moving - {"_end_coalescing"} <= CALLS.keys()
+    without_data = {"_end_coalescing", "reconfigure"}
+    assert moving - without_data <= CALLS.keys()
     assert {"allreduce", "broadcast", "barrier"} <= moving
 
 
