@@ -21,7 +21,9 @@ from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
 from relora_ds.engine.zero.state import ZeroState
+from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.numerics.base_weight import KINDS
+from relora_ds.parallel.tensor import SINGLE
 from relora_ds.parallel.zero import ZeroSettings
 
 _EXAMPLE = """
@@ -62,7 +64,8 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
     for weight, _, _ in triples:
         _, working = layout.working(weight)
         bases[weight] = KINDS["working"](working, working.clone())
-    state = ZeroState(layout, bases, {}, lambda: 0, lambda: None)
+    gradients = FrozenGradients(torch.nn.Module(), topology.device, group, SINGLE)
+    state = ZeroState(layout, bases, {}, lambda: 0, lambda: None, gradients)
 
     def on_slices() -> None:
         factors = state.weights.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,14 +58,26 @@ class GaLore(Method[GaLoreConfig]):
 
 
 class GaLoreSession(Session[GaLore]):
-    """Chooses the bases of a live engine. What it does follows from the step: it keeps nothing."""
+    """Chooses the bases of a live engine."""
+
+    def __init__(self, method: GaLore, state: TrainState, model: nn.Module) -> None:
+        super().__init__(method, state, model)
+        self._is_due = False
+        """Whether a refresh is to be made up for: the batch that it needed was left out."""
 
     def before_step(self, step: int) -> Event | None:
-        if step % self.method.config.update_every:
+        self._is_due |= step % self.method.config.update_every == 0
+        if not self._is_due:
             return None
         with doing("refresh"):
             self.state.before_event("refresh", f"{step} {self.state.moments.updates}".encode())
             return self._refresh(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_due": self._is_due}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._is_due = bool(state["is_due"])
 
     def _refresh(self, step: int) -> Event | None:
         """Choose every basis from the gradient of the batch that update `step` + 1 takes."""
@@ -74,8 +87,13 @@ class GaLoreSession(Session[GaLore]):
         with _dense_gradients(layers) as sums:
             count = state.gradients.run_batch()
         if not count:
-            _logger.warning("no refresh before step %d of the phase: its batch is left out", step)
+            _logger.warning(
+                "no refresh before step %d of the phase, whose batch is left out: the next one "
+                "brings it",
+                step + 1,
+            )
             return None
+        self._is_due = False
         watch.mark()
         before = state.probe()
         edits, rotations = {}, {}

@@ -158,14 +158,20 @@ def test_published_moments_stay_as_they_are() -> None:
     assert all(torch.equal(state.stored[p].exp_avg, value) for p, value in moments.items())
 
 
-def test_a_batch_that_is_left_out_chooses_no_basis() -> None:
+def test_a_batch_that_is_left_out_chooses_no_basis_and_the_next_one_does() -> None:
     session, state, model = session_of(config_of())
-    state.gradients.batch = tuple
+    offered, state.gradients.batch = state.gradients.batch, tuple
     before = {name: layer.basis.clone() for name, layer in galore_layers(model).items()}
     with torch.no_grad():
         assert session.before_step(0) is None
     after = {name: layer.basis for name, layer in galore_layers(model).items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
+    resumed, state, _ = session_of(config_of())
+    state.gradients.batch = offered
+    resumed.load_state_dict(session.state_dict())
+    with torch.no_grad():
+        assert resumed.before_step(1) is not None
+        assert resumed.before_step(2) is None
 
 
 def test_weights_without_gradient_keep_basis_and_factor() -> None:
