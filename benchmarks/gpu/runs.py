@@ -31,6 +31,8 @@ _RATES = {"dense": 1e-2, "adapter": 1e-2}
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
+    # a new subspace every four updates
+    "galore": {"name": "galore", "rank": 4, "update_every": 4},
     "lora": {"name": "lora", "rank": 4, "alpha": 8},
     "low_rank": {"name": "low_rank", "rank": 4},
     "relora": {
@@ -150,6 +152,8 @@ class SmallRun:
         Returns:
             This rank's mean loss, on the device, and what the method did around the update.
         """
+        # a method may look at the gradient of the batch before it is taken
+        self.engine.state.gradients.batch = lambda: self._own_share(tokens)
         events = [self.before_step(step)]
         loss = self.train_step(step, tokens)
         events.append(self.after_step(step + 1))
@@ -164,11 +168,14 @@ class SmallRun:
         """Forward, backward and update."""
         factor = self.phase.method.lr_multiplier(step, self.phase.schedule)
         self.engine.set_learning_rates({role: factor * rate for role, rate in _RATES.items()})
+        loss, _ = self.engine.train_step(self._own_share(tokens))
+        return loss
+
+    def _own_share(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """This rank's micro-batches of a global batch."""
         micro, place = self.config.train.micro_batch_size, self.topology
         first, stride = place.dp_rank * micro, micro * place.dp_size
-        own = [tokens[at : at + micro] for at in range(first, len(tokens), stride)]
-        loss, _ = self.engine.train_step(own)
-        return loss
+        return [tokens[at : at + micro] for at in range(first, len(tokens), stride)]
 
     @torch.no_grad()
     def after_step(self, done: int) -> Event | None:

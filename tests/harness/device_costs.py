@@ -55,7 +55,7 @@ class SimulatedDevice(TorchDispatchMode):
     ) -> Any:
         keywords: dict[str, Any] = kwargs or {}
         name = func.name().removeprefix("aten::").partition(".")[0]
-        tensors = list(_tensors((args, keywords)))
+        tensors = list(tensors_in((args, keywords)))
         here = [t for t in tensors if t.device == DEVICE]
         there = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0]
         if name == "_local_scalar_dense" and here:
@@ -115,14 +115,15 @@ class SimulatedDevice(TorchDispatchMode):
         (self.costs.queued if queued else self.costs.blocking).append("upload")
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a nest of lists, tuples and dictionaries, in their order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
 
 
 def _taken(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from relora_ds.accounting.collectives import CALLS
+from tests.harness.device_costs import tensors_in
 
 _DTYPES = frozenset(
     {
@@ -79,7 +80,7 @@ class NcclRules:
         @functools.wraps(original)
         def checked(group: ProcessGroup, /, *args: Any, **kwargs: Any) -> Any:
             if group.group_name not in self._host:
-                for tensor in _tensors((args, kwargs)):
+                for tensor in tensors_in((args, kwargs)):
                     self._check(name, tensor)
                 _check_shares(name, group.size(), args)
                 self.checked += 1
@@ -101,17 +102,7 @@ def _check_shares(name: str, size: int, args: tuple[Any, ...]) -> None:
     """What is gathered or shared out is as large as all shares."""
     if name not in _WHOLE_FIRST + _WHOLE_SECOND:
         return
-    first, second = (sum(math.prod(t.shape) for t in _tensors(value)) for value in args[:2])
+    first, second = (sum(math.prod(t.shape) for t in tensors_in(value)) for value in args[:2])
     whole, share = (first, second) if name in _WHOLE_FIRST else (second, first)
     if whole != size * share:
         raise NcclRefusalError(f"{name}: {whole} elements are not {size} times {share}")
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

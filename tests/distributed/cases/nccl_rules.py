@@ -13,6 +13,7 @@ from tests.harness.nccl_rules import NcclRefusalError, NcclRules
 
 METHODS: dict[str, dict[str, object]] = {
     "full": {"name": "full"},
+    "galore": {"name": "galore", "rank": 4, "update_every": 2},
     "lora": {"name": "lora", "rank": 4},
     "low_rank": {"name": "low_rank", "rank": 4},
     "relora": {"name": "relora", "rank": 4, "merge_every": 2, "restart_warmup_steps": 1},
