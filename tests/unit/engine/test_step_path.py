@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "relora": {"name": "relora", "rank": 4},
     "sltrain": {"name": "sltrain", "rank": 4, "sparsity": 0.1},
     "switchlora": {"name": "switchlora", "rank": 3},
+    "galore": {"name": "galore", "rank": 4},
 }
 LAUNCHES = {
     "full": (1, 2),
@@ -68,6 +69,7 @@ LAUNCHES = {
     "relora": (3, 8),
     "sltrain": (9, 21),
     "switchlora": (3, 8),
+    "galore": (3, 6),
 }
 """Kernels of one projection, forward and backward, at most."""
 COMPOSED = {"lora": (1, 7), "relora": (1, 7), "sltrain": (1, 14), "switchlora": (1, 7)}

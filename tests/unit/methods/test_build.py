@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "low_rank_xavier": {"name": "low_rank", "rank": 4, "init": "xavier"},
     "sltrain": {"name": "sltrain", "rank": 4, "sparsity": 0.1},
     "switchlora": {"name": "switchlora", "rank": 3},
+    "galore": {"name": "galore", "rank": 4},
 }
 
 
