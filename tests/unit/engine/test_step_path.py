@@ -53,7 +53,6 @@ ARCHITECTURE = ModelConfig(
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
-    "galore": {"name": "galore", "rank": 4},
     "lora": {"name": "lora", "rank": 4},
     "low_rank": {"name": "low_rank", "rank": 4},
     "relora": {"name": "relora", "rank": 4},
@@ -63,7 +62,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 LAUNCHES = {
     "full": (1, 2),
-    "galore": (3, 5),
     "lora": (3, 8),
     "low_rank": (2, 4),
     "relora": (3, 8),
