@@ -14,7 +14,6 @@ from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Report, SavedTensor
-from relora_ds.methods.switchlora.candidate_pool import CandidatePool
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.numerics.base_weight import Precision, Working
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
@@ -322,39 +321,6 @@ def test_a_restored_run_goes_on_bit_for_bit(at: int, selection: str) -> None:
     last, found = run.report().metrics, again.report().metrics
     for key in ("switched_vectors", "candidates_visited", "candidate_pairs", "effective_rank"):
         assert found[f"method/{key}"] == last[f"method/{key}"]
-
-
-class _Queue:
-    """A stream that notes when the host waited for it."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self._name, self._log = name, log
-
-    def synchronize(self) -> None:
-        self._log.append(self._name)
-
-
-def test_vectors_on_their_way_to_the_host_arrive_before_they_are_saved(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    log: list[str] = []
-    run = Run(candidates="host")
-    for step in range(1, 5):
-        run.move(step)
-        run.switch(step)
-    read = CandidatePool.chunks
-
-    def chunks(pool: CandidatePool) -> list[torch.Tensor]:
-        log.append("read")
-        return read(pool)
-
-    monkeypatch.setattr(CandidatePool, "chunks", chunks)
-    monkeypatch.setattr(run.session, "_stream", _Queue("stream of the candidates", log))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Queue("stream of the model", log))
-    saved = run.session.state_dict()
-    assert any(".vectors." in key for key in saved)
-    assert sorted(log[:2]) == ["stream of the candidates", "stream of the model"]
-    assert set(log[2:]) == {"read"}
 
 
 def _saved(run: Run) -> dict[str, Any]:
