@@ -115,7 +115,12 @@ def _partitions(values: Values, directory: Path) -> None:
         torch.save({"optimizer_state_dict": content}, path)
 
 
-FORMS = {"whole": (0, _whole), "wrapped": (0, _wrapped), "flat": (2, _flat), "cut": (3, _partitions)}
+FORMS = {
+    "whole": (0, _whole),
+    "wrapped": (0, _wrapped),
+    "flat": (2, _flat),
+    "cut": (3, _partitions),
+}
 
 
 def _edit(path: Path, change: Edit) -> None:
