@@ -15,8 +15,9 @@ REDACTED = "[redacted]"
 _SECRET = re.compile(
     r"(?i)key|token|secret|passw|passphrase|pwd|credential|bearer|authorization|(?<![a-z])auth$"
 )
-_IN_URL = re.compile(r"(?<=://)[^/\s]+(?=@)")
-"""User and password before the host, up to the last "@": passwords hold that sign too."""
+_IN_URL = re.compile(r"(?<=://)(?:[^/\s:@]+:(?!\d{1,5}/)[^\s\"']{1,2000}|[^/\s]+)(?=@)")
+"""User and password before the host, up to the last "@": passwords hold that sign and "/" too. What
+begins as a port does is none."""
 _IN_QUERY = re.compile(r"(?<=[?&;#])([\w.%-]++)=([^&;#\s\"']+)")
 """A name and its value behind the path of a URL."""
 # Words of this field that merely contain "key" or "token": tokenizer, tokens_seen,

@@ -222,8 +222,7 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
     38: (
         "credentials",
         (
-            "faults/test_requests.py::"
-            "test_keys_of_the_environment_are_nowhere_in_what_a_run_leaves",
+            "faults/test_requests.py::test_credentials_are_nowhere_in_what_a_run_leaves",
             "unit/train/telemetry/test_logs.py::"
             "test_credentials_are_masked_in_messages_and_tracebacks",
         ),

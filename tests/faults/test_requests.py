@@ -25,6 +25,13 @@ _CANARIES = {
     "HF_TOKEN": "hf_canaryofthehub0123456789",
     "AWS_SECRET_ACCESS_KEY": "canary/of/the/store/0123456789",
 }
+_TYPED = (
+    "canary/of/the/run/file-0123456789",
+    "canary-of-a-refused-override-0123456789",
+    "canary-of-an-override-0123456789",
+    "canary-of-a-query-0123456789",
+)
+"""Credentials that a user types where they do not belong."""
 
 
 def test_one_rank_is_asked_to_stop_at_any_moment(
@@ -111,18 +118,24 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_the_last_checkpoint_s
     assert difference(outcome(run.output_dir), unbroken("relora")) == ""
 
 
-def test_keys_of_the_environment_are_nowhere_in_what_a_run_leaves(
+def test_credentials_are_nowhere_in_what_a_run_leaves(
     tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
-    run = runs.write("sltrain", tiny_corpus, tmp_path, log={"wandb": {"mode": "offline"}})
-    # three ends: told to stop, an error, complete
+    log = {"wandb": {"mode": "offline", "name": f"https://me:{_TYPED[0]}@host/x"}}
+    run = runs.write("sltrain", tiny_corpus, tmp_path / "run", log=log)
+    # told to stop, an error of the resume, one of the configuration, complete
     stop = Fault(at.MID_ACCUMULATION, Signal(signal.SIGTERM), rank=1, step=5)
     ends = [run_job(run.arguments(), stop, **_CANARIES)]
     ends.append(run_job(run.arguments("method.rank=8"), **_CANARIES))
-    ends.append(run_job(run.arguments(), **_CANARIES))
-    assert [end.code for end in ends] == [75, 4, 0]
-    left = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    ends.append(run_job(run.arguments(f"log.wandb.api_key={_TYPED[1]}"), **_CANARIES))
+    named = f"log.wandb.name=https://me:{_TYPED[2]}@host/x?token={_TYPED[3]}"
+    ends.append(run_job(run.arguments(named), **_CANARIES))
+    assert [end.code for end in ends] == [75, 4, 2, 0]
+    typed_in = tmp_path / "run" / "run.yaml"
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != typed_in]
+    left = [path.read_bytes() for path in written]
     left += [end.said.encode() for end in ends]
     assert len(left) > 20
-    for canary in _CANARIES.values():
-        assert not any(canary.encode() in content for content in left)
+    for canary in (*_CANARIES.values(), *_TYPED):
+        found = [content for content in left if canary.encode() in content]
+        assert not found, found[0][-2000:]

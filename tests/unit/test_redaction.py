@@ -94,6 +94,8 @@ def test_values_of_the_environment_are_masked_longest_first() -> None:
     [
         ("https://me:canary@host/x", f"https://{REDACTED}@host/x"),
         ("https://me:p@canary@host/x", f"https://{REDACTED}@host/x"),
+        ("https://me:p/canary/@host/x", f"https://{REDACTED}@host/x"),
+        ("http://host:8080/a@v1", "http://host:8080/a@v1"),
         ("S3://canary@bucket/x y", f"S3://{REDACTED}@bucket/x y"),
         ("https://host/x?token=canary", f"https://host/x?token={REDACTED}"),
         (

@@ -188,10 +188,11 @@ class Lifetime:
             said_by_another = first.rank != self.rank and first.is_told_by_all(failure)
             if not at_once and not said_by_another:
                 self._say(failure, error)
+            self._announced = self._announced or first.line
         return self._reason
 
     def say_again(self) -> None:
-        """Have the root cause that this rank announced stand last, behind what was said since."""
+        """Have the root cause, whoever announced it, stand last, behind what was said since."""
         self._last_line = self._last_line or self._announced
 
     def leave(self, error: BaseException) -> int:

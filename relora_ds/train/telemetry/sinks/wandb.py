@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from relora_ds.config.sections import WandbConfig
-from relora_ds.redaction import redact
+from relora_ds.redaction import mask_urls, redact
 from relora_ds.train.telemetry.sinks.base import Metrics, Status
 
 Mode = Literal["disabled", "offline", "online"]
@@ -40,7 +42,7 @@ class WandbSink:
     Args:
         config: mode (not ``disabled``), project and run name.
         directory: parent of the ``wandb`` directory that the run is recorded in.
-        run_config: resolved configuration to show; credentials in it are redacted.
+        run_config: resolved configuration to show; credentials in it, as in names, are redacted.
         default_name: run name where the configuration gives none.
         run_id: id of the run to continue. Default: ``WANDB_RUN_ID``, or a new one.
         init_timeout_s: longest wait for the server at the start, in seconds.
@@ -60,7 +62,7 @@ class WandbSink:
     ) -> None:
         self._config = config
         self._directory = directory
-        self._name = config.name or default_name
+        self._name = mask_urls(config.name or default_name)
         self._init_timeout_s = init_timeout_s
         self._finish_timeout_s = finish_timeout_s
         # Chosen here and not by wandb, so that a fallback keeps it.
@@ -128,22 +130,34 @@ class WandbSink:
         # Silent from the start: otherwise a missing login asks for a key on a terminal and waits.
         wandb.setup(settings=wandb.Settings(silent=True))
         self._directory.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            mode=mode,
-            project=self._config.project,
-            name=self._name,
-            id=self._run_id,
-            resume="allow",
-            dir=str(self._directory),
-            config=dict(run_config),
-            settings=wandb.Settings(
-                console="off",  # our stderr carries a live progress bar
-                disable_git=True,  # the working tree's diff is uploaded otherwise
-                save_code=False,
-                init_timeout=self._init_timeout_s,
-                finish_timeout=self._finish_timeout_s,
-            ),
-        )
+        with _masked_arguments():
+            return wandb.init(
+                mode=mode,
+                project=mask_urls(self._config.project),
+                name=self._name,
+                id=self._run_id,
+                resume="allow",
+                dir=str(self._directory),
+                config=dict(run_config),
+                settings=wandb.Settings(
+                    console="off",  # our stderr carries a live progress bar
+                    disable_git=True,  # the working tree's diff is uploaded otherwise
+                    save_code=False,
+                    init_timeout=self._init_timeout_s,
+                    finish_timeout=self._finish_timeout_s,
+                ),
+            )
+
+
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Within it the command line has no credential that a URL held: wandb records it."""
+    arguments = sys.argv
+    sys.argv = [mask_urls(argument) for argument in arguments]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _line(error: Exception) -> str:
