@@ -6,6 +6,7 @@ or W_eff itself where it outlives the product. Nothing of x's size is kept besid
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ def _as_they_are(lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(ABC):
     """What W_eff is made of beside the factors, and how one projection is computed.
 
     Args:
@@ -42,19 +43,19 @@ class Composition:
     join: Callable[[torch.Tensor, torch.Tensor], Factors] = _as_they_are
     divide: Callable[[torch.Tensor, torch.Tensor], Factors] = _as_they_are
 
+    @abstractmethod
     def compose(
         self, lora_a: torch.Tensor, lora_b: torch.Tensor, *rest: torch.Tensor
     ) -> torch.Tensor:
         """W_eff (m, n) of whole factors; `rest` is what the projection is made of beside them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_dense(self, full: torch.Tensor, *rest: torch.Tensor) -> Gradients:
         """Gradients of `rest` from dW (m, n)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_rows(self, rows: torch.Tensor, grad: torch.Tensor, *rest: torch.Tensor) -> Gradients:
         """Gradients of `rest` from x (T, n) and dy (T, m), without dW."""
-        raise NotImplementedError
 
 
 class ComposedProduct(torch.autograd.Function):

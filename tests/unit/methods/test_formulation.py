@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from typing import Any, cast
 
 import pytest
@@ -37,6 +36,10 @@ from relora_ds.parallel.linear import LinearSpec, Projection, weights_stay
 Spec = Callable[..., LinearSpec]
 FORMS: tuple[Form, ...] = ("split", "layer", "step")
 GRADIENTS: tuple[GradientForm, ...] = ("low_rank", "dense")
+WAYS: list[tuple[Form, GradientForm]] = [
+    (form, each) for form in FORMS for each in GRADIENTS if (form, each) != ("split", "dense")
+]
+"""A split form has low-rank gradients."""
 ONLY_OPERATIONS = Rates(1.0, 1e30, 1e30, 0.0, 1.0)
 HOST = rates_of("cpu", torch.float32)
 RANK = 3
@@ -124,13 +127,10 @@ def test_a_composed_product_equals_plain_autograd(
             assert close(parameter.grad, exact[name].grad, 20.0 if name == "scaling" else 1.0), name
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("form", "gradient"), WAYS)
 def test_operations_are_those_that_torch_counts(
     spec: Spec, form: Form, gradient: GradientForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if form == "split" and gradient == "dense":
-        pytest.skip("a split form has low-rank gradients")
     forced(monkeypatch, gradient)
     layer, micro_batches = adapter(spec(40, 24)), 3
     update = UpdateSize(16, micro_batches, torch.float64, form)
@@ -152,7 +152,7 @@ def test_the_cheapest_is_taken(
     size: tuple[int, int, int], tokens: int, micro_batches: int, rates: Rates
 ) -> None:
     work = ProductSize(tokens, micro_batches, *size)
-    ways = [Choice(f, g) for f, g in product(FORMS, GRADIENTS) if (f, g) != ("split", "dense")]
+    ways = [Choice(*way) for way in WAYS]
     found = choose(work, "auto", True, rates)
     assert seconds(work, found, rates) == min(seconds(work, way, rates) for way in ways)
     kept = [way for way in ways if way.form != "step"]
