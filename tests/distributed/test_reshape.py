@@ -1,4 +1,4 @@
-"""A checkpoint of two processes is continued by one, two or four, at any ZeRO stage, on copies or on
+"""A checkpoint of two processes is continued by one, two or four, at any ZeRO stage, on copies and
 shares of a model."""
 
 from __future__ import annotations
