@@ -19,8 +19,8 @@ from relora_ds.config.reading.document import Document, Finding, KeyPath, key_na
 from relora_ds.config.reading.source import read_json
 from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed.foreign import contradictions, in_our_words
-from relora_ds.engine.deepspeed.keys import (
+from relora_ds.engine.deepspeed.reading.foreign import contradictions, in_our_words
+from relora_ds.engine.deepspeed.reading.keys import (
     ALLOCATED,
     BF16_FIXED,
     BF16_KEYS,

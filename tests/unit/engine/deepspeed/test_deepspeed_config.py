@@ -12,7 +12,7 @@ import pytest
 from relora_ds.config.load import load_run_config
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
-from relora_ds.engine.deepspeed.keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
+from relora_ds.engine.deepspeed.reading.keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
 from relora_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]

@@ -12,7 +12,7 @@ from typing import Any
 
 from relora_ds.config.reading.document import Document, Finding, KeyPath, show
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed.keys import TOP_KEYS, ZERO_KEYS
+from relora_ds.engine.deepspeed.reading.keys import TOP_KEYS, ZERO_KEYS
 
 _PREFIX = "stage3_"
 _FIELD_NAMES = {
@@ -65,7 +65,9 @@ def contradictions(data: Mapping[str, Any], config: RunConfig) -> Iterator[Findi
 
 def _rename(document: Document) -> Iterator[Finding]:
     zero = document.data.get("zero_optimization")
-    for name in [name for name in zero if name in _FIELD_NAMES] if isinstance(zero, dict) else ():
+    if not isinstance(zero, dict):
+        return
+    for name in [name for name in zero if name in _FIELD_NAMES]:
         alias, value = _FIELD_NAMES[name], zero.pop(name)
         old, new = (("zero_optimization", key) for key in (name, alias))
         if alias in zero and zero[alias] != value:

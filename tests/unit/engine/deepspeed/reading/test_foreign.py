@@ -10,11 +10,11 @@ import pytest
 from relora_ds.config.load import load_run_config
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
-from relora_ds.engine.deepspeed.foreign import _FIELD_NAMES
+from relora_ds.engine.deepspeed.reading.foreign import _FIELD_NAMES
 from relora_ds.errors import ConfigError
 from relora_ds.parallel.zero import Gathering
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[5]
 
 BATCHES = {
     "train_batch_size": "auto",
