@@ -25,6 +25,7 @@ from relora_ds.engine.deepspeed.keys import (
     DATA_TYPE_KEYS,
     LARGEST_BUCKET,
     LARGEST_NUMBER,
+    OFFLOAD_FIXED,
     REFUSED_KEYS,
     TOP_CHOICES,
     TOP_KEYS,
@@ -226,6 +227,12 @@ def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Findi
                 ("zero_optimization", key, "device"),
                 f'is {show(offload.get("device"))}, but only "cpu" and "none" are supported',
             )
+        for name, (allowed, reason) in OFFLOAD_FIXED.items():
+            if isinstance(offload, dict) and not _same(offload.get(name, allowed), allowed):
+                yield Finding(
+                    ("zero_optimization", key, name),
+                    f"is {show(offload[name])}, but must be {show(allowed)} or absent: {reason}",
+                )
     if not is_off(zero.get("offload_param")) and not _same(zero.get("stage"), 3):
         yield Finding(
             ("zero_optimization", "offload_param"),
