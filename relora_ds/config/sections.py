@@ -90,7 +90,7 @@ class TrainConfig(Section):
     """When ZeRO stages 2 and 3 sum gradients over processes. `micro_batch`: after each one, so that
     a process keeps its part only. `step`: once per update, which moves 1/k of the bytes with k
     micro-batches and keeps whole gradients of what is trained in between, as stages 0 and 1 do
-    anyway."""
+    anyway; an offloaded optimizer takes them after each one all the same."""
     init_from: Free[FilePath | None] = None
     """Start from these weights instead of a random draw: an HF LLaMA directory or a checkpoint of
     ours (a directory `step_N`, or `checkpoints` for the latest). The step count starts at zero."""
