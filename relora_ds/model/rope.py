@@ -10,10 +10,17 @@ from functools import lru_cache
 
 import torch
 
+from relora_ds.config.model import RopeScaling
+from relora_ds.model.rope_scaling import rotary_frequencies
+
 
 @lru_cache(maxsize=16)
 def rotary_tables(
-    head_dim: int, theta: float, length: int, device: torch.device
+    head_dim: int,
+    theta: float,
+    length: int,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, R) on `device`.
 
@@ -26,13 +33,14 @@ def rotary_tables(
         theta: base of the frequencies.
         length: S.
         device: where the tables are used.
+        scaling: change of the frequencies for longer contexts.
     """
     # A table made under inference_mode could not be saved for a later backward pass.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        exponent_R = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequency_R = 1.0 / theta**exponent_R
+        frequency_R, factor = rotary_frequencies(head_dim, theta, scaling)
         angle_SR = torch.outer(torch.arange(length, dtype=torch.float32), frequency_R)
-        return angle_SR.cos().to(device), angle_SR.sin().to(device)
+        cos_SR, sin_SR = angle_SR.cos() * factor, angle_SR.sin() * factor
+        return cos_SR.to(device), sin_SR.to(device)
 
 
 def rotate(x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> torch.Tensor:
