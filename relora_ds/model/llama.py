@@ -83,7 +83,11 @@ class Decoder(nn.Module):
         config = self.config
         x_BSD = self.embed_tokens(ids_BS)
         cos_SH, sin_SH = rotary_tables(
-            config.head_dim, config.rope_theta, ids_BS.shape[1], x_BSD.device
+            config.head_dim,
+            config.rope_theta,
+            ids_BS.shape[1],
+            x_BSD.device,
+            config.rope_scaling,
         )
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:

@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from relora_ds.config.model import RopeScaling
+from relora_ds.model.rope_scaling import rotary_frequencies
+
 
 @lru_cache(maxsize=16)
 def rotary_tables(
-    head_dim: int, theta: float, length: int, device: torch.device
+    head_dim: int,
+    theta: float,
+    length: int,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, H) on `device`.
 
@@ -31,13 +38,13 @@ def rotary_tables(
         theta: base of the frequencies.
         length: S.
         device: where the tables are used.
+        scaling: change of the frequencies for longer contexts.
     """
     # A table made under inference_mode could not be saved for a later backward pass.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        exponent_R = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequency_R = 1.0 / theta**exponent_R
+        frequency_R, factor = rotary_frequencies(head_dim, theta, scaling)
         angle_SR = torch.outer(torch.arange(length, dtype=torch.float32), frequency_R)
-        cos_SR, sin_SR = angle_SR.cos(), angle_SR.sin()
+        cos_SR, sin_SR = angle_SR.cos() * factor, angle_SR.sin() * factor
         cos_SH = torch.cat((cos_SR, cos_SR), dim=-1)
         sin_SH = torch.cat((-sin_SR, sin_SR), dim=-1)
         return cos_SH.to(device), sin_SH.to(device)
@@ -74,7 +81,8 @@ class _Rotation(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_BSNH: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        return _turn(grad_BSNH, *ctx.saved_tensors, -1.0), None, None
+        cos_SH, sin_SH = ctx.saved_tensors
+        return _turn(grad_BSNH, cos_SH, sin_SH, -1.0), None, None
 
 
 def _turn(

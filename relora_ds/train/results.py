@@ -21,7 +21,7 @@ from relora_ds.data.source import Corpus
 from relora_ds.errors import ReloraError
 from relora_ds.files.durable import describe, remedy
 from relora_ds.methods.registry import plan_phases
-from relora_ds.model.hf import check_target, recover_export
+from relora_ds.model.hf.directory import check_target, recover_export
 from relora_ds.train.telemetry.plot import has_losses, plot_run
 from relora_ds.train.telemetry.sinks.base import Status, last_figures, read_metrics
 from relora_ds.train.telemetry.summary import write_summary

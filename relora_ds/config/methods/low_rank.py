@@ -27,3 +27,7 @@ class LowRankConfig(MethodSettings):
     @property
     def low_rank(self) -> int:
         return self.rank
+
+    @property
+    def moves_pairs(self) -> bool:
+        return True

@@ -51,6 +51,10 @@ class SLTrainConfig(MethodSettings):
     def low_rank(self) -> int:
         return self.rank
 
+    @property
+    def moves_pairs(self) -> bool:
+        return True
+
     def rules(self) -> tuple[Rule, ...]:
         return (
             *super().rules(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -30,11 +31,12 @@ def leading_basis(
     Returns:
         (r, min(m, n)), fp32; None if the gradient has no direction, as it is zero or not finite.
     """
-    if not (bool(torch.isfinite(gradient).all()) and bool(gradient.any())):
+    extent = gradient.abs().max()  # zero, or not finite, where there is no direction
+    if not 0.0 < float(extent) < math.inf:
         return None
     tall = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.t()
     if svd == "exact":
-        exact = tall.double() / tall.abs().max().double()  # squares neither overflow nor vanish
+        exact = tall.double() / extent.double()  # squares neither overflow nor vanish
         basis = torch.linalg.eigh(exact.t() @ exact).eigenvectors[:, -rank:].flip(1).t()
     else:
         width = min(rank + _OVERSAMPLED, tall.shape[1])

@@ -166,7 +166,10 @@ class GaLoreSession(Session[GaLore]):
                     found[turn].copy_(basis)
             for turn, value in enumerate(found):
                 state.gradients.spread(value, turn)
-                yield None if bool(value[0, 0].isnan()) else value
+            # the host waits here, once for as many matrices as there are processes
+            marks = torch.stack([value[0, 0] for value in found]).tolist()
+            for value, mark in zip(found, marks, strict=True):
+                yield None if math.isnan(mark) else value
 
     def _take(
         self, layer: GaLoreLinear, projected: torch.Tensor, basis: torch.Tensor, fresh: torch.Tensor

@@ -75,6 +75,29 @@ def test_a_basis_spans_the_leading_directions_of_the_shorter_side(
     assert torch.equal(basis, again)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(9, 5), (5, 9), (6, 6)])
+def test_with_all_directions_and_plain_descent_it_is_full_rank(rows: int, cols: int) -> None:
+    rank, rate = min(rows, cols), 0.05
+    layer, draw = layer_of(rows, cols, rank), torch.Generator().manual_seed(5)
+    layer.projected.data.zero_()
+    dense = layer.weight.detach().clone().requires_grad_()
+    for step in range(6):
+        x = torch.randn(4, cols, dtype=torch.float64, generator=draw)
+        (grad,) = torch.autograd.grad(F.linear(x, dense).pow(2).sum(), dense)
+        if step % 3 == 0:  # a refresh
+            basis = leading_basis(grad.float(), rank, "exact", STREAM)
+            assert basis is not None
+            left, right = layer.factors(layer.projected.detach(), layer.basis)
+            layer.weight.data += left @ right
+            layer.projected.data.zero_()
+            layer.basis.data.copy_(torch.linalg.qr(basis.double().t()).Q.t())
+        (low,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.projected)
+        layer.projected.data -= rate * low
+        dense.data -= rate * grad
+    left, right = layer.factors(layer.projected, layer.basis)
+    torch.testing.assert_close(layer.weight + left @ right, dense, rtol=1e-5, atol=1e-8)
+
+
 def test_a_random_basis_leaves_the_generator_of_the_process_alone() -> None:
     before = torch.get_rng_state()
     leading_basis(torch.randn(8, 6, generator=torch.Generator()), 2, "randomised", STREAM)
