@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("meta")
 _FREE = ("prim::", "empty", "new_empty", "detach", "_unsafe_view")
+_DECOMPOSITIONS = ("_linalg_eigh", "_linalg_svd", "linalg_qr")
 _INDEXED = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
@@ -32,6 +33,8 @@ class Costs:
     """Copies from the host's pageable memory: the host waits for the copy."""
     queued: list[str] = field(default_factory=list)
     """Copies in either direction that were asked for as non-blocking."""
+    decompositions: list[str] = field(default_factory=list)
+    """Of these torch itself reads whether they converged; each takes longer than the wait."""
 
 
 class MixedDevicesError(AssertionError):
@@ -82,6 +85,8 @@ class SimulatedDevice(TorchDispatchMode):
             keywords = _taken(keywords)
         made = keywords.get("device")
         takes_part = here or (made is not None and torch.device(made) == DEVICE)
+        if takes_part and name in _DECOMPOSITIONS:
+            self.costs.decompositions.append(name)
         if takes_part and not (func.is_view or name.startswith(_FREE)):
             self.costs.launches.append(name)
         return func(*args, **keywords)
