@@ -8,12 +8,14 @@ import torch
 
 from relora_ds.randomness import Stream
 
+Decomposition = Literal["exact", "randomised"]
+
 _OVERSAMPLED = 8
 _POWER_STEPS = 2
 
 
 def leading_basis(
-    gradient: torch.Tensor, rank: int, svd: Literal["exact", "randomised"], stream: Stream
+    gradient: torch.Tensor, rank: int, svd: Decomposition, stream: Stream
 ) -> torch.Tensor:
     """The leading singular vectors of a gradient along its shorter side, as orthonormal rows.
 
@@ -48,3 +50,15 @@ def leading_basis(
             basis = found[2][:, :rank].t()
     largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
     return (basis * largest.sign()).float().contiguous().masked_fill_(lost, torch.nan)
+
+
+def choice_bytes(m: int, n: int, rank: int, svd: Decomposition) -> int:
+    """What `leading_basis` takes beside the gradient (m, n) and its result, at most.
+
+    Exact: the gradient in fp64, then the Gram matrix, its eigenvectors and a workspace of twice the
+    Gram matrix. Randomised: another gradient in fp32, and frames of both sides and of one more.
+    """
+    side = min(m, n)
+    if svd == "exact":
+        return 8 * (max(m * n, 3 * side * side) + side * side)
+    return 4 * (m * n + 2 * (m + n) * (rank + _OVERSAMPLED))

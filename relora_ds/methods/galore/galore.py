@@ -20,7 +20,7 @@ from torch import nn
 from relora_ds.activity import doing
 from relora_ds.config.methods.galore import GaLoreConfig
 from relora_ds.methods.adapter import refuse_lost_edits
-from relora_ds.methods.galore.basis import leading_basis
+from relora_ds.methods.galore.basis import choice_bytes, leading_basis
 from relora_ds.methods.galore.choice import BasisChoice
 from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.interface import Event, Method, Session, projection_layers
@@ -32,6 +32,7 @@ from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.randomness import Stream
 
 _logger = logging.getLogger(__name__)
+_FP32 = 4
 
 
 class GaLore(Method[GaLoreConfig]):
@@ -53,6 +54,16 @@ class GaLore(Method[GaLoreConfig]):
 
     def edited_weights(self, model: nn.Module) -> list[nn.Parameter]:
         return [layer.weight for layer in galore_layers(model).values()]
+
+    def event_bytes(self, model: nn.Module, micro_batches: int) -> int:
+        layers = galore_layers(model).values()
+        # the sums of gradients of this process's parts, which grow until the last micro-batch
+        sums = sum(tp_local_shape(layer.weight).numel() for layer in layers)
+        shapes = [(layer.spec.out_features, layer.spec.in_features) for layer in layers]
+        choice = max(
+            _FP32 * m * n + choice_bytes(m, n, self.config.rank, self.config.svd) for m, n in shapes
+        )
+        return choice + (_FP32 * sums if micro_batches > 1 else 0)
 
     def start(self, state: TrainState, model: nn.Module) -> GaLoreSession:
         return GaLoreSession(self, state, model)

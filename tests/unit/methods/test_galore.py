@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import weakref
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from relora_ds.config.load import load_run_config
 from relora_ds.config.methods.galore import GaLoreConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import build_model
-from relora_ds.methods.galore.basis import leading_basis
+from relora_ds.methods.galore.basis import choice_bytes, leading_basis
 from relora_ds.methods.galore.choice import BasisChoice
 from relora_ds.methods.galore.galore import GaLoreSession, galore_layers
 from relora_ds.methods.galore.layer import GaLoreLinear
@@ -120,6 +124,21 @@ def test_gradients_of_any_size_have_a_basis(size: float) -> None:
     scaled = leading_basis(gradient * size, 2, "exact", STREAM)
     basis = leading_basis(gradient, 2, "exact", STREAM)
     torch.testing.assert_close(scaled, basis, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("shape", [(256, 256), (192, 640)])
+def test_a_choice_takes_the_memory_that_planning_counts(
+    shape: tuple[int, int], svd: Any, tmp_path: Path
+) -> None:
+    gradient, trace = torch.randn(shape), tmp_path / "trace.json"
+    leading_basis(gradient, 32, svd, STREAM)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        leading_basis(gradient, 32, svd, STREAM)
+    watched.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    grown = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
+    assert max(accumulate(grown)) == pytest.approx(choice_bytes(*shape, 32, svd), rel=0.1)
 
 
 def config_of(**settings: object) -> RunConfig:
