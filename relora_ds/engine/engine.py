@@ -37,6 +37,7 @@ from relora_ds.engine.zero.tensor_gradients import (
 from relora_ds.methods.formulation.choice import update_of
 from relora_ds.methods.interface import Method, matrix_rules, projection_layers
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
+from relora_ds.numerics.transfers import upload
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
@@ -253,7 +254,7 @@ class TrainEngine:
             for tokens in micro_batches:
                 with doing("micro-batch"):
                     with recorder.phase("forward"), self.memory.forward():
-                        loss = self._engine(tokens.to(self.device, non_blocking=True))
+                        loss = self._engine(upload(tokens, self.device))
                     with recorder.phase("backward"):
                         self._engine.backward(loss)
                 losses.append(loss.detach().float())

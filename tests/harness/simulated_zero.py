@@ -37,10 +37,10 @@ def rank_of_two() -> Iterator[None]:
         "get_rank": lambda group=None: 0,
         "get_world_size": lambda group=None: SIZE,
         "all_reduce": nothing,
+        "broadcast": nothing,
+        "reduce": nothing,
         "all_gather_into_tensor": nothing,
         "all_gather_object": everywhere_alike,
-        "reduce": nothing,
-        "broadcast": nothing,
     }
     with patch.multiple(torch.distributed, **answers):
         yield

@@ -48,17 +48,16 @@ class _RotatedRows:
             (self._first + at, torch.cat([part[at] for part in self._parts])) for at in self._cut
         ]
 
-    def complete(self, everyone: torch.Tensor) -> None:
+    def complete(self, everyone: Sequence[torch.Tensor]) -> None:
         """Add up what all ranks hold of the rows that the slice cuts.
 
         Args:
-            everyone: (ranks * 2, 1 + 2 r): numbers and parts of the rows that each slice cuts.
+            everyone: by rank, (2, 1 + 2 r): numbers and parts of the rows that its slice cuts.
         """
-        ends = everyone.to(self._shard.exp_avg.device)
+        ends = torch.cat(list(everyone))
         for at in self._cut:
-            # a mask, not an index: the host need not know how many ranks have the row
-            mine = (ends[:, 0] == self._first + at).unsqueeze(1)
-            whole = torch.where(mine, ends[:, 1:], 0.0).sum(0)
+            # zeros and not a choice, the size of which the host would wait for
+            whole = torch.where(ends[:, :1] == self._first + at, ends[:, 1:], 0.0).sum(0)
             for part, value in zip(self._parts, whole.chunk(2), strict=True):
                 part[at] = value.to(part)
 
@@ -132,44 +131,46 @@ class ZeroMoments(Moments):
         return list(zip(found[::2], found[1::2], strict=True))
 
     def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        found, cut = [], []
-        for parameter, rotation in rotations.items():
+        found, cut = {}, []
+        for number, (parameter, rotation) in enumerate(rotations.items()):
             shard = self.shard(parameter)
-            found.append(None if shard is None else _RotatedRows(shard, rotation))
-            cut.append(self._ends(found[-1], rotation))
+            rows = None if shard is None else _RotatedRows(shard, rotation)
+            found[number] = rows
+            device = self._layout.placements[parameter].owner.device
+            cut.append(self._ends(rows, len(rotation), device))
         if not cut:
             return
-        for rows, everyone in zip(found, self._everyones(cut), strict=True):
+        everyone = self._everyones(cut)
+        for number, rows in found.items():
             if rows is not None:
-                rows.complete(everyone)
+                rows.complete([ends[number] for ends in everyone])
                 rows.store()
 
-    def _ends(self, rows: _RotatedRows | None, rotation: torch.Tensor) -> torch.Tensor:
+    def _ends(self, rows: _RotatedRows | None, r: int, device: torch.device) -> torch.Tensor:
         """First and last rotated row of this rank's slice, each behind its number in the parameter,
-        2 (1 + 2 r), fp64; a number of -1 says that there is no such row, or that no slice cuts
+        (2, 1 + 2 r), fp64; a number of -1 says that there is no such row, or that no slice cuts
         it."""
-        width, device = 1 + 2 * len(rotation), self._collectives.device
-        ends = torch.zeros(2, width, dtype=torch.float64, device=device)
-        ends[:, 0] = -1
+        ends = torch.zeros(2, 1 + 2 * r, dtype=torch.float64, device=device)
+        ends[:, :1].fill_(-1)
         if rows is not None:
             for place, (row, values) in enumerate(rows.cut_rows()):
-                ends[place, 0] = row
-                ends[place, 1:] = values
+                ends[place, :1].fill_(row)
+                ends[place, 1:].copy_(values)
         return ends.flatten()
 
-    def _everyones(self, mine: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """By parameter the `_ends` of all ranks that hold a slice of the state, (ranks * 2, -1)."""
+    def _everyones(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """By rank that holds a slice of the state, and by parameter: its `_ends`."""
         group = self._layout.partition_group
         if group is None:
-            return [each.view(2, -1) for each in mine]
+            return [[each.view(2, -1) for each in mine]]
         size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        flat = torch.cat(list(mine))
-        buffer = flat.new_zeros(size, flat.numel())
-        buffer[rank] = flat
+        flat, device = torch.cat(list(mine)), self._collectives.device
+        buffer = torch.zeros(size, flat.numel(), dtype=flat.dtype, device=device)
+        buffer[rank].copy_(flat)
         # every element is non-zero on one rank at most, so the sum is exact
-        summed = self._collectives.sum_over_slices(buffer)
+        summed = self._collectives.sum_over_slices(buffer).to(flat.device)
         sizes = [each.numel() for each in mine]
-        return [part.reshape(2 * size, -1) for part in summed.split(sizes, dim=1)]
+        return [[part.view(2, -1) for part in flat.split(sizes)] for flat in summed]
 
     def _counted(self, parameter: nn.Parameter) -> MomentShard | None:
         """The shard, but None for all of several identical copies except one."""

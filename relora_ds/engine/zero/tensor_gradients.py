@@ -20,6 +20,7 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
+from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import TPShard, shard_of
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.wholes import Wholes
@@ -43,6 +44,7 @@ class TensorGradients:
         """Add the shares up, all of them in one collective; call at an accumulation boundary."""
         if self._tp.size == 1:
             return
+        self._layout.await_gradients()
         pieces = [piece for p in self._partial for piece in self._layout.gradient(p)]
         if pieces:
             # offloaded slices are on the host, where no collective of the devices reaches them
@@ -79,12 +81,15 @@ def square_sums_of_slices(layout: Layout, tp: TensorParallel, device: torch.devi
     cut = layout.partition_group is not None
     first = cut or torch.distributed.get_rank() // tp.size == 0
     sums = []
+    layout.await_gradients()
     for parameter in layout.placements:
         once = first and (shard_of(parameter) is not None or tp.rank == 0)
         for piece in layout.gradient(parameter):
-            square = torch.linalg.vector_norm(piece, dtype=torch.float32).to(device).double() ** 2
+            square = torch.linalg.vector_norm(piece, dtype=torch.float32).double() ** 2
             sums.append(torch.stack([square * once, square]))
-    return torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64, device=device)
+    if not sums:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.stack(sums).sum(0).to(device)
 
 
 class FrozenGradients(Gradients):
@@ -129,7 +134,7 @@ class FrozenGradients(Gradients):
             ):
                 yield left
                 with torch.enable_grad():
-                    loss = self._model(tokens.to(self._device, non_blocking=True))
+                    loss = self._model(upload(tokens, self._device))
                     torch.autograd.grad(loss, gate)
         finally:
             handle.remove()
