@@ -42,6 +42,12 @@ class MethodSettings(Section):
         return False
 
     @property
+    def moves_pairs(self) -> bool:
+        """Whether the optimizer alone moves trained factors lora_A, lora_B of every projection, so
+        that it may treat both as one."""
+        return False
+
+    @property
     def has_frozen_base(self) -> bool:
         """Whether a frozen weight lies beside what is trained of a projection."""
         return False

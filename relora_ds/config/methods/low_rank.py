@@ -20,3 +20,7 @@ class LowRankConfig(LowRank):
     CPU core. `spectral`: the same, except that the truncated SVD of a random weight with more than
     768 rows and columns is drawn without the weight, in seconds. `xavier`: each factor drawn on its
     own."""
+
+    @property
+    def moves_pairs(self) -> bool:
+        return True

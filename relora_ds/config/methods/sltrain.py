@@ -45,6 +45,10 @@ class SLTrainConfig(LowRank):
             return self.scale
         return (32.0 if self.alpha is None else self.alpha) / self.rank
 
+    @property
+    def moves_pairs(self) -> bool:
+        return True
+
     def rules(self) -> tuple[Rule, ...]:
         return (
             *super().rules(),

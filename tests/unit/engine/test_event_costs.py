@@ -30,7 +30,7 @@ from relora_ds.methods.registry import METHODS
 from relora_ds.numerics.base_weight import KINDS
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer, PlacedMatrix
-from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, OfWhole
+from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, OfWhole, Unit
 from relora_ds.optim.muon import Muon
 from relora_ds.optim.rectangles import Rectangle
 from relora_ds.optim.scale import Scale
@@ -97,10 +97,14 @@ class _Alone:
         return list(values)
 
     def of_wholes(
-        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
-    ) -> list[torch.Tensor]:
-        shape = 1, ROWS, COLS
-        return [each.function(each.values.view(shape)).view(-1) for each in requests]
+        self, units: Sequence[Unit], requests: Sequence[OfWhole]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        found = []
+        for unit, request in zip(units, requests, strict=True):
+            pairs = zip(unit, request.values, strict=True)
+            wholes = [value.view(1, *matrix.shape) for matrix, each in pairs for value in each]
+            found.append(tuple(each.reshape(-1) for each in request.function(*wholes)))
+        return found
 
 
 def _grouped(rule: MatrixOptimizer) -> VectorAdamW:
