@@ -21,9 +21,8 @@ stage 3, DeepSpeed's first update after a start moves more: it has no trace to f
 of a checkpoint follows the length of the paths in its run file."""
 
 
-_OF_NO_RESULT = re.compile(r"^(logs|previous_\d+|checkpoints/step_\d+)(/|$)")
-"""What may be there or not: logs, what was set aside, and checkpoints: a run that was asked to stop
-has one more."""
+_OF_NO_RESULT = re.compile(r"^(logs|checkpoints/step_\d+)(/|$)")
+"""What may be there or not: logs, and checkpoints: a run that was asked to stop has one more."""
 
 
 @dataclass(frozen=True)
