@@ -250,6 +250,17 @@ class Method(Generic[ConfigT]):
         """What a session keeps beside the model, at most. The model may be without memory."""
         return MemoryShare()
 
+    def event_bytes(self, model: nn.Module, micro_batches: int) -> int:
+        """The most that an event takes up on one process for as long as it lasts, in bytes.
+
+        Weights, optimizer states and the activations of one micro-batch are not among them.
+
+        Args:
+            model: this process's part of it; may be without memory.
+            micro_batches: of an update.
+        """
+        return 0
+
     def lr_multiplier(self, step: int, schedule: Schedule) -> float:
         """Factor on every learning rate for the update that follows `step` completed ones."""
         return schedule(step)

@@ -155,8 +155,11 @@ class PhaseEstimator:
         # shares of gradients are joined for one collective, if any outlive the backward pass
         within = self._config.train.per_layer_update
         shares = 0 if within else share * self._working()
+        # an event is over before there are gradients
+        event = self._method.event_bytes(self._model, zero.accumulation)
+        transient = (form.transient or 0) + max(0, event - form.gradients)
         return GpuMemory(
-            **form.as_dict() | {"weights": form.weights - residual},
+            **form.as_dict() | {"weights": form.weights - residual, "transient": transient},
             residual=residual,
             gathered=(live + held) * self._working(),
             parked=self._parked().device,
