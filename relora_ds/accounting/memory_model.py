@@ -187,7 +187,7 @@ def _activations(
     """What autograd keeps between the forward and the backward pass of one micro-batch.
 
     Per token and layer, in elements: inputs of the two norms and of the projections behind them
-    (4 D), q, k, v, attention's output, gate, up and their product; 4 bytes per head and per norm. With
+    (4 D), q, k, v, attention's output, gate, up and their product; 4 bytes per head and norm. With
     checkpointing a layer's input is all that is left of that. Once per model: the inputs of the
     last norm and the gradient of its output (2 D), 8 bytes of token, and the gradient of the head,
     which the loss computes on the way forward. Sequence parallelism divides what norms keep.
