@@ -16,12 +16,14 @@ from collections.abc import Sequence
 
 from relora_ds.cli.parser import add_texts, run_tool, tool_parser
 
+_TOKENIZER = "SentencePiece model, tokenizer.json, or the directory of a model with one of them"
+
 
 def main(arguments: Sequence[str], prog: str | None = None) -> int:
     """Encode the texts that the arguments name and print a report; returns the exit code."""
     parser = tool_parser(__doc__, prog=prog)
     add_texts(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="SentencePiece model")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help=_TOKENIZER)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="token file to write")
     parsed = parser.parse_args(arguments)
     return run_tool(lambda: _prepare(parsed))

@@ -50,6 +50,8 @@ class TokenFileMetadata(BaseModel):
     """NumPy name of the type of one token."""
     tokenizer_sha256: str
     """Hash of the tokenizer's model file."""
+    eos_id: int | None = None
+    """Id that ends every document; None in files of earlier versions."""
     sources: tuple[SourceFile, ...]
     """Files that the tokens came from."""
     skipped: dict[str, int]
@@ -78,6 +80,8 @@ class TokenFileMetadata(BaseModel):
 
     def _digest(self) -> str:
         values = self.model_dump(mode="json", exclude={"record_sha256"})
+        if self.eos_id is None:  # as earlier versions hashed it
+            del values["eos_id"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
