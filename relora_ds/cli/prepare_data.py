@@ -4,7 +4,8 @@
         --output data/c4_train
 
 Writes PREFIX.bin and PREFIX.idx (Megatron's format) and PREFIX.json (what they hold and came from).
-Inputs are .txt (a blank line ends a document) and .jsonl, also with .gz or .zst, and .parquet.
+Inputs are .txt (a blank line ends a document), .jsonl and .json (one object per line), all also
+with .gz, .zst, .bz2 or .xz, and .parquet; directories of them, and patterns.
 Prints one JSON line. Exit codes: 0 done, 2 wrong usage, 3 the data cannot be used.
 """
 

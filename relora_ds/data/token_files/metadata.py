@@ -112,6 +112,9 @@ def read_metadata(prefix: str) -> TokenFileMetadata | None:
 
 
 def token_file_prefix(path: str | Path) -> str:
-    """The prefix itself, from a prefix or from the name of its `.bin` or `.idx` file."""
-    text = os.fspath(path)
+    """The prefix itself, from a prefix or from the name of its `.bin` or `.idx` file.
+
+    A slash at its end, as shells complete it where a directory has that name, means nothing.
+    """
+    text = os.fspath(path).rstrip("/")
     return text[:-4] if text.endswith((".bin", ".idx")) else text
