@@ -194,9 +194,10 @@ class ZeroVectors(Vectors):
                 for part in fragment.parts(flat, places):
                     move = Rows(part.view, part.local), Rows(beside[:, part.span], part.asked)
                     moves.setdefault(flat.device, []).append(move)
-            self._layout.drop_copies(parameter)
         for device, here in moves.items():
             copy_rows(here, device)
+        for vectors, _ in written:
+            self._layout.drop_copies(vectors.parameter)
 
     def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
         completed, cleared = self._completed_steps(), 0
