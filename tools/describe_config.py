@@ -28,9 +28,9 @@ A run is one YAML file ([complete example](../configs/run/quickstart.yaml)). Any
 overridden on the command line by its dotted name, with a value in YAML: `method.rank=64`,
 `'method={name: full}'`. Paths are relative to the current directory. All mistakes are reported at
 once, with file, line and the nearest valid name (exit code 2). The model file has Hugging Face's
-`LlamaConfig` keys. The ZeRO file has DeepSpeed's own: `"auto"` is filled in from the run, a value
-that contradicts the run is an error, and options that corrupt or leak state are refused with the
-reason.
+`LlamaConfig` keys. The ZeRO file has DeepSpeed's own: `"auto"` is the run's value or
+DeepSpeed's default, a value that contradicts the run is an error, and options that
+corrupt or leak state are refused with the reason.
 """
 _NAMES = {
     int: "integer",

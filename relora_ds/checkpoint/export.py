@@ -15,7 +15,8 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.build import build_model, dense_weights, filled_model
 from relora_ds.methods.full import Full
-from relora_ds.model.hf import read_hf, write_hf
+from relora_ds.model.hf.directory import write_hf
+from relora_ds.model.hf.weights import read_hf
 from relora_ds.model.llama import Llama
 
 

@@ -12,80 +12,44 @@ from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
+from relora_ds.config.base import Section
 from relora_ds.config.checks import apply_rules
 from relora_ds.config.explain import explain
-from relora_ds.config.model import ModelConfig
+from relora_ds.config.model import LinearRope, Llama3Rope, ModelConfig, RopeScaling, YarnRope
+from relora_ds.config.model_keys import (
+    ALIASES,
+    FAMILIES,
+    NEUTRAL,
+    NO_EFFECT,
+    ROPE_KEYS,
+    ROPE_NEUTRAL,
+    STAMP_PREFIXES,
+)
 from relora_ds.config.reading.document import Document, Finding, KeyPath, show
 from relora_ds.config.reading.source import read_json
 from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.errors import ConfigError
 
-# The authors' spelling -> HF's
-_ALIASES = {"max_sequence_length": "max_position_embeddings"}
-
-# Written by transformers, or about loading and generation: they do not change the trained function
-_NO_EFFECT = frozenset(
-    (
-        "_name_or_path",
-        "_attn_implementation",
-        "attn_implementation",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "use_return_dict",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "chunk_size_feed_forward",
-        "finetuning_task",
-        "task_specific_params",
-        "torchscript",
-        "return_dict_in_generate",
-        "output_scores",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "temperature",
-        "top_k",
-        "top_p",
-    )
-)
-
-# Keys that would change the function, and the values under which they do not
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "pretraining_tp": (1, None),
-    "attention_dropout": (0, None),
-    "hidden_dropout": (0, None),
-    "is_encoder_decoder": (False, None),
-    "is_decoder": (True, False, None),
-    "add_cross_attention": (False, None),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1, None),
-    "sliding_window": (None,),
-    "use_bfloat16": (False, None),
-    "tie_encoder_decoder": (False, None),
-    "pruned_heads": ({}, None),
+_ROPES: dict[str, type[Section]] = {
+    "linear": LinearRope,
+    "llama3": Llama3Rope,
+    "yarn": YarnRope,
 }
-_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
-_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
+
+
+def model_file(path: str | Path) -> Path:
+    """The `config.json` that `model` names: a file, or a directory that holds one."""
+    return Path(path, "config.json") if Path(path).is_dir() else Path(path)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
-    """Read a model's architecture from an HF `config.json`.
+    """Read a model's architecture from an HF `config.json`, or from the directory of a model.
 
     Raises:
         ConfigError: the file cannot be read, or describes a model other than a plain LLaMA. Holds
             all problems, each with file, line and key.
     """
-    document = read_json(path)
+    document = read_json(model_file(path))
     reader = _Reader(document)
     findings = reader.read()
     fields = reader.fields
@@ -131,31 +95,71 @@ class _Reader:
 
     def _key(self, key: str) -> Iterator[Finding]:
         value = self.data[key]
-        field = _ALIASES.get(key, key)
-        if key in _ROPE_KEYS or key in _NO_EFFECT:
+        field = ALIASES.get(key, key)
+        if key in ROPE_KEYS or key in NO_EFFECT or key.startswith(STAMP_PREFIXES):
             return
-        if key == "architectures":
-            if value is not None and (
-                not isinstance(value, list) or any(name not in _ARCHITECTURES for name in value)
-            ):
-                yield Finding((key,), f'is {show(value)}, but must be ["LlamaForCausalLM"]')
-        elif key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
+        if key in ("model_type", "architectures", "bias"):
+            yield from self._family_key(key, value)
+        elif key == "pretraining_tp":  # a way of computing the same products
+            if value is not None and not _is_count(value):
+                yield Finding((key,), f"is {show(value)}, but must be a number of slices")
+        elif key in NEUTRAL:
+            if value not in NEUTRAL[key]:
                 yield Finding(
                     (key,),
                     f"is {show(value)}, which is not supported: "
-                    f"it must be {show(_NEUTRAL[key][0])} or absent",
+                    f"it must be {show(NEUTRAL[key][0])} or absent",
                 )
         elif field not in ModelConfig.model_fields:
-            yield Finding(
-                (key,), f"unknown key; {did_you_mean(key, [*ModelConfig.model_fields, *_ALIASES])}"
-            )
-        elif field in self.fields and self.fields[field] != value:
-            first = self.origins[field][0]
-            yield Finding((key,), f"is {show(value)}, but {first} is {show(self.fields[field])}")
+            known = did_you_mean(key, [*ModelConfig.model_fields, *ALIASES])
+            remedy = "remove it if it does not change what the model computes"
+            yield Finding((key,), f"unknown key; {known}; {remedy}")
+        elif field != key and field in self.data and self.data[field] is not None:
+            yield from self._second_spelling(key, field)
+        elif key == "eos_token_id" and isinstance(value, list):
+            self._set(key, value[0] if len(value) == 1 else tuple(value))
         else:
-            self.fields[field] = value
-            self.origins[field] = (key,)
+            self._set(field, value, key)
+
+    def _set(self, field: str, value: object, key: str | None = None) -> None:
+        self.fields[field] = value
+        self.origins[field] = (key or field,)
+
+    def _second_spelling(self, key: str, field: str) -> Iterator[Finding]:
+        """Rotary positions that were stretched leave the papers' key at the longer length."""
+        value, first = self.data[key], self.data[field]
+        if value != first and self.data.get("rope_scaling") is None:
+            yield Finding((key,), f"is {show(value)}, but {field} is {show(first)}")
+
+    def _family_key(self, key: str, value: object) -> Iterator[Finding]:
+        family = self.data.get("model_type", "llama")
+        if family not in FAMILIES:
+            if key == "model_type":
+                known = ", ".join(show(name) for name in FAMILIES)
+                yield Finding(
+                    (key,), f"is {show(value)}, which is not supported: it must be one of {known}"
+                )
+        elif key == "architectures":
+            names = FAMILIES[str(family)]
+            if value is not None and (
+                not isinstance(value, list) or any(name not in names for name in value)
+            ):
+                yield Finding((key,), f'is {show(value)}, but must be ["{names[0]}"]')
+        elif key == "bias":
+            if family == "internlm":
+                self._set("attention_bias", value, key)
+            elif value is not False:
+                yield Finding((key,), f"is {show(value)}: write attention_bias and mlp_bias")
+        elif family == "mistral":
+            # what the file leaves out has that family's defaults
+            if "sliding_window" in self.data:
+                self.fields.setdefault("num_key_value_heads", 8)
+            else:
+                yield Finding(
+                    (key,),
+                    'is "mistral", whose attention has a sliding window unless the file says '
+                    "sliding_window: null; windows are not supported",
+                )
 
     def _rope(self) -> Iterator[Finding]:
         for key in ("rope_scaling", "rope_parameters"):
@@ -173,17 +177,46 @@ class _Reader:
     def _rope_block(self, key: str, block: dict[str, Any]) -> Iterator[Finding]:
         if "rope_theta" in block:
             yield from self._theta((key, "rope_theta"), block["rope_theta"])
-        for name in ("rope_type", "type"):
-            if block.get(name) not in ("default", None):
-                message = f'is {show(block[name])}, which is not supported: it must be "default"'
-                yield Finding((key, name), message)
-                # the other keys are this type's settings
-                return
-        neutral = {"partial_rotary_factor": 1}
-        for name in sorted(block.keys() - {"rope_theta", "rope_type", "type"}):
-            if block[name] != neutral.get(name):
-                message = f'is {show(block[name])}, but rope_type "default" has no such key'
-                yield Finding((key, name), message)
+        name = "type" if block.get("rope_type") is None else "rope_type"
+        kind = block.get(name)
+        if kind not in ("default", None, *_ROPES):
+            known = ", ".join(show(name) for name in ("default", *_ROPES))
+            message = f"is {show(kind)}, which is not supported: it must be one of {known}"
+            yield Finding((key, name), message)
+            # the other keys are this type's settings
+            return
+        settings = {}
+        for other in sorted(block.keys() - {"rope_theta", "rope_type", "type"}):
+            if other in ROPE_NEUTRAL and block[other] in ROPE_NEUTRAL[other]:
+                continue
+            if kind in ("default", None) and block[other] is not None:
+                message = f'is {show(block[other])}, but rope_type "default" has no such key'
+                yield Finding((key, other), message)
+            elif block[other] is not None:
+                settings[other] = block[other]
+        if kind in _ROPES:
+            yield from self._scaling(key, kind, settings)
+
+    def _scaling(self, key: str, kind: str, settings: dict[str, Any]) -> Iterator[Finding]:
+        """Set the field from a block's own keys, with what transformers fills in."""
+        length = self.data.get("max_position_embeddings", 2048)
+        original = self.data.get("original_max_position_embeddings")
+        if kind != "linear" and (original or length) is not None:
+            settings.setdefault("original_max_position_embeddings", original or length)
+        before = settings.get("original_max_position_embeddings")
+        if kind == "yarn" and _is_count(length) and _is_count(before):
+            settings.setdefault("factor", length / before)
+        settings = {"rope_type": kind, **settings}
+        try:
+            scaling = _ROPES[kind].model_validate(settings)
+        except ValidationError as error:
+            for path, message in explain(error, settings, _ROPES[kind]):
+                yield Finding((key, *path), message)
+            return
+        if self.fields.setdefault("rope_scaling", scaling) != scaling:
+            first = self.origins["rope_scaling"][0]
+            yield Finding((key,), f"says something else than {first}: remove one")
+        self.origins.setdefault("rope_scaling", (key,))
 
     def _theta(self, path: KeyPath, value: object) -> Iterator[Finding]:
         first = self.fields.setdefault("rope_theta", value)
@@ -239,8 +272,12 @@ def _bos_is_in_vocabulary(bos_token_id: int | None, vocab_size: int) -> Iterator
     yield from _in_vocabulary("bos_token_id", bos_token_id, vocab_size)
 
 
-def _eos_is_in_vocabulary(eos_token_id: int | None, vocab_size: int) -> Iterator[Finding]:
-    yield from _in_vocabulary("eos_token_id", eos_token_id, vocab_size)
+def _eos_is_in_vocabulary(
+    eos_token_id: int | tuple[int, ...] | None, vocab_size: int
+) -> Iterator[Finding]:
+    several = eos_token_id if isinstance(eos_token_id, tuple) else (eos_token_id,)
+    for token in several:
+        yield from _in_vocabulary("eos_token_id", token, vocab_size)
 
 
 def _pad_is_in_vocabulary(pad_token_id: int | None, vocab_size: int) -> Iterator[Finding]:
@@ -252,7 +289,23 @@ def _in_vocabulary(key: str, token: int | None, vocab_size: int) -> Iterator[Fin
         yield Finding((key,), f"is {token}, but must be less than vocab_size ({vocab_size})")
 
 
+def _frequencies_are_finite(
+    rope_scaling: RopeScaling | None, rope_theta: float
+) -> Iterator[Finding]:
+    if isinstance(rope_scaling, Llama3Rope):
+        low, high = rope_scaling.low_freq_factor, rope_scaling.high_freq_factor
+        if high <= low:
+            yield Finding(
+                ("rope_scaling",),
+                f"has the high_freq_factor {high}, which must be more than its low_freq_factor "
+                f"({low})",
+            )
+    if isinstance(rope_scaling, YarnRope) and rope_theta <= 1:
+        yield Finding(("rope_theta",), f"is {rope_theta}, but must be more than 1 for yarn")
+
+
 _RULES = (
+    _frequencies_are_finite,
     _groups_divide_heads,
     _head_is_even,
     _bos_is_in_vocabulary,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from relora_ds.config.architecture import read_model_config
+from relora_ds.config.architecture import model_file, read_model_config
 from relora_ds.config.checks import batch_divides_over_processes, find_doubts, find_problems
 from relora_ds.config.explain import explain, missing_key, unknown_key
 from relora_ds.config.keys import section_model
@@ -138,7 +138,8 @@ def _find_files(sections: dict[str, Any]) -> Iterator[Finding]:
     for key in ("model", "deepspeed"):
         try:
             if key in sections:
-                read_text(sections[key])
+                path = sections[key]
+                read_text(model_file(path) if key == "model" else path)
         except ConfigError as error:
             yield from (Finding((key,), problem) for problem in error.problems)
             del sections[key]

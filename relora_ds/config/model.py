@@ -6,10 +6,65 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from relora_ds.config.base import PositiveFloat, PositiveInt, Section
+from relora_ds.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
+TokenId = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(gt=0, le=2**22)]
 """A dimension of a weight. The largest vocabularies and models stay well below."""
+
+
+_Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class LinearRope(Section):
+    """Positions divided by a factor."""
+
+    rope_type: Literal["linear"]
+    """Names the kind."""
+    factor: _Factor
+    """Divides every frequency."""
+
+
+class Llama3Rope(Section):
+    """Llama 3.1's: long wavelengths divided by a factor, short ones kept, a ramp in between."""
+
+    rope_type: Literal["llama3"]
+    """Names the kind."""
+    factor: _Factor
+    """Divides the frequencies of long wavelengths."""
+    low_freq_factor: PositiveFloat
+    """Wavelengths above the original length over this are long."""
+    high_freq_factor: PositiveFloat
+    """Wavelengths below the original length over this are short."""
+    original_max_position_embeddings: PositiveInt
+    """Positions before the extension."""
+
+
+class YarnRope(Section):
+    """YaRN (Peng et al., arXiv 2309.00071): interpolation by wavelength, and warmer attention."""
+
+    rope_type: Literal["yarn"]
+    """Names the kind."""
+    factor: _Factor
+    """Divides the frequencies of long wavelengths."""
+    original_max_position_embeddings: PositiveInt
+    """Positions before the extension."""
+    attention_factor: PositiveFloat | None = None
+    """Multiplies queries and keys; None for the paper's function of `factor`."""
+    beta_fast: PositiveFloat = 32.0
+    """Turns over the original length above which a frequency is kept."""
+    beta_slow: PositiveFloat = 1.0
+    """Turns below which it is divided."""
+    mscale: NonNegativeFloat | None = None
+    """DeepSeek's numerator of `attention_factor`."""
+    mscale_all_dim: NonNegativeFloat | None = None
+    """DeepSeek's denominator of `attention_factor`."""
+    truncate: bool = True
+    """Round the ends of the ramp to whole dimensions."""
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope
+"""How rotary frequencies are changed for longer contexts than a model was first trained on."""
 
 
 class ModelConfig(Section):
@@ -40,6 +95,8 @@ class ModelConfig(Section):
     """Added to the mean square inside RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None = None
+    """Change of the rotary frequencies; None for none."""
     tie_word_embeddings: bool = False
     """The head shares the embedding's weight."""
     attention_bias: bool = False
@@ -48,11 +105,11 @@ class ModelConfig(Section):
     """Biases in gate, up and down projections."""
     hidden_act: Literal["silu"] = "silu"
     """Activation of the gated MLP."""
-    bos_token_id: Annotated[int, Field(ge=0)] | None = 1
+    bos_token_id: TokenId | None = 1
     """Kept for the export."""
-    eos_token_id: Annotated[int, Field(ge=0)] | None = 2
-    """Kept for the export."""
-    pad_token_id: Annotated[int, Field(ge=0)] | None = None
+    eos_token_id: TokenId | Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = 2
+    """Kept for the export; generation ends at any of several."""
+    pad_token_id: TokenId | None = None
     """Kept for the export; no row is zeroed because of it."""
 
 

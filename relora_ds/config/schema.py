@@ -27,9 +27,11 @@ class RunConfig(Section):
     output_dir: Free[FilePath]
     """Everything the run writes goes here."""
     model: Free[FilePath]
-    """JSON file with HF `LlamaConfig` keys."""
+    """JSON file with HF `LlamaConfig` keys, or the directory of a model that holds its
+    `config.json`."""
     deepspeed: Free[FilePath]
-    """JSON file with DeepSpeed's own keys; `"auto"` values are filled in from this file."""
+    """JSON file with DeepSpeed's own keys; what is `"auto"` there comes from this file, or is
+    DeepSpeed's default."""
     method: MethodConfig
     """Training method and its settings."""
     data: DataConfig = DataConfig()

@@ -41,7 +41,7 @@ AFTER_RESTORE = Moment(
     "after the state was loaded", Call("relora_ds.checkpoint.resume:restore_phase", "after")
 )
 
-EXPORT_BEGINS = Moment("export begins", Call("relora_ds.model.hf:write_hf"))
+EXPORT_BEGINS = Moment("export begins", Call("relora_ds.model.hf.directory:write_hf"))
 IN_EXPORT = Moment("export half written", File("open", r"/tokenizer\.json$"))
 EXPORT_UNNAMED = Moment("export complete but not in place", File("os.rename", r"/hf$"))
 BEFORE_SUMMARY = Moment("before summary.json", File("os.rename", r"/summary\.json$"))

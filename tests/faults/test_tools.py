@@ -30,9 +30,9 @@ _PREPARATION = (
 _EXPORT = (
     at.EXPORT_BEGINS,
     at.IN_EXPORT,
-    Moment("before the weights", Call("relora_ds.model.hf:_write_weights")),
-    Moment("complete, not in place", Call("relora_ds.model.hf:_publish")),
-    Moment("in place, not cleaned up", Call("relora_ds.model.hf:_publish", "after")),
+    Moment("before the weights", Call("relora_ds.model.hf.directory:_write_weights")),
+    Moment("complete, not in place", Call("relora_ds.model.hf.directory:_publish")),
+    Moment("in place, not cleaned up", Call("relora_ds.model.hf.directory:_publish", "after")),
 )
 
 

@@ -2,7 +2,8 @@
 
 DeepSpeed takes unknown top-level keys in silence and dies on "auto" with a TypeError, so every key
 is checked here against what it knows and against what this trainer can stand behind. "auto" and
-absent values are filled in from the run file; a value that contradicts it is an error.
+absent values are filled in from the run file, or are DeepSpeed's default; a value that contradicts
+the run is an error.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from relora_ds.config.reading.document import Document, Finding, KeyPath, key_na
 from relora_ds.config.reading.source import read_json
 from relora_ds.config.reading.suggest import did_you_mean
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed.keys import (
+from relora_ds.engine.deepspeed.reading.foreign import contradictions, in_our_words
+from relora_ds.engine.deepspeed.reading.keys import (
     ALLOCATED,
     BF16_FIXED,
     BF16_KEYS,
     DATA_TYPE_KEYS,
     LARGEST_BUCKET,
     LARGEST_NUMBER,
+    OFFLOAD_FIXED,
+    OWNED_KEYS,
     REFUSED_KEYS,
     TOP_CHOICES,
     TOP_KEYS,
@@ -80,7 +84,8 @@ def resolve_deepspeed_config(
     else:
         document = read_json(source)
     data = document.data
-    findings = [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data, config)]
+    findings = [*in_our_words(document), *contradictions(data, config)]
+    findings += [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data, config)]
     findings += _check_hpz(data, config, dp_size)
     values = {**_run_values(config, dp_size), **_bucket_values(trained_elements)}
     if _is_stage_3(data):
@@ -92,7 +97,6 @@ def resolve_deepspeed_config(
     if _offloads_optimizer(data):
         values["zero_force_ds_cpu_optimizer",] = _Wanted(False, "optimizer.name chooses it")
     findings += [finding for item in values.items() for finding in _fill(data, *item)]
-    findings += _leftover_auto(data, ())
     # of several findings about one key the first is the most precise
     first = {finding.path: finding for finding in reversed(findings)}
     problems = document.problems + document.report(reversed(first.values()))
@@ -100,8 +104,9 @@ def resolve_deepspeed_config(
         problems.append(f"{key_name(path)}: {message}")
     if problems:
         raise ConfigError(problems)
-    # what is left of the refused blocks is switched off
-    resolved = {key: value for key, value in data.items() if key not in REFUSED_KEYS}
+    # what is left of the refused blocks is switched off, or says what the run says
+    foreign = REFUSED_KEYS.keys() | OWNED_KEYS
+    resolved = {key: value for key, value in data.items() if key not in foreign}
     return read_settings(resolved, config.train.gradient_reduction)
 
 
@@ -110,6 +115,12 @@ def reduction_advice(zero: ZeroSettings) -> str | None:
     steps = zero.accumulation
     if zero.stage < 2 or steps == 1 or zero.reduces_once:
         return None
+    if zero.offloads_optimizer:
+        return (
+            f"zero_optimization.offload_optimizer takes gradients to the host after each of {steps}"
+            " micro-batches, so that they are reduced as often, whatever train.gradient_reduction "
+            "says: a larger train.micro_batch_size needs fewer"
+        )
     return (
         f"ZeRO stage {zero.stage} reduces gradients after each of {steps} micro-batches, "
         f"{steps} times the bytes of stage 1: train.gradient_reduction: step reduces them once, "
@@ -185,9 +196,9 @@ def _check_keys(data: Mapping[str, Any]) -> Iterator[Finding]:
             choices = TOP_CHOICES.get(key)
             if choices and isinstance(value, str) and value not in (*choices, "auto"):
                 yield Finding((key,), f"is {show(value)}, but must be {' or '.join(choices)}")
-        elif key not in REFUSED_KEYS:
+        elif key not in REFUSED_KEYS and key not in OWNED_KEYS:
             yield Finding((key,), f"unknown key; {did_you_mean(key, TOP_KEYS)}")
-        elif not is_off(value):
+        elif key in REFUSED_KEYS and not is_off(value):
             yield Finding((key,), f"is refused: {REFUSED_KEYS[key]}")
 
 
@@ -210,22 +221,24 @@ def _check_zero(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
 
 
 def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
-    if config.train.gradient_reduction == "step" and not is_off(zero.get("offload_optimizer")):
-        yield Finding(
-            ("zero_optimization", "offload_optimizer"),
-            "does not go with train.gradient_reduction: step, which keeps gradients on the device: "
-            "use micro_batch, or remove the offload",
-        )
     for key, reason in ZERO_REFUSED.items():
         if key in zero and not is_off(zero[key]):
             yield Finding(("zero_optimization", key), f"is refused: {reason}")
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key)
-        if isinstance(offload, dict) and not is_off(offload) and offload.get("device") != "cpu":
+        if not isinstance(offload, dict) or is_off(offload):
+            continue
+        if offload.get("device") != "cpu":
             yield Finding(
                 ("zero_optimization", key, "device"),
                 f'is {show(offload.get("device"))}, but only "cpu" and "none" are supported',
             )
+        for name, (allowed, reason) in OFFLOAD_FIXED.items():
+            if not _same(offload.get(name, allowed), allowed):
+                yield Finding(
+                    ("zero_optimization", key, name),
+                    f"is {show(offload[name])}, but must be {show(allowed)} or absent: {reason}",
+                )
     if not is_off(zero.get("offload_param")) and not _same(zero.get("stage"), 3):
         yield Finding(
             ("zero_optimization", "offload_param"),
@@ -320,12 +333,3 @@ def _is_kind(value: object, kind: str) -> bool:
     if isinstance(value, float) and not math.isfinite(value):  # JSON's 1e999 is infinite
         return False
     return isinstance(value, _KINDS[kind][1])
-
-
-def _leftover_auto(value: object, path: KeyPath) -> Iterator[Finding]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if path or key in TOP_KEYS:
-                yield from _leftover_auto(inner, (*path, key))
-    elif value == "auto":
-        yield Finding(path, 'is "auto", which is not understood here: write a value or remove it')

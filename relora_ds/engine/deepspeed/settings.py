@@ -36,6 +36,8 @@ def read_settings(resolved: dict[str, Any], gradient_reduction: str) -> ZeroSett
     stage, accumulation = int(content["stage"]), int(resolved["gradient_accumulation_steps"])
     travels = resolved.get("communication_data_type")
     persistence = content.get("stage3_model_persistence_threshold")
+    offloads = not is_off(content.get("offload_optimizer"))
+    once = gradient_reduction == "step" and accumulation > 1 and stage >= 2 and not offloads
     return ZeroSettings(
         stage=stage,
         dtype=DTYPES["bf16" if bf16.switch("enabled", False) else "fp32"],
@@ -44,7 +46,7 @@ def read_settings(resolved: dict[str, Any], gradient_reduction: str) -> ZeroSett
         global_batch_size=int(resolved["train_batch_size"]),
         clip=float(resolved["gradient_clipping"]),
         communication_dtype=None if travels is None else DTYPES[travels],
-        reduces_once=gradient_reduction == "step" and accumulation > 1 and stage >= 2,
+        reduces_once=once,
         checks_overflow=bf16.switch("check_grad_overflow", default.checks_overflow),
         reduce_bucket=zero.number("reduce_bucket_size", default.reduce_bucket),
         overlaps=zero.switch("overlap_comm", default.overlaps),
@@ -60,7 +62,7 @@ def read_settings(resolved: dict[str, Any], gradient_reduction: str) -> ZeroSett
         ),
         model_persistence=None if persistence is None else int(persistence),
         sanity_checks=zero.switch("enable_sanity_checks", default.sanity_checks),
-        offloads_optimizer=not is_off(content.get("offload_optimizer")),
+        offloads_optimizer=offloads,
         offloads_weights=not is_off(content.get("offload_param")),
         deepspeed=resolved,
     )

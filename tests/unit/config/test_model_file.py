@@ -66,13 +66,16 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
     ("changes", "key", "part"),
     [
         ({"hidden_act": "gelu"}, "hidden_act", "is \"gelu\", but must be 'silu'"),
-        ({"model_type": "mistral"}, "model_type", 'it must be "llama" or absent'),
+        ({"model_type": "gemma"}, "model_type", 'it must be one of "llama"'),
+        ({"model_type": "mistral"}, "model_type", "sliding_window: null"),
+        ({"bias": True}, "bias", "attention_bias"),
         ({"architectures": ["OPTForCausalLM"]}, "architectures", "LlamaForCausalLM"),
-        ({"pretraining_tp": 2}, "pretraining_tp", "is 2, which is not supported"),
+        ({"pretraining_tp": -2}, "pretraining_tp", "must be a number of slices"),
         ({"attention_dropout": 0.1}, "attention_dropout", "is 0.1, which is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config", "must be null or absent"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type", '"linear"'),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type", '"yarn"'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type", '"dynamic"'),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor", "or equal to"),
+        ({"rope_scaling": {"type": "yarn", "spread": 2}}, "rope_scaling.spread", "unknown key"),
         ({"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor", "has no such key"),
         ({"rope_scaling": 2}, "rope_scaling", "must be null or an object"),
         (
@@ -88,6 +91,8 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
         ({"head_dim": 15}, "head_dim", "is 15, but must be even"),
         ({"vocab_size": "2k"}, "vocab_size", 'is "2k", but must be an integer'),
         ({"hidden_size": True}, "hidden_size", "is true, but must be an integer"),
+        ({"eos_token_id": [2, 2049]}, "eos_token_id", "is 2049, but must be less than"),
+        ({"eos_token_id": []}, "eos_token_id", "at least 1"),
         ({"eos_token_id": 2048}, "eos_token_id", "less than vocab_size (2048)"),
         ({"pad_token_id": -2}, "pad_token_id", "greater than or equal to 0"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings", "write true or false"),
@@ -104,6 +109,87 @@ def test_one_problem_with_line_key_and_rule(
     line = max(number for number, text in enumerate(lines, 1) if name in text)
     assert problems[0].startswith(f"{path}:{line}: {key}: ")
     assert part in problems[0]
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_type": "linear", "factor": 4}),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {"rope_type": "llama3", **LLAMA3}),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+            {"rope_type": "llama3", **LLAMA3},
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "finetuned": True}},
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 32}},
+            {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+        ),
+    ],
+)
+def test_rotary_scalings_are_read(
+    write_model: Write, changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    scaling = read_model_config(write_model(**changes)).rope_scaling
+    assert scaling is not None
+    assert scaling.model_dump(exclude_defaults=True) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pretraining_tp": 4},
+        {"is_llama_config": True, "rope_interleaved": False},
+        {"unsloth_version": "2024.9", "unsloth_fixed": True, "_comment": "mine"},
+        {"context_window_size": 4096, "prefill_chunk_size": 1024, "tensor_parallel_shards": 1},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"}},
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None,
+         "num_key_value_heads": 4},
+        {"repetition_penalty": 1.0, "bad_words_ids": None, "tokenizer_class": None},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_sequence_length": 1024},
+    ],
+)  # fmt: skip
+def test_what_does_not_change_the_function_is_accepted(
+    write_model: Write, changes: dict[str, Any]
+) -> None:
+    plain = read_model_config(write_model()).model_dump(exclude={"rope_scaling"})
+    changed = read_model_config(write_model(**changes)).model_dump(exclude={"rope_scaling"})
+    assert changed == plain
+
+
+def test_families_keep_their_own_defaults(write_model: Write) -> None:
+    mistral = {"model_type": "mistral", "sliding_window": None, "num_attention_heads": 16}
+    config = read_model_config(write_model(**mistral, num_key_value_heads=...))
+    assert config.num_key_value_heads == 8
+    biased = read_model_config(write_model(model_type="internlm", bias=True))
+    assert biased.attention_bias
+    assert not biased.mlp_bias
+
+
+@pytest.mark.parametrize(("given", "kept"), [([2, 9], (2, 9)), ([7], 7), (None, None)])
+def test_several_ids_may_end_a_text(write_model: Write, given: object, kept: object) -> None:
+    assert read_model_config(write_model(eos_token_id=given)).eos_token_id == kept
+
+
+def test_a_directory_stands_for_its_config(write_model: Write, tmp_path: Path) -> None:
+    path = write_model()
+    folder = tmp_path / "model of mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(path.read_text())
+    assert read_model_config(folder) == read_model_config(path)
+    (folder / "config.json").unlink()
+    assert "config.json: cannot be read" in model_problems(folder)[0]
 
 
 def test_missing_keys_are_named_with_their_meaning(write_model: Write) -> None:

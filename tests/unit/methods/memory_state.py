@@ -6,7 +6,7 @@ weight may have an authoritative store of the engine's beside its working values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -220,16 +220,19 @@ class MemoryGradients(Gradients):
 
     def __init__(self) -> None:
         self.batch: Callable[[], Iterable[torch.Tensor]] = tuple
-        self.passes: Callable[[torch.Tensor], None] = lambda tokens: None
+        self.run_pass: Callable[[torch.Tensor], None] = lambda tokens: None
         """Runs the model forward and backward on a micro-batch."""
 
     @property
     def owners(self) -> int:
         return 1
 
-    def run_batch(self) -> int:
-        with torch.enable_grad():
-            return sum(1 for tokens in self.batch() if self.passes(tokens) is None)
+    def passes(self) -> Iterator[int]:
+        micro_batches = list(self.batch())
+        for left, tokens in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            yield left
+            with torch.enable_grad():
+                self.run_pass(tokens)
 
     def mean(self, weight: nn.Parameter, part: torch.Tensor, turn: int) -> torch.Tensor | None:
         return part

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.config.model import ModelConfig
+from relora_ds.config.model import Llama3Rope, ModelConfig, YarnRope
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import DenseLinear
@@ -29,6 +29,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped_query": {"num_key_value_heads": 2, "rope_theta": 500000.0},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {
+        "rope_theta": 500000.0,
+        "rope_scaling": Llama3Rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    },
+    "yarn": {
+        "rope_scaling": YarnRope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    },
     "odd": {"vocab_size": 131, "intermediate_size": 45, "head_dim": 12, "num_key_value_heads": 1},
 }
 

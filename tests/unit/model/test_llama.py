@@ -16,9 +16,10 @@ from relora_ds.parallel.linear import DenseLinear, LinearSpec
 def reference(config, model):
     """Transformers' model with the same weights."""
     transformers = pytest.importorskip("transformers")
+    scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else {}
     hf_config = transformers.LlamaConfig(
-        **config.model_dump(exclude={"rope_theta"}),
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        **config.model_dump(exclude={"rope_theta", "rope_scaling"}),
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta, **scaling},
         attn_implementation="eager",
     )
     theirs = transformers.LlamaForCausalLM(hf_config)

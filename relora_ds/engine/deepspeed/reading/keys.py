@@ -31,6 +31,7 @@ TOP_KEYS = {
     "log_level": "text",
     "comms_logger": "section",
     "flops_profiler": "section",
+    "aio": "section",
     "timers": "section",
 }
 
@@ -40,9 +41,9 @@ TOP_CHOICES = {"communication_data_type": ("fp32", "bf16")}
 # Top-level keys that DeepSpeed knows and we refuse unless they say {"enabled": false}
 _OURS = "the run file owns it: set {} there and remove this block"
 _FOREIGN = "{} does not work with low-rank training under this trainer: remove it"
+OWNED_KEYS = frozenset(("optimizer", "scheduler"))
+"""Blocks that may say what the run file says, or leave it to that."""
 REFUSED_KEYS = {
-    "optimizer": _OURS.format("optimizer.*"),
-    "scheduler": _OURS.format("schedule.*"),
     "fp16": "fp16 overflows where bf16 does not, and is not supported: use train.precision bf16",
     "amp": _OURS.format("train.precision"),
     "torch_autocast": _OURS.format("train.precision"),
@@ -58,7 +59,6 @@ REFUSED_KEYS = {
     "managed_gradient_accumulation": "accumulation boundaries are DeepSpeed's here: remove it",
     "elasticity": "the batch is fixed by train.global_batch_size: remove it",
     "tensor_parallel": _OURS.format("parallel.tensor"),
-    "aio": "it serves NVMe offload only, which is not supported: remove it",
     "sparse_gradients": "embeddings have dense gradients here: remove it",
     "compile": "DeepSpeed's compiler passes are not supported: remove it",
     **{
@@ -169,6 +169,16 @@ ZERO_FIXED: dict[str, tuple[bool | int, str]] = {
     "zero_quantized_nontrainable_weights": (False, _ROUNDS),
     "zero_quantized_gradients": (False, _ROUNDS),
     "save_muon_momentum_buffer_in_memory": (False, "Muon is not among optimizer.name"),
+}
+
+# Keys of offload_optimizer and offload_param with the only value that is supported, and why
+OFFLOAD_FIXED: dict[str, tuple[bool | int, str]] = {
+    "ratio": (
+        1,
+        "DeepSpeed then updates a part of the parameters with an optimizer of its own, whose "
+        "moments are in no checkpoint and which no reset reaches",
+    ),
+    "super_offload": (False, "its state has another layout"),
 }
 
 BF16_KEYS = {

@@ -14,8 +14,9 @@ import torch
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import CheckpointError
-from relora_ds.model import hf
-from relora_ds.model.hf import read_hf, write_hf
+from relora_ds.model.hf import directory as hf
+from relora_ds.model.hf.directory import write_hf
+from relora_ds.model.hf.weights import read_hf
 from relora_ds.model.init import InitialWeights, dense_shapes
 
 CALLS = ("write", "fsync", "replace")

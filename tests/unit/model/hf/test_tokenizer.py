@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from relora_ds.errors import DataError
-from relora_ds.model.hf_tokenizer import write_tokenizer
+from relora_ds.model.hf.tokenizer import write_tokenizer
 
 TEXTS = [
     "",

@@ -1,4 +1,4 @@
-"""Reading and writing model directories in Hugging Face's layout.
+"""Writing model directories in Hugging Face's layout.
 
 The tensors carry the dense model's names and shapes (`init.dense_shapes`). Nothing here needs the
 transformers package; what is written loads in its versions 4 and 5.
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.durable import (
@@ -26,21 +24,17 @@ from relora_ds.files.durable import (
     sync_tree,
     write_file,
 )
-from relora_ds.files.regular import open_regular, read_regular
 from relora_ds.files.scratch import remove_leftovers, scratch_folder
 from relora_ds.files.tensors import stream_safetensors
-from relora_ds.model.hf_tokenizer import write_tokenizer
+from relora_ds.model.hf.tokenizer import write_tokenizer
+from relora_ds.model.hf.weights import INDEX, SINGLE, open_safetensors, tensor_differences
 from relora_ds.model.init import dense_shapes
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000
-_INDEX_BYTES = 64 << 20
 # "format" is what transformers looks for; "producer" tells our exports from a model of the user's
 _METADATA = {"format": "pt", "producer": "relora_ds"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _NEW, _OLD = "new", "old"  # in the scratch folder: the export, and the one that it replaces
-_LISTED = 8  # names shown in an error
 
 
 def write_hf(
@@ -93,66 +87,18 @@ def write_hf(
         ) from error
 
 
-def read_hf(directory: str | Path) -> tuple[ModelConfig, HfWeights]:
-    """Open a LLaMA model directory; tensors are read when they are asked for.
-
-    Raises:
-        ConfigError: `config.json` is missing or describes something else than a LLaMA.
-        CheckpointError: there is no safetensors file, it is damaged, or its tensors are not those
-            of the configuration.
-    """
-    directory = Path(directory)
-    config = read_model_config(directory / "config.json")
-    return config, HfWeights(directory, dense_shapes(config))
-
-
-class HfWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a model directory by name, in the model's order, each read on access (CPU).
-
-    Args:
-        directory: holds `model.safetensors`, or shards and their index.
-        shapes: what is expected, by name. Rotary tables of old exports and a stored copy of a tied
-            head are not counted as unexpected.
-
-    Raises:
-        CheckpointError: see `read_hf`; every missing, unexpected or misshapen tensor is named.
-    """
-
-    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._names = list(shapes)
-        self._file_of: dict[str, Any] = {}
-        for path in _weight_files(directory):
-            file = _open(path)
-            self._file_of.update(dict.fromkeys(file.keys(), file))
-        found = {name: _shape(file, name) for name, file in self._file_of.items()}
-        tied = "lm_head.weight" not in shapes
-        for name in list(found):
-            if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-                del found[name]
-        problems = _differences(found, shapes)
-        if problems:
-            raise CheckpointError(
-                f"{directory} does not fit its config.json: {'; '.join(problems)}. "
-                "Use the config.json that was saved with these weights"
-            )
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Both spellings where transformers 5 renamed a key: each version ignores the other's."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    fields = config.model_dump(exclude={"rope_scaling"})
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling.model_dump(exclude_none=True)
+        fields["rope_scaling"] = scaling
+        rope |= scaling
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **config.model_dump(),
+        **fields,
         "rope_parameters": rope,
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -193,33 +139,11 @@ def _checked(
 def _raise_unless_same(
     found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    problems = _differences(found, shapes)
+    problems = tensor_differences(found, shapes)
     if problems:
         raise CheckpointError(
             f"the weights to export are not those of the configuration: {'; '.join(problems)}"
         )
-
-
-def _differences(
-    found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """What is wrong with `found`, one phrase per kind of problem."""
-    wrong = [
-        f"{name} {found[name]} instead of {shapes[name]}"
-        for name in shapes
-        if name in found and found[name] != shapes[name]
-    ]
-    kinds = {
-        "missing": [name for name in shapes if name not in found],
-        "unexpected": [name for name in found if name not in shapes],
-        "of another shape": wrong,
-    }
-    return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _write_weights(
@@ -252,14 +176,14 @@ def _write_weights(
     count = len(shards)
     files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:
-        files = [_SINGLE]
+        files = [SINGLE]
     for i, file in enumerate(files):
         os.replace(directory / f"shard-{i}", directory / file)
     if count > 1:
         weight_map = {
             name: file for file, names in zip(files, shards, strict=True) for name in names
         }
-        _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / _INDEX)
+        _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX)
 
 
 def check_target(target: Path) -> None:
@@ -280,9 +204,10 @@ def _is_export(target: Path) -> bool:
     """Whether the directory holds weights that `write_hf` wrote."""
     for path in sorted(target.glob("model*.safetensors")) if target.is_dir() else ():
         try:
-            return (_open(path).metadata() or {}).get("producer") == _METADATA["producer"]
+            metadata = open_safetensors(path).metadata() or {}
         except CheckpointError:
             return False
+        return metadata.get("producer") == _METADATA["producer"]
     return False
 
 
@@ -312,45 +237,6 @@ def _restore_interrupted(target: Path) -> None:
     for old in sorted(target.parent.glob(f".{target.name}.*/{_OLD}")):
         if not target.exists() and _is_export(old):
             os.replace(old, target)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    index = directory / _INDEX
-    try:
-        names = set(json.loads(read_regular(index, _INDEX_BYTES))["weight_map"].values())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} holds neither {_SINGLE} nor {_INDEX}; weights in another format "
-            "(such as pytorch_model.bin) must be saved as safetensors first"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is damaged ({error}); copy the model again") from error
-    odd = [
-        name
-        for name in names
-        if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{index} names {odd[0]!r}, which is no file beside it; copy the model again"
-        )
-    return sorted(directory / name for name in names)
-
-
-def _open(path: Path) -> Any:
-    try:
-        open_regular(path).close()
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); copy the model again"
-        ) from error
-
-
-def _shape(file: Any, name: str) -> tuple[int, ...]:
-    return tuple(file.get_slice(name).get_shape())
 
 
 def _dump(content: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.scratch import scratch_folder
-from relora_ds.model.hf import HfWeights, read_hf, recover_export, write_hf
+from relora_ds.model.hf.directory import recover_export, write_hf
+from relora_ds.model.hf.weights import HfWeights, read_hf
 from relora_ds.model.init import InitialWeights, dense_shapes
 
 
@@ -170,7 +171,64 @@ def test_damaged_files_are_named(tmp_path, plain):
     with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
         read_hf(tmp_path)
     index.unlink()
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model"):
+        read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_files_of_torch_are_read(tmp_path, plain, zipped, shards):
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    weights = drawn(plain)
+    names = [list(weights)[number::shards] for number in range(shards)]
+    files = [f"pytorch_model-{number:05d}.bin" for number in range(shards)]
+    for file, part in zip(files, names, strict=True):
+        stored = {name: weights[name].half() for name in part}
+        torch.save(stored, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    if shards == 1:
+        (tmp_path / files[0]).rename(tmp_path / "pytorch_model.bin")
+    else:
+        weight_map = {n: file for file, part in zip(files, names, strict=True) for n in part}
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _, got = read_hf(tmp_path)
+    assert all(torch.equal(got[name], weights[name].half()) for name in weights)
+
+
+class Payload:
+    """Creates a file where it is unpickled as pickle allows it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_of_torch_does_not_run(tmp_path, plain, zipped):
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    stored = {**drawn(plain), "extra": Payload(tmp_path / "trace")}
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(stored, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="tensors and nothing else"):
+        read_hf(tmp_path)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "nothing else"), (b"version https://git-lfs", "nothing else")]
+)
+def test_a_damaged_file_of_torch_is_named(tmp_path, plain, content, message):
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_hf(tmp_path)
+    torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="something else than tensors by name"):
         read_hf(tmp_path)
 
 

@@ -1,0 +1,1 @@
+"""Model directories in Hugging Face's layout: written, read, and their tokenizers."""
