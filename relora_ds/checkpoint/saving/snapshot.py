@@ -8,6 +8,7 @@ stream waits for them on the device, the host waits for nothing.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from relora_ds.checkpoint.saving.contents import Contents
 
+_logger = logging.getLogger(__name__)
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.Size, torch.dtype})
 """Types of values that nothing changes."""
 
@@ -46,13 +48,33 @@ class HostBuffers:
         self._used: list[torch.Tensor] = []
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """A buffer of bytes, uint8 of shape (nbytes,); its content is undefined."""
+        """A buffer of bytes, uint8 of shape (nbytes,); its content is undefined.
+
+        Raises:
+            MemoryError: the host has no room for it.
+        """
         free = self._free.get(nbytes)
         buffer = free.pop() if free else None
         if buffer is None:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+            buffer = self._allocate(nbytes)
         self._used.append(buffer)
         return buffer
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                _logger.warning(
+                    "host memory for copies of the state cannot be pinned, training waits for "
+                    "them: raise the limit on locked memory (ulimit -l unlimited) (%s)",
+                    str(error).partition("\n")[0],
+                )
+                self._pinned = False
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        except RuntimeError as error:  # torch's word for a lack of memory
+            raise MemoryError(str(error)) from error
 
     def recycle(self) -> None:
         """Give back what is in use; what was free before is let go, as of a phase that is over."""
