@@ -324,6 +324,31 @@ def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> 
         )
 
 
+def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
+    if optimizer.adapter is not None and not method.moves_pairs:
+        yield Finding(
+            ("optimizer", "adapter"),
+            f"is {optimizer.adapter}, which updates both factors of a projection as one, but "
+            f"method {method.name} has no factors, or edits vectors and moments of its own: remove "
+            "it, or use method.name=lora, low_rank or sltrain",
+        )
+
+
+def pairs_are_cut_alike(
+    method: MethodSettings, optimizer: OptimizerConfig, parallel: ParallelConfig
+) -> Iterator[Finding]:
+    rank, tensor = method.low_rank, parallel.tensor
+    if optimizer.adapter is None or rank is None or tensor == 1:
+        return
+    if parallel.low_rank_plan == "fold" or rank % tensor:
+        yield Finding(
+            ("optimizer", "adapter"),
+            f"is {optimizer.adapter}, which needs both factors cut over {tensor} tensor-parallel "
+            "processes, but plan fold leaves one of them whole: use parallel.low_rank_plan=act and "
+            f"a multiple of {tensor} as method.rank",
+        )
+
+
 def scaled_head_is_free(optimizer: OptimizerConfig, architecture: ModelConfig) -> Iterator[Finding]:
     if optimizer.matrix == "scale" and architecture.tie_word_embeddings:
         yield Finding(
@@ -349,6 +374,8 @@ RULES: tuple[Rule, ...] = (
     tensor_parallelism_is_supported,
     allowed_changes_are_keys,
     matrices_are_trained,
+    pairs_are_moved,
+    pairs_are_cut_alike,
     scaled_head_is_free,
 )
 WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use,)

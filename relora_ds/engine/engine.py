@@ -35,7 +35,7 @@ from relora_ds.engine.zero.tensor_gradients import (
     square_sums_of_slices,
 )
 from relora_ds.methods.formulation.choice import update_of
-from relora_ds.methods.interface import Method, matrix_rules, projection_layers
+from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups, projection_layers
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.numerics.transfers import upload
 from relora_ds.optim.grouped import GroupedOptimizer
@@ -82,7 +82,7 @@ class TrainEngine:
         tp: TensorParallel = SINGLE,
     ) -> None:
         self._tp = tp
-        groups = method.parameter_groups(model)
+        groups = optimizer_groups(method, config.optimizer, model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
         rules = matrix_rules(method, config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)

@@ -9,7 +9,7 @@ DeepSpeed never sees, is formed between updates and reduced to one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -116,7 +116,7 @@ class FrozenGradients(Gradients):
     def owners(self) -> int:
         return self._copies * self._tp.size
 
-    def run_batch(self) -> int:
+    def passes(self) -> Iterator[int]:
         # the only leaf whose gradient is asked for: no hook of a parameter runs, which would have
         # DeepSpeed reduce and keep its gradient
         gate = torch.ones((), device=self._device, requires_grad=True)
@@ -127,16 +127,17 @@ class FrozenGradients(Gradients):
         embedding = next(m for m in self._model.modules() if isinstance(m, TokenEmbedding))
         handle = embedding.register_forward_hook(pass_gate)
         self._model.train()
-        count = 0
+        micro_batches = list(self.batch())
         try:
-            with torch.enable_grad():
-                for tokens in self.batch():
+            for left, tokens in zip(
+                reversed(range(len(micro_batches))), micro_batches, strict=True
+            ):
+                yield left
+                with torch.enable_grad():
                     loss = self._model(upload(tokens, self._device))
                     torch.autograd.grad(loss, gate)
-                    count += 1
         finally:
             handle.remove()
-        return count
 
     def mean(self, weight: nn.Parameter, part: torch.Tensor, turn: int) -> torch.Tensor | None:
         part.div_(self._copies)

@@ -37,6 +37,12 @@ def muon() -> RunConfig:
     return clipped({"name": "full"}, matrix="muon")
 
 
+def spectral() -> RunConfig:
+    """A clipped run of SLTrain: pairs of factors with one momentum, values with Adam's moments."""
+    method = {"name": "sltrain", "rank": 4, "scale": 0.5, "sparsity": 0.1}
+    return clipped(method, adapter="spectral")
+
+
 def shared(config: RunConfig, tensor: int) -> RunConfig:
     """The run with every so many ranks sharing a model."""
     return changed(config, "parallel", tensor=tensor)
@@ -55,14 +61,16 @@ CASES: dict[str, tuple[RunConfig, int]] = {
     "galore_fp32_shared": (shared(galore("fp32"), 2), 1),
     "muon_fp32_zero2": (muon(), 2),
     "muon_fp32_shared": (shared(muon(), 2), 1),
+    "spectral_fp32_zero2": (spectral(), 2),
 }
 """A run and its stage."""
 TARGETS = {
     (1, 1): {"relora_fp32_zero2": 3, "relora_bf16_zero3": 1, "relora_bf16_zero0": 3,
              "switchlora_fp32_zero3": 0, "switchlora_bf16_zero1": 3, "galore_fp32_zero2": 3,
-             "galore_bf16_zero3": 1, "galore_fp32_shared": 0, "muon_fp32_shared": 3},
+             "galore_bf16_zero3": 1, "galore_fp32_shared": 0, "muon_fp32_shared": 3,
+             "spectral_fp32_zero2": 3},
     (2, 1): {"galore_fp32_shared": 3},
-    (2, 2): {"galore_fp32_zero2": 2, "muon_fp32_zero2": 1},
+    (2, 2): {"galore_fp32_zero2": 2, "muon_fp32_zero2": 1, "spectral_fp32_zero2": 1},
     (4, 1): {"relora_fp32_zero2": 1, "relora_bf16_zero3": 3, "switchlora_fp32_zero3": 3,
              "galore_fp32_zero2": 1, "muon_fp32_zero2": 3},
 }  # fmt: skip
@@ -73,7 +81,8 @@ def build(config: RunConfig, stage: int, topology: Topology) -> Training:
     """The run under an engine, with one arithmetic at every stage: by itself stage 3 would not keep
     composed weights."""
     config = changed(config, "train", formulation="step")
-    small = {"stage3_param_persistence_threshold": 200, "sub_group_size": 500}
+    parts = 500 if config.optimizer.adapter is None else 100_000  # pairs are stepped together
+    small = {"stage3_param_persistence_threshold": 200, "sub_group_size": parts}
     return start(config, stage, topology, **(small if stage == 3 else {}))
 
 
