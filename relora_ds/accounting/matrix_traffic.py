@@ -9,14 +9,14 @@ fp32, in the phase `step`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
 from relora_ds.accounting.recorder import Traffic
-from relora_ds.optim.matrix import Exchanged, MatrixOptimizer
+from relora_ds.optim.matrix import Exchanged, MatrixOptimizer, units_of
 from relora_ds.parallel.ownership import owners_of, slices_of_groups
 from relora_ds.parallel.shape import global_shape, shard_of, tp_local_shape
 from relora_ds.parallel.zero import ZeroSettings
@@ -30,8 +30,15 @@ class GroupExchange:
 
     sums: int = 0
     """Added up over the group."""
-    moved: int = 0
-    """Sent to others as slices of whole matrices; as many are received."""
+    sent: int = 0
+    """Sent to others as slices of whole matrices."""
+    received: int = 0
+    """Received from others, likewise."""
+
+    @property
+    def moved(self) -> int:
+        """Sent and received."""
+        return self.sent + self.received
 
 
 NOTHING = GroupExchange()
@@ -56,8 +63,8 @@ class MatrixTraffic:
         """
         found = {
             Traffic("all_reduce", group, size, "float32", "step"): _BYTES * exchange.sums,
-            Traffic("send", group, size, "float32", "step"): _BYTES * exchange.moved,
-            Traffic("recv", group, size, "float32", "step"): _BYTES * exchange.moved,
+            Traffic("send", group, size, "float32", "step"): _BYTES * exchange.sent,
+            Traffic("recv", group, size, "float32", "step"): _BYTES * exchange.received,
         }
         return {kind: payload for kind, payload in found.items() if payload}
 
@@ -90,20 +97,38 @@ def matrix_traffic(
     copies = sizes[0] if zero.stage else 1
     dp_rank = place.dp_rank if zero.stage else 0
     slices = slices_of_groups(groups, zero.stage, copies)
-    owners = owners_of(rules, [slices[matrix] for matrix in rules], sizes[1])
-    owned_by = dict(zip(rules, owners, strict=True))
-    sums, moved, within_sums, within_moved = 0, 0, 0, 0
-    for matrix, asked in _asked(model, rules):
-        (owner, tp_owner), mine = owned_by[matrix], slices[matrix][dp_rank]
-        whole, everything = tp_local_shape(matrix).numel(), global_shape(matrix).numel()
-        sums += asked.sums
-        moved += asked.wholes * (whole - mine if owner == dp_rank else mine)
-        if shard_of(matrix) is not None:
-            within_sums += asked.sums
-            part = everything - whole if tp_owner == place.tp_rank else whole
-            within_moved += asked.wholes * part if owner == dp_rank else 0
-    sliced = GroupExchange(sums, moved) if zero.stage else NOTHING
-    return MatrixTraffic(sliced, GroupExchange(within_sums, within_moved))
+    units = _units(model, rules)
+    held = [
+        [sum(parts) for parts in zip(*(slices[m] for m in unit), strict=True)] for unit in units
+    ]
+    between, within = [NOTHING], [NOTHING]
+    for unit, (owner, tp_owner) in zip(units, owners_of(units, held, sizes[1]), strict=True):
+        asked = rules[unit[0]].exchanged([global_shape(matrix) for matrix in unit])
+        is_owner, is_sharded = owner == dp_rank, shard_of(unit[0]) is not None
+        between.append(GroupExchange(asked.sums))
+        within += [GroupExchange(asked.sums)] if is_sharded else []
+        for matrix in unit:
+            part, mine = tp_local_shape(matrix).numel(), slices[matrix][dp_rank]
+            between.append(_travelled(asked, is_owner, part - mine, mine))
+            if is_owner and is_sharded:
+                lacking = global_shape(matrix).numel() - part
+                within.append(_travelled(asked, tp_owner == place.tp_rank, lacking, part))
+    return MatrixTraffic(_total(between) if zero.stage else NOTHING, _total(within))
+
+
+def _travelled(asked: Exchanged, is_owner: bool, lacking: int, mine: int) -> GroupExchange:
+    """Of a matrix that ranks hold slices of: what its owner lacks comes in, and goes back."""
+    if is_owner:
+        return GroupExchange(0, asked.from_owner * lacking, asked.to_owner * lacking)
+    return GroupExchange(0, asked.to_owner * mine, asked.from_owner * mine)
+
+
+def _total(exchanges: Sequence[GroupExchange]) -> GroupExchange:
+    return GroupExchange(
+        sum(each.sums for each in exchanges),
+        sum(each.sent for each in exchanges),
+        sum(each.received for each in exchanges),
+    )
 
 
 def most_matrix_traffic(
@@ -122,16 +147,10 @@ def most_matrix_traffic(
     )
 
 
-def _asked(
+def _units(
     model: nn.Module, rules: Mapping[nn.Parameter, MatrixOptimizer]
-) -> Iterator[tuple[nn.Parameter, Exchanged]]:
-    """What is asked for in an update: the matrix that it is about (a pair's first one), and how
-    much."""
-    matrices: dict[MatrixOptimizer, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter in rules:
-            matrices.setdefault(rules[parameter], {})[name] = parameter
-    for rule, named in matrices.items():
-        for unit in rule.units(list(named)):
-            asked = rule.exchanged([global_shape(named[name]) for name in unit])
-            yield named[unit[0]], asked
+) -> list[list[nn.Parameter]]:
+    """What is updated together: matrices, or both factors of pairs."""
+    named = {name: p for name, p in model.named_parameters() if p in rules}
+    units = units_of({name: rules[parameter] for name, parameter in named.items()})
+    return [[named[name] for name in unit] for unit in units]

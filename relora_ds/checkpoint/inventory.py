@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relora_ds.config.sections import OptimizerConfig
-from relora_ds.methods.interface import Method, matrix_rules
+from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups
 from relora_ds.numerics.base_weight import Precision
 from relora_ds.optim.matrix import StateTensor
 from relora_ds.optim.vector_adamw import MOMENTS
@@ -68,7 +68,7 @@ def take_inventory(
         optimizer: the run's settings, which the method may answer with an optimizer of its own.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    described = method.parameter_groups(model)
+    described = optimizer_groups(method, optimizer, model)
     groups = [{names[id(p)]: tp_local_shape(p) for p in group.parameters} for group in described]
     rules = matrix_rules(method, optimizer, model)
     states = {names[id(p)]: rule.state(global_shape(p)) for p, rule in rules.items()}

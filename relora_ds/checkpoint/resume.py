@@ -27,6 +27,7 @@ from relora_ds.checkpoint.saving.recovery import recover
 from relora_ds.checkpoint.saving.retention import unused_previous
 from relora_ds.checkpoint.tp_state import PartOfState
 from relora_ds.config.free import covers, flat_settings, free_keys
+from relora_ds.config.load import dump_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.distributed import (
@@ -39,11 +40,13 @@ from relora_ds.engine.distributed import (
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError, ReloraError
 from relora_ds.files.durable import describe, remedy
+from relora_ds.files.regular import read_regular
 from relora_ds.methods.interface import Session
 from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import Topology
 
 _logger = logging.getLogger(__name__)
+_DESCRIPTION_BYTES = 64 << 20
 _TOKEN_FILES = "token files"
 _REASON = 300  # characters of a library's own words
 _VALUE = 60  # characters of a value in a message
@@ -171,18 +174,46 @@ def _newest(directory: Path, fallback: bool) -> Path | None:
         return complete[-1]
 
 
-def set_aside_earlier_run(output_dir: Path) -> Path | None:
-    """Move an earlier run's results to `previous_N`, so that a fresh start loses nothing."""
+def set_aside_earlier_run(output_dir: Path, config: RunConfig) -> Path | None:
+    """Move an earlier run's results to `previous_N`, so that a fresh start loses nothing.
+
+    A start of the same run that ended before it had a checkpoint or an export is no earlier run:
+    its steps happen again and write the same lines, as those behind a checkpoint do. A run that is
+    killed and started again and again leaves no folder each time.
+
+    Args:
+        config: of the run that starts.
+
+    Returns:
+        Where the results are now; None if they stay, or if there are none.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
     kept = (layout.CHECKPOINTS, "metrics.jsonl")
     results = (*kept, "summary.json", "run.yaml", "plots", "hf", "logs")
     found = [output_dir / name for name in results if (output_dir / name).exists()]
-    if not any(path.name in kept for path in found):
+    if not any(path.name in kept for path in found) or _is_a_try_of(output_dir, config):
         return None
     target = unused_previous(output_dir)
     target.mkdir()
     for path in found:
         path.rename(target / path.name)
     return target
+
+
+def _is_a_try_of(output_dir: Path, config: RunConfig) -> bool:
+    """Whether what is there is of a run of the same description, and its steps are all there is."""
+    checkpoints, metrics = output_dir / layout.CHECKPOINTS, output_dir / "metrics.jsonl"
+    if (output_dir / "hf").exists() or any(checkpoints.glob("[!.]*")):
+        return False
+    if not metrics.exists() or not metrics.stat().st_size:
+        return True
+    try:
+        before = read_regular(output_dir / "run.yaml", _DESCRIPTION_BYTES)
+    except OSError:
+        return False
+    return before == dump_run_config(config).encode()
 
 
 def check_resume(

@@ -316,11 +316,40 @@ def base_precision_has_a_use(train: TrainConfig, method: MethodSettings) -> Iter
 
 
 def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
-    if optimizer.matrix is not None and not method.trains_projections:
+    if optimizer.matrix is None or method.trains_projections:
+        return
+    if optimizer.matrix == "muon" and method.warm_start is not None:
+        return
+    more = "" if optimizer.matrix == "scale" else ", or start with method.warm_start_steps"
+    yield Finding(
+        ("optimizer", "matrix"),
+        f"is {optimizer.matrix}, which updates the weights of projections, but method "
+        f"{method.name} does not train them: remove it, or use method.name=full{more}",
+    )
+
+
+def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
+    if optimizer.adapter is not None and not method.moves_pairs:
         yield Finding(
-            ("optimizer", "matrix"),
-            f"is {optimizer.matrix}, which updates the weights of projections, but method "
-            f"{method.name} does not train them: remove it, or use method.name=full",
+            ("optimizer", "adapter"),
+            f"is {optimizer.adapter}, which updates both factors of a projection as one, but "
+            f"method {method.name} has no factors, or edits vectors and moments of its own: remove "
+            "it, or use method.name=lora, low_rank or sltrain",
+        )
+
+
+def pairs_are_cut_alike(
+    method: MethodSettings, optimizer: OptimizerConfig, parallel: ParallelConfig
+) -> Iterator[Finding]:
+    rank, tensor = method.low_rank, parallel.tensor
+    if optimizer.adapter is None or rank is None or tensor == 1:
+        return
+    if parallel.low_rank_plan == "fold" or rank % tensor:
+        yield Finding(
+            ("optimizer", "adapter"),
+            f"is {optimizer.adapter}, which needs both factors cut over {tensor} tensor-parallel "
+            "processes, but plan fold leaves one of them whole: use parallel.low_rank_plan=act and "
+            f"a multiple of {tensor} as method.rank",
         )
 
 
@@ -349,6 +378,8 @@ RULES: tuple[Rule, ...] = (
     tensor_parallelism_is_supported,
     allowed_changes_are_keys,
     matrices_are_trained,
+    pairs_are_moved,
+    pairs_are_cut_alike,
     scaled_head_is_free,
 )
 WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use,)

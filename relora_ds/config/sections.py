@@ -132,6 +132,19 @@ class ScaleConfig(Section):
     """Decay rate of the head's momentum."""
 
 
+class SpectralConfig(Section):
+    """Spectral updates: both factors of a projection move along one polar factor of their product's
+    change (sMuon, arXiv 2608.14492)."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay rate mu of the momentum that each factor has in place of Adam's two moments."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+    normalized: bool = False
+    """Divide steps by scale (|A|^2 + |B|^2) / 2 with spectral norms: the weight moves by at most
+    the learning rate times sqrt(max(1, m / n)) for m outputs and n inputs, as under Muon."""
+
+
 class OptimizerConfig(Section):
     """AdamW and its learning rates, or an optimizer of whole matrices beside it."""
 
@@ -143,12 +156,16 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
     matrix: Literal["muon", "scale"] | None = None
-    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections.
-    `scale`: projections, embedding and head."""
+    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
+    a warm start alone. `scale`: projections, embedding and head."""
     muon: MuonConfig = MuonConfig()
     """Settings of `matrix: muon`."""
     scale: ScaleConfig = ScaleConfig()
     """Settings of `matrix: scale`."""
+    adapter: Literal["spectral"] | None = None
+    """Updates the factors lora_A and lora_B in AdamW's place. `spectral`: both together."""
+    spectral: SpectralConfig = SpectralConfig()
+    """Settings of `adapter: spectral`."""
     adapter_lr: PositiveFloat | None = None
     """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default:
     `lr`."""

@@ -35,8 +35,9 @@ from relora_ds.engine.zero.tensor_gradients import (
     square_sums_of_slices,
 )
 from relora_ds.methods.formulation.choice import update_of
-from relora_ds.methods.interface import Method, matrix_rules, projection_layers
+from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups, projection_layers
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
+from relora_ds.numerics.transfers import upload
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
@@ -81,7 +82,7 @@ class TrainEngine:
         tp: TensorParallel = SINGLE,
     ) -> None:
         self._tp = tp
-        groups = method.parameter_groups(model)
+        groups = optimizer_groups(method, config.optimizer, model)
         self.groups = [(group.role, list(group.parameters)) for group in groups]
         rules = matrix_rules(method, config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, rules)
@@ -253,7 +254,7 @@ class TrainEngine:
             for tokens in micro_batches:
                 with doing("micro-batch"):
                     with recorder.phase("forward"), self.memory.forward():
-                        loss = self._engine(tokens.to(self.device, non_blocking=True))
+                        loss = self._engine(upload(tokens, self.device))
                     with recorder.phase("backward"):
                         self._engine.backward(loss)
                 losses.append(loss.detach().float())

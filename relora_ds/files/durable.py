@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from relora_ds.files.regular import open_own
+
 _CHUNK = 4 << 20  # bytes that are written and hashed at a time
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and a flag of renameat2(2)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,7 +43,7 @@ class OutputFile:
     """A new file; hashes what is written to it. `torch.save` takes it for a stream.
 
     Args:
-        path: an existing file is replaced.
+        path: an existing file is replaced; a link is not followed.
         on_progress: called after each few megabytes; what it raises ends the writing.
 
     Raises:
@@ -55,8 +57,7 @@ class OutputFile:
         """The first one: a library that writes may hide it behind words of its own."""
         self._on_progress = on_progress
         self._digest = hashlib.sha256()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = open_own(path, os.O_WRONLY | os.O_TRUNC)
 
     def write(self, content: bytes | memoryview) -> int:
         """Append all of `content`; returns its length in bytes."""

@@ -1,4 +1,4 @@
-"""Opening files that somebody else named.
+"""Opening files that somebody else named, or that may be somebody else's by now.
 
 A name may lead to a pipe, a device or a directory, and opening those can block for ever, act on
 hardware, or never end. Everything that cannot be read is one kind of error here: an `OSError` whose
@@ -7,6 +7,7 @@ hardware, or never end. Everything that cannot be read is one kind of error here
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -55,6 +56,37 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", os.fspath(path))
     return content
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a file of the program's own for writing, made if it is missing; an `opener` of `open`.
+
+    A link is not followed, so that what it leads to is not overwritten, and a pipe not waited for.
+
+    Args:
+        flags: of `os.open`, such as `os.O_RDWR`.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        OSError: it cannot be opened, or is anything else than a regular file.
+    """
+    name = os.fspath(path)
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(name)
+        if stat.S_ISLNK(status.st_mode):
+            raise OSError(errno.ELOOP, "it is a link, and may lead to a file of others", name)
+        _check_kind(status, name)
+    # between the two looks somebody may have put something else in its place
+    never = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags | os.O_CREAT | never, 0o666)
+    try:
+        _check_kind(os.fstat(descriptor), name)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _check_kind(status: os.stat_result, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -22,15 +22,15 @@ class Gradients(ABC):
         """Processes that take turns in owning whole gradients."""
 
     @abstractmethod
-    def run_batch(self) -> int:
+    def passes(self) -> Iterator[int]:
         """Pass the coming update's micro-batches through the model, forward and backward.
 
         No gradient of a parameter is kept: whoever wants one takes it while its module is on its
-        way back.
+        way back. This rank's mean gradient is the sum of what is taken, divided by the number of
+        passes.
 
-        Returns:
-            The number of micro-batches; the sum of what was taken divided by it is this rank's
-            mean gradient.
+        Yields:
+            Before every pass how many are to follow it; nothing if the batch is left out.
         """
 
     @abstractmethod

@@ -21,7 +21,8 @@ from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
-from relora_ds.optim.matrix import MatrixOptimizer
+from relora_ds.optim.matrix import PAIR, MatrixOptimizer
+from relora_ds.optim.spectral import SpectralPair
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
 
@@ -228,8 +229,7 @@ class Method(Generic[ConfigT]):
     ) -> MatrixOptimizer | None:
         """What updates a trained matrix; None leaves it to the element-wise `optimizer.name`.
 
-        Matrices that one optimizer is to update together have the same object. All trained
-        parameters of a group have one, or none.
+        Matrices that one optimizer is to update together have equal ones.
 
         Args:
             settings: of the run.
@@ -250,9 +250,48 @@ class Method(Generic[ConfigT]):
         """What a session keeps beside the model, at most. The model may be without memory."""
         return MemoryShare()
 
+    def event_bytes(self, model: nn.Module, micro_batches: int) -> int:
+        """The most that an event takes up on one process for as long as it lasts, in bytes.
+
+        Weights, optimizer states and the activations of one micro-batch are not among them.
+
+        Args:
+            model: this process's part of it; may be without memory.
+            micro_batches: of an update.
+        """
+        return 0
+
     def lr_multiplier(self, step: int, schedule: Schedule) -> float:
         """Factor on every learning rate for the update that follows `step` completed ones."""
         return schedule(step)
+
+
+def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> SpectralPair | None:
+    """What updates a factor of a projection, where the run asks for an optimizer of pairs.
+
+    Args:
+        settings: of the run.
+        name: full name of a trained parameter.
+        scale: of the product of both factors in the projection's weight.
+    """
+    if settings.adapter is None or name.rpartition(".")[2] not in PAIR:
+        return None
+    chosen = settings.spectral
+    return SpectralPair(chosen.momentum, chosen.nesterov, chosen.normalized, scale)
+
+
+def optimizer_groups(
+    method: Method[Any], settings: OptimizerConfig, model: nn.Module
+) -> list[ParameterGroup]:
+    """The method's groups of parameters, those that mix both kinds of optimizers divided in two."""
+    rules = matrix_rules(method, settings, model)
+    found = []
+    for group in method.parameter_groups(model):
+        for ruled in (False, True):
+            parameters = [p for p in group.parameters if (p in rules) is ruled]
+            if parameters:
+                found.append(ParameterGroup(group.role, group.decays, parameters))
+    return found
 
 
 def projection_layers(model: nn.Module) -> dict[str, Projection]:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from relora_ds.config.methods.low_rank import LowRankConfig
-from relora_ds.methods.interface import Method
+from relora_ds.config.sections import OptimizerConfig
+from relora_ds.methods.interface import Method, pair_rule
 from relora_ds.numerics.draws import draw_normal
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection
 from relora_ds.randomness import Stream
@@ -82,6 +85,11 @@ class LowRank(Method[LowRankConfig]):
         left, right = _with_fixed_signs(left * root, (right * root).t())
         layer.lora_B.copy_(left)
         layer.lora_A.copy_(right)
+
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        return pair_rule(settings, name)
 
     def dense_weight(self, layer: Projection) -> torch.Tensor:
         assert isinstance(layer, FactorLinear)

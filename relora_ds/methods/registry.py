@@ -26,6 +26,7 @@ from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.sltrain.sltrain import SLTrain
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.numerics.dtypes import DTYPES
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.shape import global_shape
 from relora_ds.parallel.zero import ZeroSettings
 
@@ -114,17 +115,17 @@ def check_requirements(run: LoadedRun, zero: ZeroSettings) -> None:
     findings: list[Finding] = []
     for phase in plan_phases(run.config):
         findings += phase.method.requirements.unmet(phase.name, run.config, zero.stage)
-        findings += unmet_by_rules(phase.name, run.config, zero, _matrices(phase.method, run))
+        findings += unmet_by_rules(phase.name, run.config, zero, _rules(phase.method, run))
     problems = run.document.report(findings)
     if problems:
         raise ConfigError(problems)
 
 
-def _matrices(method: Method[Any], run: LoadedRun) -> list[torch.Size]:
-    """Global shapes of what a method updates matrix by matrix."""
+def _rules(method: Method[Any], run: LoadedRun) -> list[tuple[torch.Size, MatrixOptimizer]]:
+    """Global shapes of what a method updates matrix by matrix, and what updates it."""
     model = meta_model(run.architecture, method, run.config.train)
     rules = matrix_rules(method, run.config.optimizer, model)
-    return [global_shape(parameter) for parameter in rules]
+    return [(global_shape(parameter), rule) for parameter, rule in rules.items()]
 
 
 def _schedule(config: RunConfig, steps: int) -> Schedule:

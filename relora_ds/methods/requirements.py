@@ -9,6 +9,7 @@ import torch
 
 from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.zero import ZeroSettings
 
 _STAGES = frozenset(range(4))
@@ -62,7 +63,10 @@ class Requirements:
 
 
 def unmet_by_rules(
-    name: str, config: RunConfig, zero: ZeroSettings, shapes: Sequence[torch.Size]
+    name: str,
+    config: RunConfig,
+    zero: ZeroSettings,
+    rules: Sequence[tuple[torch.Size, MatrixOptimizer]],
 ) -> Iterator[Finding]:
     """What a run or a method does not offer to matrix-wise optimizers.
 
@@ -70,9 +74,9 @@ def unmet_by_rules(
         name: the method's, for the messages.
         config: the run.
         zero: its ZeRO settings.
-        shapes: global shapes of the parameters that have one.
+        rules: global shape of every parameter that has one, and the optimizer.
     """
-    if not shapes:
+    if not rules:
         return
     if config.optimizer.name != "adamw":
         yield Finding(
@@ -93,7 +97,14 @@ def unmet_by_rules(
             "parameters matrix by matrix, with sums that processes exchange on their devices: "
             "remove offload_optimizer",
         )
-    odd = [shape for shape in shapes if len(shape) != 2]
+    pairs = sum(shape.numel() for shape, rule in rules if rule.needs == "pair")
+    if zero.stage == 3 and pairs > zero.sub_group:
+        yield Finding(
+            ("deepspeed",),
+            f"is {config.deepspeed} with sub_group_size {zero.sub_group:,}, which may step the two "
+            f"factors of a projection apart: write at least {pairs:,}",
+        )
+    odd = [shape for shape, _ in rules if len(shape) != 2]
     if odd:
         yield Finding(
             ("method", "name"),

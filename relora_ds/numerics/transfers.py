@@ -26,7 +26,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             the device is a GPU, for which it is staged first.
         device: where it goes; on the CPU it stays what it is.
     """
-    if device.type == "cuda":
+    if device.type != "cpu":
         tensor = tensor.pin_memory()  # kept by torch's allocator until the copy has been made
     return tensor.to(device, non_blocking=True)
 

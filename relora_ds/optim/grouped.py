@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from relora_ds.optim.matrix import MatrixExchange, MatrixOptimizer, MatrixSlice, MatrixUpdate, drive
+from relora_ds.optim.matrix import (
+    MatrixExchange,
+    MatrixOptimizer,
+    MatrixSlice,
+    MatrixUpdate,
+    drive,
+    units_of,
+)
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 
 
@@ -46,7 +53,8 @@ class GroupedOptimizer(VectorAdamW):
         same order, also where their slices are empty.
         """
         assert closure is None, "a closure would run between ZeRO's reduction and the update"
-        updates: dict[MatrixOptimizer, dict[str, MatrixUpdate]] = {}
+        updates: dict[str, MatrixUpdate] = {}
+        rules: dict[str, MatrixOptimizer] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -55,11 +63,11 @@ class GroupedOptimizer(VectorAdamW):
                     self.update(p, group)
                     continue
                 for rule, update in self._matrices_in(p, group):
-                    updates.setdefault(rule, {})[update.matrix.name] = update
+                    updates[update.matrix.name], rules[update.matrix.name] = update, rule
         running = []
-        for rule, named in updates.items():
-            units = [[named[name] for name in unit] for unit in rule.units(list(named))]
-            running += [(unit[0].matrix, rule.update(unit)) for unit in units]
+        for names in units_of(rules):
+            unit = [updates[name] for name in names]
+            running.append(([each.matrix for each in unit], rules[names[0]].update(unit)))
         if self.exchange is not None:
             drive(running, self.exchange)
 

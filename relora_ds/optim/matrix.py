@@ -94,25 +94,27 @@ class Sum:
     """This rank's summand; of one shape and dtype on all ranks."""
 
 
-MatrixFunction = Callable[[torch.Tensor], torch.Tensor]
-"""From whole matrices of one shape (batch, m, n) to as many, each on its own."""
+MatrixFunction = Callable[..., tuple[torch.Tensor, ...]]
+"""From stacks (batch, m, n) of whole tensors, one stack for every tensor that travels, to a stack
+for every matrix. What is computed of one place of the batch does not depend on the others."""
 
 
 @dataclass(frozen=True)
 class OfWhole:
-    """Asks for this rank's slice of a function of the whole matrix.
+    """Asks for this rank's slices of a function of a whole matrix, or of both factors of a pair.
 
-    The matrix's owner alone holds it whole, and computes the function. Matrices of one shape that
-    ask for the same function are computed together.
+    Their owner alone holds them whole, and computes the function. Those of equal shapes that ask
+    for the same function are computed together. The answer is a tuple: a slice per matrix, 1-D.
     """
 
-    values: torch.Tensor
-    """This rank's slice, 1-D."""
+    values: Sequence[Sequence[torch.Tensor]]
+    """By matrix: this rank's slices of tensors that have the matrix's shape, 1-D."""
     function: MatrixFunction
+    """Takes all of these tensors whole, in order."""
 
 
 Request = Sum | OfWhole
-Steps = Generator[Request, torch.Tensor, None]
+Steps = Generator[Request, Any, None]
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ class Exchanged:
 
     sums: int = 0
     """Elements of all `Sum`s, 4 bytes each."""
-    wholes: int = 0
-    """How many times the matrix travels to its owner and back."""
+    to_owner: int = 0
+    """Tensors of each matrix's shape that travel to its owner."""
+    from_owner: int = 0
+    """Tensors of each matrix's shape that travel back."""
 
 
 class MatrixOptimizer(ABC):
@@ -168,7 +172,7 @@ class MatrixOptimizer(ABC):
         for name in names:
             layer, _, factor = name.rpartition(".")
             found.setdefault(layer, {})[factor] = name
-        odd = [layer for layer, factors in found.items() if factors.keys() != _PAIR]
+        odd = [layer for layer, factors in found.items() if factors.keys() != PAIR]
         if odd:
             raise ValueError(f"{odd[0]} has no lora_A and lora_B in one group of parameters")
         return [(factors["lora_A"], factors["lora_B"]) for factors in found.values()]
@@ -178,7 +182,8 @@ class MatrixOptimizer(ABC):
         return sum(tensor.shape.numel() for tensor in self.state(shape).values())
 
 
-_PAIR = {"lora_A", "lora_B"}
+PAIR = {"lora_A", "lora_B"}
+"""Last parts of the names of a pair's factors."""
 
 
 class MatrixExchange(Protocol):
@@ -191,54 +196,72 @@ class MatrixExchange(Protocol):
         ...
 
     def of_wholes(
-        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
-    ) -> list[torch.Tensor]:
-        """This rank's slices of what each matrix's owner makes of it, 1-D."""
+        self, units: Sequence[Unit], requests: Sequence[OfWhole]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """This rank's slices of what the owner of each unit makes of it, 1-D, one per matrix."""
         ...
 
 
-def drive(updates: Sequence[tuple[MatrixSlice, Steps]], exchange: MatrixExchange) -> None:
+Unit = Sequence[MatrixSlice]
+"""What one call of `update` is about: a matrix, or both factors of a pair."""
+
+
+def drive(updates: Sequence[tuple[Unit, Steps]], exchange: MatrixExchange) -> None:
     """Run many updates side by side and answer their requests phase by phase.
 
     Args:
-        updates: the matrix that a request is about (the first one of a pair), and its generator.
+        updates: what a generator updates, and the generator. Of a pair a `Sum` is about the first.
         exchange: between the ranks that hold the matrices.
     """
-    waiting: list[tuple[MatrixSlice, Steps, Any]] = [(m, steps, None) for m, steps in updates]
+    waiting: list[tuple[Unit, Steps, Any]] = [(unit, steps, None) for unit, steps in updates]
     while waiting:
-        asked: list[tuple[MatrixSlice, Steps, Request]] = []
-        for matrix, steps, answer in waiting:
+        asked: list[tuple[Unit, Steps, Request]] = []
+        for unit, steps, answer in waiting:
             try:
-                asked.append((matrix, steps, steps.send(answer)))
+                asked.append((unit, steps, steps.send(answer)))
             except StopIteration:
                 continue
         waiting = _answer(asked, exchange)
 
 
 def _answer(
-    asked: Sequence[tuple[MatrixSlice, Steps, Request]], exchange: MatrixExchange
-) -> list[tuple[MatrixSlice, Steps, Any]]:
-    sums = [(m, s, r) for m, s, r in asked if isinstance(r, Sum)]
-    wholes = [(m, s, r) for m, s, r in asked if isinstance(r, OfWhole)]
-    answered: list[tuple[MatrixSlice, Steps, Any]] = []
+    asked: Sequence[tuple[Unit, Steps, Request]], exchange: MatrixExchange
+) -> list[tuple[Unit, Steps, Any]]:
+    sums = [(u, s, r) for u, s, r in asked if isinstance(r, Sum)]
+    wholes = [(u, s, r) for u, s, r in asked if isinstance(r, OfWhole)]
+    answered: list[tuple[Unit, Steps, Any]] = []
     if sums:
-        found = exchange.sums([m for m, _, _ in sums], [r.value for _, _, r in sums])
-        answered += [(m, s, v) for (m, s, _), v in zip(sums, found, strict=True)]
+        totals = exchange.sums([unit[0] for unit, _, _ in sums], [r.value for _, _, r in sums])
+        answered += [(u, s, v) for (u, s, _), v in zip(sums, totals, strict=True)]
     if wholes:
-        found = exchange.of_wholes([m for m, _, _ in wholes], [r for _, _, r in wholes])
-        answered += [(m, s, v) for (m, s, _), v in zip(wholes, found, strict=True)]
+        found = exchange.of_wholes([unit for unit, _, _ in wholes], [r for _, _, r in wholes])
+        answered += [(u, s, v) for (u, s, _), v in zip(wholes, found, strict=True)]
     return answered
 
 
+def units_of(rules: Mapping[str, MatrixOptimizer]) -> list[tuple[str, ...]]:
+    """What is updated together, by full name: matrices or pairs, those of one optimizer in a row.
+
+    Args:
+        rules: the optimizer of every matrix, by full name.
+    """
+    named: dict[MatrixOptimizer, list[str]] = {}
+    for name, rule in rules.items():
+        named.setdefault(rule, []).append(name)
+    return [unit for rule, names in named.items() for unit in rule.units(names)]
+
+
 def in_batches(
-    matrices: Sequence[torch.Tensor], functions: Sequence[MatrixFunction]
-) -> list[torch.Tensor]:
-    """Each function of its matrix (m, n); those of one function and shape are computed together."""
-    groups: dict[tuple[MatrixFunction, torch.Size], list[int]] = {}
-    for number, (matrix, function) in enumerate(zip(matrices, functions, strict=True)):
-        groups.setdefault((function, matrix.shape), []).append(number)
-    found: dict[int, torch.Tensor] = {}
-    for (function, _), numbers in groups.items():
-        values = function(torch.stack([matrices[number] for number in numbers]))
-        found |= dict(zip(numbers, values, strict=True))
-    return [found[number] for number in range(len(matrices))]
+    tensors: Sequence[Sequence[torch.Tensor]], functions: Sequence[MatrixFunction]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Each function of its tensors (m, n); those of one function and shapes are computed
+    together."""
+    groups: dict[tuple[MatrixFunction, tuple[torch.Size, ...]], list[int]] = {}
+    for number, (each, function) in enumerate(zip(tensors, functions, strict=True)):
+        groups.setdefault((function, tuple(t.shape for t in each)), []).append(number)
+    found: dict[int, tuple[torch.Tensor, ...]] = {}
+    for (function, shapes), numbers in groups.items():
+        stacks = [torch.stack([tensors[n][at] for n in numbers]) for at in range(len(shapes))]
+        values = function(*stacks)
+        found |= dict(zip(numbers, zip(*values, strict=True), strict=True))
+    return [found[number] for number in range(len(tensors))]

@@ -50,20 +50,20 @@ class Muon(MatrixOptimizer):
         return {"momentum": StateTensor(shape, "slice")}
 
     def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
-        return Exchanged(wholes=1)
+        return Exchanged(to_owner=1, from_owner=1)
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
         (update,) = matrices
         momentum = update.matrix.state["momentum"]
         momentum.lerp_(update.grad, 1 - self.momentum)
         ahead = update.grad.lerp(momentum, self.momentum) if self.nesterov else momentum
-        direction = yield OfWhole(ahead, self.direction)
+        (direction,) = yield OfWhole([[ahead]], self.direction)
         update.master.mul_(1 - update.lr * update.weight_decay)
         update.master.add_(direction, alpha=-update.lr * self.factor(update.matrix.shape))
 
-    def direction(self, matrices: torch.Tensor) -> torch.Tensor:
+    def direction(self, matrices: torch.Tensor) -> tuple[torch.Tensor]:
         """Polar factors of whole matrices (batch, m, n), in their dtype."""
-        return polar(matrices.to(self.precision), self.coefficients).to(matrices.dtype)
+        return (polar(matrices.to(self.precision), self.coefficients).to(matrices.dtype),)
 
     def factor(self, shape: torch.Size) -> float:
         """c(m, n)."""

@@ -18,27 +18,30 @@ _ALIGNMENT = 2
 
 
 def owners_of(
-    matrices: Iterable[nn.Parameter], slices: Sequence[Sequence[int]], tp_size: int = 1
+    units: Iterable[Sequence[nn.Parameter]],
+    slices: Sequence[Sequence[int]],
+    tp_size: int = 1,
 ) -> list[tuple[int, int]]:
-    """Owner of each matrix: its rank among those that ZeRO slices over, and its tensor rank.
+    """Owner of each unit: its rank among those that ZeRO slices over, and its tensor rank.
 
     Args:
-        matrices: in the order in which every rank has them.
-        slices: of each, the elements that each rank of ZeRO's group holds.
-        tp_size: tensor-parallel processes; of a matrix that they do not shard each one has an
+        units: matrices that have one owner and are sharded alike, in the order in which every rank
+            has them.
+        slices: of each unit, the elements that each rank of ZeRO's group holds.
+        tp_size: tensor-parallel processes; of matrices that they do not shard each one has an
             owner of its own.
     """
     load: dict[tuple[int, int], int] = {}
     owners = []
-    for matrix, lengths in zip(matrices, slices, strict=True):
-        shards = 1 if shard_of(matrix) is None else tp_size
+    for unit, lengths in zip(units, slices, strict=True):
+        shards = 1 if shard_of(unit[0]) is None else tp_size
         most = max(lengths)
         able = [rank for rank, length in enumerate(lengths) if length == most]
         places = [(rank, shard) for rank in able for shard in range(shards)]
         owner = min(places, key=lambda place: load.get(place, 0))
         # what most functions of a matrix cost: products with its smaller side
-        shape = global_shape(matrix)
-        load[owner] = load.get(owner, 0) + shape.numel() * min(shape)
+        shapes = [global_shape(matrix) for matrix in unit]
+        load[owner] = load.get(owner, 0) + sum(shape.numel() * min(shape) for shape in shapes)
         owners.append(owner)
     return owners
 

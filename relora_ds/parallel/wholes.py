@@ -45,6 +45,8 @@ class Wholes:
         Returns:
             Those that this rank owns, 1-D.
         """
+        if not slices:
+            return {}
         names = list(slices)
         out = {
             rank: [slices[name] for name in names if self.held[name][1] == rank]
@@ -74,6 +76,8 @@ class Wholes:
         Returns:
             This rank's slices by name, 1-D.
         """
+        if not slices:
+            return {}
         cut = {name: whole.split(list(self.held[name][0])) for name, whole in wholes.items()}
         out = {rank: [cut[name][rank] for name in wholes] for rank in self._others()}
         owned = {

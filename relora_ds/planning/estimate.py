@@ -32,7 +32,12 @@ from relora_ds.accounting.zero_traffic import (
 )
 from relora_ds.config.load import LoadedRun
 from relora_ds.methods.formulation.choice import update_of
-from relora_ds.methods.interface import MemoryShare, matrix_rules, projection_layers
+from relora_ds.methods.interface import (
+    MemoryShare,
+    matrix_rules,
+    optimizer_groups,
+    projection_layers,
+)
 from relora_ds.methods.registry import Phase
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.footprint import UpdateSize
@@ -62,7 +67,7 @@ class PhaseEstimator:
         self._cluster, self._copies = cluster, copies
         self._tp = part_of_model(config.parallel)
         self._model = largest_part(loaded.architecture, self._method, train, self._tp)
-        groups = self._method.parameter_groups(self._model)
+        groups = optimizer_groups(self._method, config.optimizer, self._model)
         self._groups = [group.parameters for group in groups]
         trained = [parameter for group in self._groups for parameter in group]
         self._trained = sum(p.numel() for p in trained)
@@ -150,8 +155,11 @@ class PhaseEstimator:
         # shares of gradients are joined for one collective, if any outlive the backward pass
         within = self._config.train.per_layer_update
         shares = 0 if within else share * self._working()
+        # an event is over before there are gradients
+        event = self._method.event_bytes(self._model, zero.accumulation)
+        transient = (form.transient or 0) + max(0, event - form.gradients)
         return GpuMemory(
-            **form.as_dict() | {"weights": form.weights - residual},
+            **form.as_dict() | {"weights": form.weights - residual, "transient": transient},
             residual=residual,
             gathered=(live + held) * self._working(),
             parked=self._parked().device,

@@ -14,7 +14,7 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.precision import base_precision
 from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.formulation.choice import update_of
-from relora_ds.methods.interface import Method, matrix_rules, projection_layers
+from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups, projection_layers
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.block_codes import BLOCK
 from relora_ds.numerics.dtypes import DTYPES
@@ -85,7 +85,7 @@ def memory_of_part(
     part: Llama, method: Method[Any], config: RunConfig, plan: StoragePlan
 ) -> MemoryUse:
     """Expected bytes per process of a part of the model that `largest_part` returned."""
-    groups, train = method.parameter_groups(part), config.train
+    groups, train = optimizer_groups(method, config.optimizer, part), config.train
     return expected_memory(
         part,
         plan,

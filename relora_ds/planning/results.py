@@ -36,7 +36,7 @@ class GpuMemory(MemoryUse):
     """Bytes that a GPU holds; residuals of edited weights are apart from `weights`."""
 
     transient: int = 0
-    """What lives for one product or one step."""
+    """What lives for one product or one step, or for an event and is more than the gradients."""
     residual: int = 0
     """What restores the exact value of edited weights."""
     gathered: int = 0

@@ -10,6 +10,7 @@ from relora_ds.activity import moved
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.engine.distributed import sum_over_ranks
 from relora_ds.model.llama import Llama
+from relora_ds.numerics.transfers import upload
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def validation_loss(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for tokens, row_mask in batches:
         moved()
-        loss, count = model.token_losses_sum(tokens.to(device), row_mask.to(device))
+        loss, count = model.token_losses_sum(upload(tokens, device), upload(row_mask, device))
         totals[0] += loss
         totals[1] += count
     model.train(was_training)

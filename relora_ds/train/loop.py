@@ -15,7 +15,8 @@ from relora_ds.activity import at_step, doing, moved, unlimited
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
-from relora_ds.checkpoint.saving.store import CheckpointStore, SaveResult
+from relora_ds.checkpoint.saving.flight import SaveResult
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
@@ -95,6 +96,23 @@ class Trainer:
             DesyncError: the processes no longer hold the same run.
             PreemptedError: a signal asked to stop; a checkpoint was saved.
         """
+        # a forward pass changes nothing that is saved: until its end a state may still be copied
+        holding = engine.model.register_forward_hook(lambda *_: self.checkpoints.hold())
+        try:
+            return self._run_steps(phase, engine, session, meter, completed)
+        finally:
+            holding.remove()
+            self.checkpoints.hold()  # whoever comes next takes the model apart
+
+    def _run_steps(
+        self,
+        phase: Phase,
+        engine: TrainEngine,
+        session: Session[Any],
+        meter: ThroughputMeter,
+        completed: int,
+    ) -> Rewind | None:
+        """The steps of `run_phase`."""
         seen = Seen()
         self._meet("start", completed, phase)
         for step in range(completed, phase.last_step):
@@ -155,6 +173,8 @@ class Trainer:
         engine.state.gradients.batch = lambda: (
             () if left_out else _noting(self.train_data.micro_batches(step))
         )
+        if type(session).before_step is not Session.before_step:
+            self.checkpoints.hold()
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
         if not left_out:
@@ -164,6 +184,7 @@ class Trainer:
                 return {}
             if not self.guard.skipped:
                 seen.note(step, loss, norm)
+        self.checkpoints.hold()  # a step that was left out has had no forward pass
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         metrics = self._event_metrics(step + 1, before, after)

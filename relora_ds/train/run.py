@@ -216,7 +216,7 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
     initial_model(config, prepared.architecture, prepared.corpus)
     output_dir = Path(config.output_dir)
     if topology.is_main:
-        moved = set_aside_earlier_run(output_dir)
+        moved = set_aside_earlier_run(output_dir, config)
         configure_logging(output_dir, topology.rank)
         if moved is not None:
             _logger.info("moved the earlier run's results to %s", moved)

@@ -185,3 +185,24 @@ def test_requirements_are_checked_before_anything_is_built(
     with pytest.raises(ConfigError, match=r"deepspeed.*offload_optimizer.*matrix by matrix"):
         check_requirements(plain, ZeroSettings(2, offloads_optimizer=True))
     check_requirements(plain, ZeroSettings(2))
+
+
+def test_pairs_are_stepped_together_or_refused(tmp_path: Path) -> None:
+    run = tmp_path / "spectral.yaml"
+    text = (ROOT / "configs" / "run" / "llama_60m_low_rank.yaml").read_text()
+    run.write_text(text)
+    spectral = ["optimizer.adapter=spectral"]
+    loaded = load_run_config(run, spectral)
+    check_requirements(loaded, ZeroSettings(3))
+    check_requirements(loaded, ZeroSettings(2, sub_group=1000))  # stage 3 alone has sub-groups
+    with pytest.raises(ConfigError, match=r"sub_group_size 1,000.*write at least [\d,]+"):
+        check_requirements(loaded, ZeroSettings(3, sub_group=1000))
+    two = ["parallel.tensor=2", *spectral]
+    load_run_config(run, two)
+    for more in (["parallel.low_rank_plan=fold"], ["method.rank=31"]):
+        with pytest.raises(ConfigError, match=r"optimizer\.adapter.*fold leaves one of them whole"):
+            load_run_config(run, [*two, *more])
+    for name in ("muon", "relora", "switchlora", "galore"):
+        other = ROOT / "configs" / "run" / f"llama_130m_{name}.yaml"
+        with pytest.raises(ConfigError, match=r"optimizer\.adapter.*lora, low_rank or sltrain"):
+            load_run_config(other, spectral)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.harness.faults import Call, Fault, Moment, Sleep
+from tests.harness.jobs import run_job
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
@@ -32,20 +34,28 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     return found | {"trainer.json": trainer}
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+SWITCHLORA = {"name": "switchlora", "rank": 4, "interval": 2, "freeze_steps": 1}
+COPY = Moment("a copy begins", Call("relora_ds.checkpoint.saving.snapshot:Snapshot.copy"))
+
+
+@pytest.mark.parametrize(("stage", "method"), [(0, {}), (2, {}), (3, SWITCHLORA)])
 def test_in_the_background_the_same_bytes_and_losses(
-    tiny_run: dict[str, Any], tmp_path: Path, stage: int
+    tiny_run: dict[str, Any], tmp_path: Path, stage: int, method: dict[str, Any]
 ) -> None:
+    """However long a rank takes to copy its state: what would change it waits."""
     zero = {"zero_optimization": {"stage": stage}}
     Path(tiny_run["deepspeed"]).write_text(json.dumps(zero))
+    tiny_run["method"] = method or tiny_run["method"]
     outputs = {}
     for asynchronous in (False, True):
         outputs[asynchronous] = output = tmp_path / f"asynchronous_{asynchronous}"
         tiny_run["output_dir"] = str(output)
         tiny_run["checkpoint"]["asynchronous"] = asynchronous
         description = write_run(tiny_run, tmp_path / "run.yaml")
-        code, text = run([str(description)], processes=2)
-        assert code == 0, text
+        slow = [Fault(COPY, Sleep(0.2), rank, again=True) for rank in (0, 1)]
+        end = run_job([str(description)], *slow)
+        assert end.code == 0, end.said
+        assert bool(end.struck) == asynchronous
     assert figures(outputs[True]) == figures(outputs[False])
     expected = sorted(p.name for p in (outputs[False] / "checkpoints").iterdir())
     assert sorted(p.name for p in (outputs[True] / "checkpoints").iterdir()) == expected

@@ -2,13 +2,13 @@
 
 `meta` stands for the GPU, while tensors on the CPU stay what they are, so that the host's own
 arithmetic runs as ever. Reading a value is answered with a number that the test chooses, and
-counted as a wait; so are copies between both sides. Tensors of both sides in one operation are an
-error, as they are on a GPU.
+counted as a wait; so are copies between both sides, but for those that are queued from or to pinned
+memory of the host. Tensors of both sides in one operation are an error, as they are on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("meta")
 _FREE = ("prim::", "empty", "new_empty", "detach", "_unsafe_view")
+_CONVERGING = ("_linalg_eigh", "_linalg_svd")
+"""Operations of which the host looks whether they converged."""
 _INDEXED = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
@@ -29,9 +31,31 @@ class Costs:
     waits: list[str] = field(default_factory=list)
     """Reads for which the host waits until the device has done all that was queued."""
     blocking: list[str] = field(default_factory=list)
-    """Copies from the host's pageable memory: the host waits for the copy."""
+    """Copies from the host's pageable memory, for which the host waits however they are asked
+    for."""
     queued: list[str] = field(default_factory=list)
-    """Copies in either direction that were asked for as non-blocking."""
+    """Copies in either direction that were asked for as non-blocking and are."""
+
+
+_PINNED: dict[int, torch.UntypedStorage] = {}
+"""Memory that the device could copy from by itself; kept, so that no other gets its address."""
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Have a tensor's memory count as pinned from now on, all of it."""
+    storage = tensor.untyped_storage()
+    _PINNED[storage.data_ptr()] = storage
+    return tensor
+
+
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() in _PINNED
+
+
+_OF_PINNED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "is_pinned": _is_pinned,
+    "_pin_memory": lambda tensor: pin(tensor.clone()),
+}
 
 
 class MixedDevicesError(AssertionError):
@@ -55,18 +79,19 @@ class SimulatedDevice(TorchDispatchMode):
     ) -> Any:
         keywords: dict[str, Any] = kwargs or {}
         name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in _OF_PINNED:
+            return _OF_PINNED[name](args[0])
         tensors = list(tensors_in((args, keywords)))
         here = [t for t in tensors if t.device == DEVICE]
         there = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0]
         if name == "_local_scalar_dense" and here:
             self.costs.waits.append(name)
             return _number(here[0].dtype, self.reading)
-        if name == "bincount" and here:  # it looks for the largest value
+        if here and (found := _sized_by_values(name, args, here)) is not None:
             self.costs.waits.append(name)
-            return torch.empty(args[2], dtype=torch.int64, device=DEVICE)
-        if name == "index" and here and any(t.dtype == torch.bool for t in here[1:]):
+            return found
+        if here and name in _CONVERGING:
             self.costs.waits.append(name)
-            return args[0]  # the most that may be chosen
         if name == "_to_copy":
             return self._moved(func, args[0], args, keywords)
         if name == "copy_" and args[0].device != args[1].device:
@@ -93,7 +118,7 @@ class SimulatedDevice(TorchDispatchMode):
                 self.costs.launches.append("_to_copy")
             return func(*args, **kwargs)
         if target == DEVICE:
-            self._note_upload(bool(kwargs.get("non_blocking")))
+            self._note_upload(source, bool(kwargs.get("non_blocking")))
             return func(*args, **kwargs)
         self.costs.waits.append("_to_copy")
         dtype = kwargs.get("dtype") or source.dtype
@@ -104,15 +129,26 @@ class SimulatedDevice(TorchDispatchMode):
     ) -> torch.Tensor:
         queued = queued or bool(kwargs.get("non_blocking"))
         if target.device == DEVICE:
-            self._note_upload(queued)
-        elif queued:
+            self._note_upload(source, queued)
+        elif queued and _is_pinned(target):
             self.costs.queued.append("copy_")
         else:
             self.costs.waits.append("copy_")
         return target
 
-    def _note_upload(self, queued: bool) -> None:
+    def _note_upload(self, source: torch.Tensor, queued: bool) -> None:
+        queued = queued and _is_pinned(source)
         (self.costs.queued if queued else self.costs.blocking).append("upload")
+
+
+def _sized_by_values(name: str, args: Any, here: list[torch.Tensor]) -> torch.Tensor | None:
+    """The largest result of an operation that has a size which depends on values; None for any
+    other."""
+    if name == "bincount":  # it looks for the largest value
+        return torch.empty(args[2], dtype=torch.int64, device=DEVICE)
+    if name == "index" and any(tensor.dtype == torch.bool for tensor in here[1:]):
+        return args[0]
+    return None
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -21,9 +21,11 @@ stage 3, DeepSpeed's first update after a start moves more: it has no trace to f
 of a checkpoint follows the length of the paths in its run file."""
 
 
-_OF_NO_RESULT = re.compile(r"^(logs|previous_\d+|checkpoints/step_\d+)(/|$)")
-"""What may be there or not: logs, what was set aside, and checkpoints: a run that was asked to stop
-has one more."""
+_OF_NO_RESULT = re.compile(
+    r"^(logs|checkpoints/step_\d+|previous_\d+/checkpoints)(/|$)|^previous_\d+$"
+)
+"""What may be there or not: logs, checkpoints of a line that was left, and checkpoints: a run that
+was asked to stop has one more. What a try left that came to nothing may not be set aside."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.methods.build import meta_model
+from relora_ds.methods.interface import optimizer_groups
 from relora_ds.parallel.topology import Topology
 from tests.harness.build import UNEVEN, VOCAB, Training, run_config
 
@@ -52,7 +53,9 @@ def uneven(
 def expectation(run: Training) -> tuple[list[list[torch.nn.Parameter]], dict[Any, int]]:
     """Parameters of every group, and payloads of an update by kind of collective."""
     meta = meta_model(run.architecture, run.method, run.config.train)
-    groups = [group.parameters for group in run.method.parameter_groups(meta)]
+    groups = [
+        group.parameters for group in optimizer_groups(run.method, run.config.optimizer, meta)
+    ]
     return groups, expected_payloads(meta, groups, run.zero, run.topology.dp_size)
 
 

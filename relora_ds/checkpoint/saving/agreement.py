@@ -36,26 +36,25 @@ class Agreement:
         pending, any_failed = flags.tolist()
         return not pending, bool(any_failed)
 
-    def begin(self, failed: bool, size: int, free: int | None) -> tuple[bool, int, int | None]:
-        """One meeting of all ranks before they write. A collective call.
+    def room(self, size: int, free: int | None) -> tuple[int, int | None]:
+        """What all ranks are going to write, and what is free for it. A collective call.
 
         Args:
-            failed: whether this rank cannot take part.
-            size: bytes that it is going to write.
+            size: bytes that this rank is going to write.
             free: bytes that it sees free; None if it does not know.
 
         Returns:
-            Whether any rank has failed, the bytes of all, and the fewest that are free.
+            The bytes of all, and the fewest that are free.
         """
         if self._group is None:
-            return failed, size, free
+            return size, free
         # one reduction: sizes have a place each, and the least is the largest of the negated
         sizes = [0] * self._size
         sizes[torch.distributed.get_rank()] = size
-        said = torch.tensor([int(failed), _UNKNOWN if free is None else -free, *sizes])
+        said = torch.tensor([_UNKNOWN if free is None else -free, *sizes])
         torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        any_failed, negated, *sizes = said.tolist()
-        return bool(any_failed), sum(sizes), None if negated == _UNKNOWN else -negated
+        negated, *sizes = said.tolist()
+        return sum(sizes), None if negated == _UNKNOWN else -negated
 
     def gather(self, value: T) -> list[T]:
         """What every rank says, by rank. A collective call."""

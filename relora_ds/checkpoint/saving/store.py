@@ -14,10 +14,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Literal
 
 import torch
 
@@ -28,12 +27,13 @@ from relora_ds.checkpoint.format.record import RunRecord
 from relora_ds.checkpoint.format.stamp import Origin
 from relora_ds.checkpoint.saving.agreement import Agreement
 from relora_ds.checkpoint.saving.contents import Contents, contents_of_rank, size_of
+from relora_ds.checkpoint.saving.flight import Flight, Ready, SaveResult
 from relora_ds.checkpoint.saving.problem import Problem, explain, size
 from relora_ds.checkpoint.saving.publish import begin, give_up, publish
 from relora_ds.checkpoint.saving.retention import abandon_later, prune
 from relora_ds.checkpoint.saving.room import check_room, free_bytes
-from relora_ds.checkpoint.saving.snapshot import HostBuffers, take_snapshot
-from relora_ds.checkpoint.saving.task import Files, Task, Worker, write_contents
+from relora_ds.checkpoint.saving.snapshot import HostBuffers, Snapshot
+from relora_ds.checkpoint.saving.task import Files, Worker, write_contents
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine.engine import TrainEngine
@@ -43,68 +43,6 @@ from relora_ds.parallel.topology import Topology
 
 _logger = logging.getLogger(__name__)
 _PATIENCE_S = 0.05  # between two questions to the other ranks
-_NOTHING: Files = {}
-
-
-@dataclass(frozen=True)
-class SaveResult:
-    """How a save ended.
-
-    Args:
-        step: of the checkpoint.
-        path: its directory; None if it was not saved.
-        problem: why it was not; None if it was.
-        bytes: of all its files.
-        seconds: from the request until it was named in `latest`.
-        stall_seconds: how long training stood still for it, on the first rank.
-    """
-
-    step: int
-    path: Path | None
-    problem: str | None
-    bytes: int
-    seconds: float
-    stall_seconds: float
-
-    def figures(self) -> dict[str, float | int]:
-        """Metrics of a successful save, by name."""
-        return {
-            "checkpoint/step": self.step,
-            "checkpoint/bytes": self.bytes,
-            "checkpoint/seconds": self.seconds,
-            "checkpoint/stall_seconds": self.stall_seconds,
-        }
-
-    def __str__(self) -> str:
-        return (
-            f"saved to {self.path} ({size(self.bytes)} in {self.seconds:.2f} s, "
-            f"training waited {self.stall_seconds:.2f} s)"
-        )
-
-
-@dataclass
-class _Flight:
-    """A save that is under way.
-
-    Args:
-        step: of the checkpoint.
-        task: what this rank is doing for it.
-        must_succeed: whether a failure ends the run whatever the settings say.
-        needed: bytes of the checkpoint, estimated.
-        files: of all ranks, once they are written.
-        problems: what went wrong, once something has.
-    """
-
-    step: int
-    task: Task
-    must_succeed: bool
-    needed: int
-    free: int | None
-    started: float
-    stage: Literal["write", "publish", "give up"] = "write"
-    stall_seconds: float = 0.0
-    files: dict[str, int] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
 
 
 class CheckpointStore:
@@ -122,8 +60,8 @@ class CheckpointStore:
         self._topology = topology
         self._agreement = Agreement(topology.world_size)
         self._buffers = HostBuffers(topology.device)
-        self._worker = Worker(topology.rank)
-        self._flight: _Flight | None = None
+        self._worker = Worker(topology.rank, topology.device)
+        self._flight: Flight | None = None
         self._digest: tuple[RunConfig, str] | None = None
 
     def continue_from(self, source: Path, step: int) -> Path | None:
@@ -208,10 +146,20 @@ class CheckpointStore:
             live = contents_of_rank(
                 engine, record, method_tensors, tokenizer, self._topology, origin
             )
-            self._begin(record.trainer.step, live, background, last, started)
-        assert self._flight is not None, "it was just begun"
+            self._flight = self._start(record.trainer.step, live, background, last, started)
         self._flight.stall_seconds = time.monotonic() - started
         return ended if background else [*ended, *self.finish()]
+
+    def hold(self) -> None:
+        """Wait until the state may change: until a save in the background has its copy of it."""
+        flight = self._flight
+        if flight is None or flight.snapshot is None:
+            return
+        waited = time.monotonic()
+        with doing("save: copy"):
+            flight.snapshot.hold()
+        flight.snapshot = None
+        flight.stall_seconds += time.monotonic() - waited
 
     def poll(self) -> list[SaveResult]:
         """The save in the background, if it has ended; called by all ranks after the same step.
@@ -257,42 +205,31 @@ class CheckpointStore:
             self._digest = record.config, self._agreement.gather(own)[0]
         return self._digest[1]
 
-    def _begin(
+    def _start(
         self, step: int, live: Contents, background: bool, last: bool, started: float
-    ) -> None:
-        """Start to write a checkpoint; every failure from here on is the flight's."""
-        staging = self._staging(step)
-        problem, contents, wait, needed = None, live, _no_wait, 0
-        try:
-            if self._topology.is_main:
+    ) -> Flight:
+        """Begin a save; every failure from here on is the flight's."""
+        directory, staging, is_main = self.directory, self._staging(step), self._topology.is_main
+        snapshot, failure = None, None
+        if background:
+            self._buffers.recycle()
+            try:
+                snapshot = Snapshot(live, self._topology.device, self._buffers)
+            except MemoryError as error:
+                failure = error
+
+        def copy() -> Ready:
+            if failure is not None:
+                raise failure
+            contents = live if snapshot is None else snapshot.copy()
+            if is_main:
                 begin(staging)
-            if background:
-                self._buffers.recycle()
-                snapshot = take_snapshot(live, self._topology.device, self._buffers)
-                contents, wait, needed = snapshot.contents, snapshot.wait, snapshot.bytes
-        except (OSError, MemoryError) as error:
-            problem = Problem.of(error, self._topology.rank)
-        needed = needed or size_of(live)
-        # nobody goes on before all have their copies: ranks of a node share some of the memory
-        failed, needed, free = self._agreement.begin(
-            problem is not None, needed, free_bytes(self.directory)
-        )
-        problems = [p for p in self._agreement.gather(problem) if p is not None] if failed else []
-        if not problems and free is not None and free < needed:
-            problems = [Problem(0, f"{staging}: not enough space", "", no_space=True)]
-        cancelled = Event()
+            return Ready(contents, size_of(contents), free_bytes(directory))
 
-        def write() -> Files:
-            wait()
-            return write_contents(contents, staging, cancelled)
+        task = self._worker.start(copy)
+        return Flight(step, task, Event(), last, started, snapshot)
 
-        work = _do_nothing if problems else write
-        task = self._worker.start(work, cancelled)
-        self._flight = _Flight(step, task, last, needed, free, started)
-        if problems:
-            self._give_up(self._flight, problems)
-
-    def _advance(self, waited: float | None = None) -> tuple[_Flight, SaveResult] | None:
+    def _advance(self, waited: float | None = None) -> tuple[Flight, SaveResult] | None:
         """Ask all ranks how far they are, and take the next step once all are done.
 
         Args:
@@ -302,50 +239,57 @@ class CheckpointStore:
         assert flight is not None
         done, failed = self._agreement.look(flight.task.done, flight.task.failed)
         if failed:
-            flight.task.cancelled.set()
+            flight.cancelled.set()
         if not done:
             return None
-        outcomes = self._agreement.gather(flight.task.outcome())
-        problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
-        if problems and flight.stage != "give up":
-            self._give_up(flight, problems)
-            return None
-        if flight.stage == "write":
-            files = {
-                n: w for part in outcomes if isinstance(part, Mapping) for n, w in part.items()
-            }
-            self._publish(flight, files)
-            return None
-        if waited is not None:
-            flight.stall_seconds += time.monotonic() - waited
-        self._flight = None
-        return flight, self._result(flight)
+        if failed and flight.stage != "give up":
+            said = self._agreement.gather(flight.task.problem())
+            self._give_up(flight, [problem for problem in said if problem is not None])
+        elif flight.stage == "copy":
+            self._write(flight, flight.task.result())
+        elif flight.stage == "write":
+            parts: list[Files] = self._agreement.gather(flight.task.result())
+            self._publish(flight, {name: file for part in parts for name, file in part.items()})
+        else:
+            if waited is not None:
+                flight.stall_seconds += time.monotonic() - waited
+            self._flight = None
+            return flight, self._result(flight)
+        return None
 
-    def _publish(self, flight: _Flight, files: Files) -> None:
+    def _write(self, flight: Flight, ready: Ready) -> None:
+        """Have every rank write its files, if there is space for all of them."""
+        flight.stage = "write"
+        staging, cancelled = self._staging(flight.step), flight.cancelled
+        flight.needed, flight.free = self._agreement.room(ready.bytes, ready.free)
+        if flight.free is not None and flight.free < flight.needed:
+            problem = Problem(0, f"{staging}: not enough space", "", no_space=True)
+            self._give_up(flight, [problem])
+            return
+        contents = ready.contents
+        flight.task = self._worker.start(lambda: write_contents(contents, staging, cancelled))
+
+    def _publish(self, flight: Flight, files: Files) -> None:
         flight.stage = "publish"
         flight.files = {name: written.bytes for name, written in files.items()}
         staging, final = self._staging(flight.step), self._final(flight.step)
         keep = self._settings.keep
 
-        def work() -> Files:
+        def work() -> None:
             publish(staging, final, files)
             if keep is not None:
                 prune(final, keep)
-            return _NOTHING
 
         flight.task = self._worker.start(work if self._topology.is_main else _do_nothing)
 
-    def _give_up(self, flight: _Flight, problems: list[Problem]) -> None:
+    def _give_up(self, flight: Flight, problems: list[Problem]) -> None:
         flight.stage, flight.problems = "give up", problems
         staging = self._staging(flight.step)
 
-        def work() -> Files:
-            give_up(staging)
-            return _NOTHING
+        work = partial(give_up, staging) if self._topology.is_main else _do_nothing
+        flight.task = self._worker.start(work)
 
-        flight.task = self._worker.start(work if self._topology.is_main else _do_nothing)
-
-    def _result(self, flight: _Flight) -> SaveResult:
+    def _result(self, flight: Flight) -> SaveResult:
         problem = None
         if flight.problems:
             complete = list_checkpoints(self.directory) if self._topology.is_main else []
@@ -360,7 +304,7 @@ class CheckpointStore:
             stall_seconds=flight.stall_seconds,
         )
 
-    def _checked(self, flight: _Flight, result: SaveResult) -> SaveResult:
+    def _checked(self, flight: Flight, result: SaveResult) -> SaveResult:
         """The result, unless it has to end the run."""
         fatal = flight.must_succeed or self._settings.on_save_error == "fail"
         if result.problem is not None and fatal:
@@ -374,9 +318,5 @@ class CheckpointStore:
         return layout.staging(self._final(step))
 
 
-def _do_nothing() -> Files:
-    return _NOTHING
-
-
-def _no_wait() -> None:
-    """What is not copied is there already."""
+def _do_nothing() -> None:
+    """What other ranks do while the first one acts for all."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from relora_ds.checkpoint.saving.contents import Contents
 from relora_ds.checkpoint.saving.problem import Problem
 from relora_ds.files.durable import Written, write_file
 
+T = TypeVar("T")
 Files = Mapping[str, Written]
 """What was written, by name of the file."""
 
@@ -30,43 +31,40 @@ class Worker:
 
     Args:
         rank: this process, for what problems say.
+        device: where the process computes.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
-        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self._device = device
+        self._tasks: SimpleQueue[Task[Any]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def start(self, work: Callable[[], Files], cancelled: threading.Event | None = None) -> Task:
-        """Have a function run.
-
-        Args:
-            work: returns what it wrote.
-            cancelled: set when the result is no longer wanted; `work` may look at it.
-        """
+    def start(self, work: Callable[[], T]) -> Task[T]:
+        """Have a function run."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="save", daemon=True)
             self._thread.start()
-        task = Task(work, self._rank, cancelled)
+        task = Task(work, self._rank)
         self._tasks.put(task)
         return task
 
     @torch.no_grad()
     def _run(self) -> NoReturn:
+        if self._device.type == "cuda":
+            # a thread begins on the first GPU, and would take memory there that is another rank's
+            torch.cuda.set_device(self._device)
         while True:
             self._tasks.get().run()
 
 
-class Task:
-    """A function that is running, or has ended with files or a problem; see `Worker.start`."""
+class Task(Generic[T]):
+    """A function that is running, or has ended with a result or a problem; see `Worker.start`."""
 
-    def __init__(
-        self, work: Callable[[], Files], rank: int, cancelled: threading.Event | None = None
-    ) -> None:
-        self.cancelled = cancelled or threading.Event()
-        self._work: Callable[[], Files] | None = work
+    def __init__(self, work: Callable[[], T], rank: int) -> None:
+        self._work: Callable[[], T] | None = work
         self._rank = rank
-        self._future: Future[Files] = Future()
+        self._future: Future[T] = Future()
 
     def run(self) -> None:
         """Run the function, and let go of what it holds."""
@@ -97,12 +95,16 @@ class Task:
         except TimeoutError:
             return
 
-    def outcome(self) -> Files | Problem | None:
-        """What it ended with; None if it was cancelled."""
+    def result(self) -> T:
+        """What it ended with, if it has not failed."""
+        return self._future.result()
+
+    def problem(self) -> Problem | None:
+        """Why it has failed; None if it has not, or only because it was cancelled."""
         error = self._future.exception()
-        if error is None:
-            return self._future.result()
-        return None if isinstance(error, CancelledError) else Problem.of(error, self._rank)
+        if error is None or isinstance(error, CancelledError):
+            return None
+        return Problem.of(error, self._rank)
 
 
 def write_contents(contents: Contents, directory: Path, cancelled: threading.Event) -> Files:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from relora_ds.config.base import PositiveFloat, PositiveInt
-from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.base import PositiveFloat
+from relora_ds.config.methods.base import LowRank
 
 
-class AdapterConfig(MethodSettings):
+class AdapterConfig(LowRank):
     """Trained adapters on a frozen base weight: every projection is W + scale * B @ A."""
 
-    rank: PositiveInt = 128
-    """Rank r of the adapters; smaller than both sides of every projection."""
     alpha: PositiveFloat | None = None
     """Numerator of the adapter scale alpha / rank. Default: 32, or 1 with `init: balanced`."""
     init: Literal["kaiming", "balanced"] = "kaiming"
@@ -27,10 +25,6 @@ class AdapterConfig(MethodSettings):
         """alpha / rank with the default alpha of the chosen initialisation."""
         alpha = self.alpha if self.alpha is not None else (1.0 if self.init == "balanced" else 32.0)
         return alpha / self.rank
-
-    @property
-    def low_rank(self) -> int:
-        return self.rank
 
     @property
     def has_frozen_base(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from relora_ds.config.base import NonNegativeInt, PositiveFloat, Section
+from relora_ds.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import TrainConfig
 
@@ -42,6 +42,12 @@ class MethodSettings(Section):
         return False
 
     @property
+    def moves_pairs(self) -> bool:
+        """Whether the optimizer alone moves trained factors lora_A, lora_B of every projection, so
+        that it may treat both as one."""
+        return False
+
+    @property
     def has_frozen_base(self) -> bool:
         """Whether a frozen weight lies beside what is trained of a projection."""
         return False
@@ -67,6 +73,17 @@ class MethodSettings(Section):
     def warnings(self) -> tuple[Rule, ...]:
         """Rules whose findings are allowed, but probably not meant."""
         return ()
+
+
+class LowRank(MethodSettings):
+    """Key of a method whose projections have factors."""
+
+    rank: PositiveInt = 128
+    """Inner dimension r of the factors; smaller than both sides of every projection."""
+
+    @property
+    def low_rank(self) -> int:
+        return self.rank
 
 
 class WarmStarted(MethodSettings):

@@ -6,21 +6,19 @@ from collections.abc import Iterator
 from typing import Literal
 
 from relora_ds.config.base import PositiveFloat, PositiveInt
-from relora_ds.config.methods.base import WarmStarted
+from relora_ds.config.methods.base import LowRank, WarmStarted
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import OptimizerConfig, ParallelConfig
 
 
 @register_settings
-class GaLoreConfig(WarmStarted):
+class GaLoreConfig(WarmStarted, LowRank):
     """GaLore: Adam on gradients that are projected to a subspace of rank r, which is chosen anew
     every few hundred updates (Zhao et al., arXiv 2403.03507)."""
 
     name: Literal["galore"]
     """Chooses this method."""
-    rank: PositiveInt = 128
-    """Rank r of the subspace; smaller than both sides of every projection."""
     update_every: PositiveInt = 200
     """Optimizer steps between refreshes of the subspace, the first one before the first update."""
     scale: PositiveFloat = 0.25
@@ -30,10 +28,6 @@ class GaLoreConfig(WarmStarted):
     basis. `none`: they stay as they are, though they belong to the old one (the authors')."""
     svd: Literal["exact", "randomised"] = "exact"
     """How the leading singular vectors of a gradient are found."""
-
-    @property
-    def low_rank(self) -> int:
-        return self.rank
 
     @property
     def has_frozen_base(self) -> bool:

@@ -15,3 +15,7 @@ class LoRAConfig(WarmStarted, AdapterConfig):
 
     name: Literal["lora"]
     """Chooses this method."""
+
+    @property
+    def moves_pairs(self) -> bool:
+        return True

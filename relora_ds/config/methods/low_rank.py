@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from relora_ds.config.base import PositiveInt
-from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.methods.base import LowRank
 from relora_ds.config.methods.catalogue import register_settings
 
 
 @register_settings
-class LowRankConfig(MethodSettings):
+class LowRankConfig(LowRank):
     """Factorised training from scratch: the projection *is* B @ A, there is no dense weight."""
 
     name: Literal["low_rank"]
     """Chooses this method."""
-    rank: PositiveInt = 128
-    """Inner dimension r of the factors; smaller than both sides of every projection."""
     init: Literal["spectral", "svd", "xavier"] = "spectral"
     """How factors start. `svd`: the truncated SVD of a dense weight, singular values split evenly
     between them (Khodak et al., 2021); of random weights at 1.3B that takes eight minutes on one
@@ -25,5 +22,5 @@ class LowRankConfig(MethodSettings):
     own."""
 
     @property
-    def low_rank(self) -> int:
-        return self.rank
+    def moves_pairs(self) -> bool:
+        return True

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from relora_ds.config.base import PositiveFloat, PositiveInt
-from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.base import PositiveFloat
+from relora_ds.config.methods.base import LowRank
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.config.reading.document import Finding, Rule
@@ -16,14 +16,12 @@ from relora_ds.config.sections import TrainConfig
 
 
 @register_settings
-class SLTrainConfig(MethodSettings):
+class SLTrainConfig(LowRank):
     """SLTrain: every projection is scale * B @ A plus a sparse matrix on a fixed random support,
     and no dense weight is kept (Han et al., 2024)."""
 
     name: Literal["sltrain"]
     """Chooses this method."""
-    rank: PositiveInt = 128
-    """Inner dimension r of the factors; smaller than both sides of every projection."""
     alpha: PositiveFloat | None = None
     """Numerator of the scale alpha / rank on B @ A. Default: 32. Give this or `scale`."""
     scale: PositiveFloat | None = None
@@ -48,8 +46,8 @@ class SLTrainConfig(MethodSettings):
         return (32.0 if self.alpha is None else self.alpha) / self.rank
 
     @property
-    def low_rank(self) -> int:
-        return self.rank
+    def moves_pairs(self) -> bool:
+        return True
 
     def rules(self) -> tuple[Rule, ...]:
         return (

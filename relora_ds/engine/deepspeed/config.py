@@ -27,6 +27,7 @@ from relora_ds.engine.deepspeed.reading.keys import (
     DATA_TYPE_KEYS,
     LARGEST_BUCKET,
     LARGEST_NUMBER,
+    OFFLOAD_FIXED,
     OWNED_KEYS,
     REFUSED_KEYS,
     TOP_CHOICES,
@@ -225,11 +226,19 @@ def _check_offload(zero: Mapping[str, Any], config: RunConfig) -> Iterator[Findi
             yield Finding(("zero_optimization", key), f"is refused: {reason}")
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key)
-        if isinstance(offload, dict) and not is_off(offload) and offload.get("device") != "cpu":
+        if not isinstance(offload, dict) or is_off(offload):
+            continue
+        if offload.get("device") != "cpu":
             yield Finding(
                 ("zero_optimization", key, "device"),
                 f'is {show(offload.get("device"))}, but only "cpu" and "none" are supported',
             )
+        for name, (allowed, reason) in OFFLOAD_FIXED.items():
+            if not _same(offload.get(name, allowed), allowed):
+                yield Finding(
+                    ("zero_optimization", key, name),
+                    f"is {show(offload[name])}, but must be {show(allowed)} or absent: {reason}",
+                )
     if not is_off(zero.get("offload_param")) and not _same(zero.get("stage"), 3):
         yield Finding(
             ("zero_optimization", "offload_param"),

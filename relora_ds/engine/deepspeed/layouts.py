@@ -114,6 +114,12 @@ class _Sliced(Layout, Generic[W]):
         """Tensors that hold the reduced gradient of an owner, one behind the other; None outside of
         an update."""
 
+    def await_gradients(self) -> None:
+        # DeepSpeed queues copies to the host on streams of its own, and waits for them in its step
+        if any(owner.grad is not None for owner in self.owners()):  # offloaded
+            accelerator: Any = get_accelerator()
+            accelerator.synchronize()
+
     def gradient(self, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         owner, stretch = self.placements[parameter].owner, self.placements[parameter].stretch
         if owner.grad is not None:  # offloaded

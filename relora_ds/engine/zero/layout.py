@@ -87,6 +87,10 @@ class Layout(ABC):
         assert parameter.grad is not None
         yield parameter.grad.view(-1)
 
+    def await_gradients(self) -> None:  # noqa: B027
+        """Wait until `gradient` may be read by the host where it lies there. Nobody waits where the
+        gradients are on a device, which does its work in order."""
+
     def gradient_storages(self) -> Iterator[torch.Tensor]:
         """Every tensor that holds gradients on this rank at this moment."""
         for tensor in (*self.placements, *self.owners()):

@@ -20,7 +20,9 @@ from relora_ds.optim.matrix import (
     MatrixOptimizer,
     MatrixSlice,
     OfWhole,
+    Unit,
     in_batches,
+    units_of,
 )
 from relora_ds.optim.rectangles import rectangles
 from relora_ds.optim.vector_adamw import storage_key
@@ -52,6 +54,7 @@ class ZeroMatrices(MatrixExchange):
         self._rules = {names[parameter]: rule for parameter, rule in rules.items()}
         self._sizes = {names[parameter]: tp_local_shape(parameter) for parameter in rules}
         self._dims = {names[p]: s.dim for p in rules if (s := shard_of(p)) is not None}
+        self._units = units_of(self._rules)
         self._slices, self._shards = self._find_owners(layout, rules, names)
         self.by_parameter: dict[nn.Parameter, MatrixSlice] = {}
         """This rank's slice of every matrix."""
@@ -78,7 +81,7 @@ class ZeroMatrices(MatrixExchange):
         agreed = torch.tensor(slices, device=device)
         if self._tp.group is not None:  # shards may differ by a row, but their ranks must agree
             torch.distributed.broadcast(agreed, group=self._tp.group, group_src=0)
-        owners = owners_of(rules, agreed.tolist(), self._tp.size)
+        owners = self._owners(rules, names, agreed)
         parts = _on_all([tp_local_shape(p).numel() for p in rules], self._tp.group, device)
         groups: list[Wholes | None] = []
         for group, lengths, place in ((self._group, slices, 0), (self._tp.group, parts, 1)):
@@ -88,6 +91,22 @@ class ZeroMatrices(MatrixExchange):
             }
             groups.append(None if group is None else Wholes(group, found))
         return groups[0], groups[1]
+
+    def _owners(
+        self,
+        rules: Mapping[nn.Parameter, MatrixOptimizer],
+        names: Mapping[nn.Parameter, str],
+        slices: torch.Tensor,
+    ) -> list[tuple[int, int]]:
+        """The owner of every matrix, from the elements that ranks hold of it (matrices, ranks)."""
+        matrices = {names[parameter]: parameter for parameter in rules}
+        places = {name: place for place, name in enumerate(matrices)}
+        units = [[matrices[name] for name in unit] for unit in self._units]
+        held = [slices[[places[name] for name in unit]].sum(0).tolist() for unit in self._units]
+        found: dict[str, tuple[int, int]] = {}
+        for unit, owner in zip(self._units, owners_of(units, held, self._tp.size), strict=True):
+            found |= dict.fromkeys(unit, owner)
+        return [found[name] for name in matrices]
 
     def _slice(
         self, layout: Layout, parameter: nn.Parameter, name: str, rule: MatrixOptimizer
@@ -144,17 +163,47 @@ class ZeroMatrices(MatrixExchange):
         return [found[n] for n in range(len(values))]
 
     def of_wholes(
-        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
-    ) -> list[torch.Tensor]:
-        slices = {m.name: r.values for m, r in zip(matrices, requests, strict=True)}
-        functions = {m.name: r.function for m, r in zip(matrices, requests, strict=True)}
-        local = slices if self._slices is None else self._slices.gather(slices)
-        wholes = self._join_shards({n: flat.view(self._sizes[n]) for n, flat in local.items()})
-        values = in_batches(list(wholes.values()), [functions[name] for name in wholes])
-        found = self._cut_shards(dict(zip(wholes, values, strict=True)), local)
-        flat = {name: found[name].reshape(-1) for name in local}
-        parts = flat if self._slices is None else self._slices.scatter(flat, slices)
-        return [parts[matrix.name] for matrix in matrices]
+        self, units: Sequence[Unit], requests: Sequence[OfWhole]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        slices = {
+            matrix.name: values
+            for unit, request in zip(units, requests, strict=True)
+            for matrix, values in zip(unit, request.values, strict=True)
+        }
+        here: dict[str, torch.Tensor] = {}
+        wholes: dict[str, list[torch.Tensor]] = {name: [] for name in slices}
+        for number in range(max(len(values) for values in slices.values())):
+            flat = {name: v[number] for name, v in slices.items() if number < len(v)}
+            local = flat if self._slices is None else self._slices.gather(flat)
+            here |= local
+            for name, whole in self._join_shards(
+                {n: flat.view(self._sizes[n]) for n, flat in local.items()}
+            ).items():
+                wholes[name].append(whole)
+        results = self._compute(units, requests, wholes)
+        found = self._cut_shards(results, here)
+        flat = {name: found[name].reshape(-1) for name in here}
+        first = {name: values[0] for name, values in slices.items()}
+        parts = flat if self._slices is None else self._slices.scatter(flat, first)
+        return [tuple(parts[matrix.name] for matrix in unit) for unit in units]
+
+    def _compute(
+        self,
+        units: Sequence[Unit],
+        requests: Sequence[OfWhole],
+        wholes: Mapping[str, Sequence[torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
+        """The functions of those units that this rank owns, by matrix."""
+        owned, tensors, functions = [], [], []
+        for unit, request in zip(units, requests, strict=True):
+            if all(wholes[matrix.name] for matrix in unit):
+                owned.append(unit)
+                tensors.append([tensor for matrix in unit for tensor in wholes[matrix.name]])
+                functions.append(request.function)
+        found: dict[str, torch.Tensor] = {}
+        for unit, values in zip(owned, in_batches(tensors, functions), strict=True):
+            found |= {m.name: value for m, value in zip(unit, values, strict=True)}
+        return found
 
     def _join_shards(self, local: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole matrices from the parts that tensor-parallel ranks hold, on their owners."""

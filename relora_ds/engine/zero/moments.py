@@ -45,8 +45,7 @@ class _RotatedRows:
     def cut_rows(self) -> list[tuple[int, torch.Tensor]]:
         """Number in the parameter and both rotated parts, (2 r,), of rows that the slice cuts."""
         return [
-            (self._first + at, torch.cat([part[at] for part in self._parts]).double().cpu())
-            for at in self._cut
+            (self._first + at, torch.cat([part[at] for part in self._parts])) for at in self._cut
         ]
 
     def complete(self, everyone: Sequence[torch.Tensor]) -> None:
@@ -55,9 +54,10 @@ class _RotatedRows:
         Args:
             everyone: by rank, (2, 1 + 2 r): numbers and parts of the rows that its slice cuts.
         """
+        ends = torch.cat(list(everyone))
         for at in self._cut:
-            ends = torch.cat(list(everyone))
-            whole = ends[ends[:, 0] == self._first + at, 1:].sum(0)
+            # zeros and not a choice, the size of which the host would wait for
+            whole = torch.where(ends[:, :1] == self._first + at, ends[:, 1:], 0.0).sum(0)
             for part, value in zip(self._parts, whole.chunk(2), strict=True):
                 part[at] = value.to(part)
 
@@ -136,7 +136,8 @@ class ZeroMoments(Moments):
             shard = self.shard(parameter)
             rows = None if shard is None else _RotatedRows(shard, rotation)
             found[number] = rows
-            cut.append(self._ends(rows, rotation))
+            device = self._layout.placements[parameter].owner.device
+            cut.append(self._ends(rows, len(rotation), device))
         if not cut:
             return
         everyone = self._everyones(cut)
@@ -145,16 +146,16 @@ class ZeroMoments(Moments):
                 rows.complete([ends[number] for ends in everyone])
                 rows.store()
 
-    def _ends(self, rows: _RotatedRows | None, rotation: torch.Tensor) -> torch.Tensor:
+    def _ends(self, rows: _RotatedRows | None, r: int, device: torch.device) -> torch.Tensor:
         """First and last rotated row of this rank's slice, each behind its number in the parameter,
         (2, 1 + 2 r), fp64; a number of -1 says that there is no such row, or that no slice cuts
         it."""
-        ends = torch.zeros(2, 1 + 2 * len(rotation), dtype=torch.float64)
-        ends[:, 0] = -1
+        ends = torch.zeros(2, 1 + 2 * r, dtype=torch.float64, device=device)
+        ends[:, :1].fill_(-1)
         if rows is not None:
             for place, (row, values) in enumerate(rows.cut_rows()):
-                ends[place, 0] = row
-                ends[place, 1:] = values
+                ends[place, :1].fill_(row)
+                ends[place, 1:].copy_(values)
         return ends.flatten()
 
     def _everyones(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -163,11 +164,11 @@ class ZeroMoments(Moments):
         if group is None:
             return [[each.view(2, -1) for each in mine]]
         size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        flat = torch.cat(list(mine))
-        buffer = torch.zeros(size, flat.numel(), dtype=flat.dtype)
-        buffer[rank] = flat
+        flat, device = torch.cat(list(mine)), self._collectives.device
+        buffer = torch.zeros(size, flat.numel(), dtype=flat.dtype, device=device)
+        buffer[rank].copy_(flat)
         # every element is non-zero on one rank at most, so the sum is exact
-        summed = self._collectives.sum_over_slices(buffer.to(self._collectives.device)).cpu()
+        summed = self._collectives.sum_over_slices(buffer).to(flat.device)
         sizes = [each.numel() for each in mine]
         return [[part.view(2, -1) for part in flat.split(sizes)] for flat in summed]
 

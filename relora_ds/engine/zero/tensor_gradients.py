@@ -9,7 +9,7 @@ DeepSpeed never sees, is formed between updates and reduced to one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
+from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import TPShard, shard_of
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.wholes import Wholes
@@ -43,6 +44,7 @@ class TensorGradients:
         """Add the shares up, all of them in one collective; call at an accumulation boundary."""
         if self._tp.size == 1:
             return
+        self._layout.await_gradients()
         pieces = [piece for p in self._partial for piece in self._layout.gradient(p)]
         if pieces:
             # offloaded slices are on the host, where no collective of the devices reaches them
@@ -79,12 +81,15 @@ def square_sums_of_slices(layout: Layout, tp: TensorParallel, device: torch.devi
     cut = layout.partition_group is not None
     first = cut or torch.distributed.get_rank() // tp.size == 0
     sums = []
+    layout.await_gradients()
     for parameter in layout.placements:
         once = first and (shard_of(parameter) is not None or tp.rank == 0)
         for piece in layout.gradient(parameter):
-            square = torch.linalg.vector_norm(piece, dtype=torch.float32).to(device).double() ** 2
+            square = torch.linalg.vector_norm(piece, dtype=torch.float32).double() ** 2
             sums.append(torch.stack([square * once, square]))
-    return torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64, device=device)
+    if not sums:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.stack(sums).sum(0).to(device)
 
 
 class FrozenGradients(Gradients):
@@ -111,7 +116,7 @@ class FrozenGradients(Gradients):
     def owners(self) -> int:
         return self._copies * self._tp.size
 
-    def run_batch(self) -> int:
+    def passes(self) -> Iterator[int]:
         # the only leaf whose gradient is asked for: no hook of a parameter runs, which would have
         # DeepSpeed reduce and keep its gradient
         gate = torch.ones((), device=self._device, requires_grad=True)
@@ -122,16 +127,17 @@ class FrozenGradients(Gradients):
         embedding = next(m for m in self._model.modules() if isinstance(m, TokenEmbedding))
         handle = embedding.register_forward_hook(pass_gate)
         self._model.train()
-        count = 0
+        micro_batches = list(self.batch())
         try:
-            with torch.enable_grad():
-                for tokens in self.batch():
-                    loss = self._model(tokens.to(self._device, non_blocking=True))
+            for left, tokens in zip(
+                reversed(range(len(micro_batches))), micro_batches, strict=True
+            ):
+                yield left
+                with torch.enable_grad():
+                    loss = self._model(upload(tokens, self._device))
                     torch.autograd.grad(loss, gate)
-                    count += 1
         finally:
             handle.remove()
-        return count
 
     def mean(self, weight: nn.Parameter, part: torch.Tensor, turn: int) -> torch.Tensor | None:
         part.div_(self._copies)

@@ -8,19 +8,22 @@ import torch
 
 from relora_ds.randomness import Stream
 
+Decomposition = Literal["exact", "randomised"]
+
 _OVERSAMPLED = 8
 _POWER_STEPS = 2
 
 
 def leading_basis(
-    gradient: torch.Tensor, rank: int, svd: Literal["exact", "randomised"], stream: Stream
-) -> torch.Tensor | None:
+    gradient: torch.Tensor, rank: int, svd: Decomposition, stream: Stream
+) -> torch.Tensor:
     """The leading singular vectors of a gradient along its shorter side, as orthonormal rows.
 
     `exact`: eigenvectors of the smaller Gram matrix in fp64, which finds what a singular value
     decomposition in fp32 does, never fails to converge and is many times as fast. `randomised`:
     `torch.svd_lowrank`. The largest entry of every row is positive: the sign of a singular vector
-    is arbitrary, and would differ between devices.
+    is arbitrary, and would differ between devices. Whether there is a direction at all is not read:
+    the host waits only where torch looks whether its decomposition converged.
 
     Args:
         gradient: (m, n), fp32.
@@ -28,19 +31,34 @@ def leading_basis(
         stream: seeds the randomised form.
 
     Returns:
-        (r, min(m, n)), fp32; None if the gradient has no direction, as it is zero or not finite.
+        (r, min(m, n)), fp32; NaN if the gradient has no direction, as it is zero or not finite.
     """
-    if not (bool(torch.isfinite(gradient).all()) and bool(gradient.any())):
-        return None
     tall = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.t()
+    size = tall.abs().amax()  # not finite if any element is
+    lost = ~(size.isfinite() & (size > 0))
     if svd == "exact":
-        exact = tall.double() / tall.abs().max().double()  # squares neither overflow nor vanish
-        basis = torch.linalg.eigh(exact.t() @ exact).eigenvectors[:, -rank:].flip(1).t()
+        exact = tall.double().div_(size.double())  # squares neither overflow nor vanish
+        gram = (exact.t() @ exact).masked_fill_(lost, 0.0)  # no decomposition takes a NaN
+        del exact
+        basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).t()
     else:
         width = min(rank + _OVERSAMPLED, tall.shape[1])
         devices = [gradient.device] if gradient.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(stream.key[0] >> 1)
-            basis = torch.svd_lowrank(tall, q=width, niter=_POWER_STEPS)[2][:, :rank].t()
+            found = torch.svd_lowrank(tall.masked_fill(lost, 0.0), q=width, niter=_POWER_STEPS)
+            basis = found[2][:, :rank].t()
     largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-    return (basis * largest.sign()).float().contiguous()
+    return (basis * largest.sign()).float().contiguous().masked_fill_(lost, torch.nan)
+
+
+def choice_bytes(m: int, n: int, rank: int, svd: Decomposition) -> int:
+    """What `leading_basis` takes beside the gradient (m, n) and its result, at most.
+
+    Exact: the gradient in fp64, then the Gram matrix, its eigenvectors and a workspace of twice the
+    Gram matrix. Randomised: another gradient in fp32, and frames of both sides and of one more.
+    """
+    side = min(m, n)
+    if svd == "exact":
+        return 8 * (max(m * n, 3 * side * side) + side * side)
+    return 4 * (m * n + 2 * (m + n) * (rank + _OVERSAMPLED))

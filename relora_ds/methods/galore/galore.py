@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch import nn
 from relora_ds.activity import doing
 from relora_ds.config.methods.galore import GaLoreConfig
 from relora_ds.methods.adapter import refuse_lost_edits
-from relora_ds.methods.galore.basis import leading_basis
-from relora_ds.methods.galore.layer import GaLoreLinear, Sink
+from relora_ds.methods.galore.basis import choice_bytes, leading_basis
+from relora_ds.methods.galore.choice import BasisChoice
+from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.interface import Event, Method, Session, projection_layers
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
@@ -31,6 +32,7 @@ from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.randomness import Stream
 
 _logger = logging.getLogger(__name__)
+_FP32 = 4
 
 
 class GaLore(Method[GaLoreConfig]):
@@ -52,6 +54,16 @@ class GaLore(Method[GaLoreConfig]):
 
     def edited_weights(self, model: nn.Module) -> list[nn.Parameter]:
         return [layer.weight for layer in galore_layers(model).values()]
+
+    def event_bytes(self, model: nn.Module, micro_batches: int) -> int:
+        layers = galore_layers(model).values()
+        # the sums of gradients of this process's parts, which grow until the last micro-batch
+        sums = sum(tp_local_shape(layer.weight).numel() for layer in layers)
+        shapes = [(layer.spec.out_features, layer.spec.in_features) for layer in layers]
+        choice = max(
+            _FP32 * m * n + choice_bytes(m, n, self.config.rank, self.config.svd) for m, n in shapes
+        )
+        return choice + (_FP32 * sums if micro_batches > 1 else 0)
 
     def start(self, state: TrainState, model: nn.Module) -> GaLoreSession:
         return GaLoreSession(self, state, model)
@@ -84,9 +96,8 @@ class GaLoreSession(Session[GaLore]):
         state, config = self.state, self.method.config
         layers = galore_layers(self.model)
         watch, moved = Stopwatch(next(self.model.parameters()).device), state.bytes_moved
-        with _dense_gradients(layers) as sums:
-            count = state.gradients.run_batch()
-        if not count:
+        choice = BasisChoice(layers, state.gradients, partial(self._leading_basis, step))
+        if not choice.run():
             _logger.warning(
                 "no refresh before step %d of the phase, whose batch is left out: the next one "
                 "brings it",
@@ -96,32 +107,29 @@ class GaLoreSession(Session[GaLore]):
         self._is_due = False
         watch.mark()
         before = state.probe()
-        edits, rotations = {}, {}
+        edits, rotations, kept = {}, {}, []
         values = state.weights.gather_in_turn(
             [[layer.projected, layer.basis] for layer in layers.values()]
         )
-        fresh = self._fresh_bases(layers, sums, count, step)
-        for (name, layer), (projected, basis), chosen in zip(
-            layers.items(), values, fresh, strict=True
-        ):
-            if chosen is None:  # known to all ranks alike
-                continue
+        for (name, layer), (projected, basis) in zip(layers.items(), values, strict=True):
+            chosen = choice.chosen.pop(name)
+            kept.append(chosen[0, 0].isnan())
             edits[name], rotations[layer.projected] = self._take(layer, projected, basis, chosen)
         if config.transport == "rotate" and state.moments.updates:
             state.moments.rotate(rotations)
         watch.mark()
         details = {
             "method/refreshes": float(step // config.update_every + 1),
-            "method/kept_bases": float(len(layers) - len(edits)),
             "method/refresh_bytes": float(state.bytes_moved - moved),
         }
         after = state.probe()
-        figures = list(state.weights.totals(list(edits.values())).unbind()) if edits else []
+        figures = [*state.weights.totals(list(edits.values())).unbind(), torch.stack(kept).sum()]
         if before is not None and after is not None:
             figures.append((after - before).norm() / before.norm())
-        found = read_together(figures) if figures else []
+        found = read_together(figures)
         totals = {name: WeightEdit.of(sums) for name, sums in zip(edits, found, strict=False)}
-        for (drift,) in found[len(edits) :]:
+        ((details["method/kept_bases"],), *rest) = found[len(edits) :]
+        for (drift,) in rest:
             details["method/output_drift"] = drift
         refuse_lost_edits("refresh", totals, next(iter(layers.values())).weight.dtype)
         details["method/gradient_seconds"], details["method/refresh_seconds"] = watch.seconds()
@@ -131,64 +139,38 @@ class GaLoreSession(Session[GaLore]):
         drift = max((_ratio(e.error_sq, e.output_sq) for e in totals.values()), default=0.0)
         return Event("refresh", drift, 0.0, details)
 
-    def _fresh_bases(
-        self,
-        layers: Mapping[str, GaLoreLinear],
-        sums: dict[str, torch.Tensor],
-        count: int,
-        step: int,
-    ) -> Iterator[torch.Tensor | None]:
-        """The new basis of every projection, in order; None where its gradient has no direction.
-
-        Processes take turns, and work on one matrix each at a time.
-
-        Args:
-            sums: dense gradients, summed over micro-batches; emptied.
-            count: micro-batches.
-        """
-        state, config, names = self.state, self.method.config, list(layers)
-        owners = state.gradients.owners
-        for first in range(0, len(names), owners):
-            owned: dict[int, tuple[str, torch.Tensor]] = {}
-            found = []
-            for turn, name in enumerate(names[first : first + owners]):
-                layer, part = layers[name], sums.pop(name).div_(count)
-                width = min(layer.spec.out_features, layer.spec.in_features)
-                found.append(part.new_full((layer.rank, width), torch.nan))
-                whole = state.gradients.mean(layer.weight, part, turn)
-                if whole is not None:
-                    owned[turn] = name, whole
-            while owned:
-                turn, (name, whole) = owned.popitem()
-                stream = Stream(self.method.seed, "basis", name, step)
-                basis = leading_basis(whole, config.rank, config.svd, stream)
-                if basis is not None:
-                    found[turn].copy_(basis)
-            for turn, value in enumerate(found):
-                state.gradients.spread(value, turn)
-                yield None if bool(value[0, 0].isnan()) else value
+    def _leading_basis(self, step: int, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        config = self.method.config
+        stream = Stream(self.method.seed, "basis", name, step)
+        return leading_basis(gradient, config.rank, config.svd, stream)
 
     def _take(
         self, layer: GaLoreLinear, projected: torch.Tensor, basis: torch.Tensor, fresh: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """W takes up what P Q adds; then P is zero and Q is new.
 
+        Whether a new basis was found is known on the device alone, so that a weight without one
+        does the same with its old one.
+
         Args:
             projected: this rank's part of P.
             basis: this rank's part of Q.
-            fresh: the new basis, whole.
+            fresh: the new basis, whole; NaN to keep the old one.
 
         Returns:
             The figures of this rank's part of the edit, and C = Q_old Q_new^T.
         """
         weights, shard = self.state.weights, shard_of(layer.basis)
         # rounded first: moments are carried over to what the forward pass will compute with
-        part = (fresh if shard is None else shard.part(fresh)).to(basis.dtype).contiguous()
+        part = (fresh if shard is None else shard.part(fresh)).to(basis.dtype)
+        keeps = fresh[0, 0].isnan()
+        part = torch.where(keeps, basis, part)
         edit = weights.add_product(layer.weight, *layer.factors(projected, basis), 1.0)
         assert edit is not None
         rotation = basis.float() @ part.float().t()
         if shard is not None:
             rotation = weights.sum_over_rows(rotation)
+        rotation = torch.where(keeps, torch.eye(layer.rank, device=part.device), rotation)
         nothing = torch.zeros(tp_local_shape(layer.projected), device=part.device)
         weights.write(layer.projected, nothing)
         weights.write_frozen(layer.basis, part)
@@ -202,30 +184,6 @@ def galore_layers(model: nn.Module) -> dict[str, GaLoreLinear]:
         assert isinstance(layer, GaLoreLinear)
         layers[name] = layer
     return layers
-
-
-@contextmanager
-def _dense_gradients(layers: Mapping[str, GaLoreLinear]) -> Iterator[dict[str, torch.Tensor]]:
-    """Dense gradients of this rank's parts of weights, fp32, summed over the backward passes
-    inside."""
-    sums: dict[str, torch.Tensor] = {}
-
-    def sink(name: str) -> Sink:
-        def add(gradient: torch.Tensor) -> None:
-            if name in sums:
-                sums[name].add_(gradient)
-            else:
-                sums[name] = gradient.float()
-
-        return add
-
-    for name, layer in layers.items():
-        layer.sink = sink(name)
-    try:
-        yield sums
-    finally:
-        for layer in layers.values():
-            layer.sink = None
 
 
 def _ratio(part_sq: float, whole_sq: float) -> float:

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.sltrain import SLTrainConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
 from relora_ds.methods.formulation.composed import ComposedProduct
-from relora_ds.methods.interface import Method
+from relora_ds.methods.interface import Method, pair_rule
 from relora_ds.methods.sltrain.sparse_linear import SparseComposition, compose
 from relora_ds.methods.sltrain.support import column_type, draw_support, support_size
 from relora_ds.numerics.draws import draw_uniform
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.footprint import Exchange, Footprint, UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection
@@ -179,6 +181,11 @@ class SLTrain(Method[SLTrainConfig]):
         return compose(
             lora_a, lora_b, values, row_starts.to(device), columns.to(device), layer.scale
         )
+
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        return pair_rule(settings, name, self.config.resolved_scale)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """The values are elements of a matrix, though they are kept in a vector."""

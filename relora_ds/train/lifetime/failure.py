@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from relora_ds.activity import origin
 from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.files.regular import open_own
 from relora_ds.redaction import mask_values, secret_values
 from relora_ds.train.lifetime.requests import STOPPED, say
 
@@ -146,7 +147,8 @@ def write_report(
     }
     try:
         draft = path.with_suffix(".json.tmp")
-        draft.write_text(_masked(json.dumps(content, indent=2)) + "\n")
+        with open(draft, "w", encoding="utf-8", opener=open_own) as file:
+            file.write(_masked(json.dumps(content, indent=2)) + "\n")
         os.replace(draft, path)
     except OSError as error:
         say(f"error: cannot write {path}: {error.strerror or error}")

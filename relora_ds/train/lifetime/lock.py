@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.files.regular import open_own, read_regular
 from relora_ds.train.lifetime.link import Identity
 
 NAME = "run.lock"
@@ -124,7 +125,7 @@ class OutputLock:
         nothing, and begins again.
         """
         while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = open_own(self.path, os.O_RDWR)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -195,7 +196,7 @@ class OutputLock:
     def _read_anew(self) -> Holder | None:
         """The record by a new opening: only that looks past a network file system's cache."""
         try:
-            return _parse(self.path.read_bytes())
+            return _parse(read_regular(self.path, _RECORD_BYTES))
         except FileNotFoundError:
             return None
 

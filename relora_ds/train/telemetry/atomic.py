@@ -8,6 +8,8 @@ import glob
 import os
 from pathlib import Path
 
+from relora_ds.files.regular import open_own, open_regular
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Give `path` exactly `content`, through a temporary file in the same directory.
@@ -23,7 +25,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     _remove_drafts(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=open_own) as file:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(content)
@@ -37,6 +39,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _remove_drafts(path: Path) -> None:
     """Remove temporary files of processes that have ended: the system has let go of their locks."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), draft.open("rb") as file:
+        with contextlib.suppress(OSError), open_regular(draft) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             draft.unlink()

@@ -6,10 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
 from relora_ds.errors import ConfigError
+from relora_ds.files.regular import open_own
 from relora_ds.redaction import mask_values, secret_values
 
 _FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
@@ -59,7 +61,7 @@ def configure_logging(output_dir: Path, rank: int) -> None:
     path = output_dir / "logs" / f"rank_{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+        handlers: list[logging.Handler] = [_LogFile(path, encoding="utf-8")]
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}; choose an output_dir that can be written"
@@ -72,6 +74,13 @@ def configure_logging(output_dir: Path, rank: int) -> None:
     _replace_handlers(handlers)
     _quiet_libraries()
     logging.captureWarnings(True)
+
+
+class _LogFile(logging.FileHandler):
+    """A log at its own place: written through no link, and into no pipe that nobody reads."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=open_own)
 
 
 def _replace_handlers(handlers: Sequence[logging.Handler]) -> None:

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
+from relora_ds.engine import distributed
 from relora_ds.engine.assemble import AwaitedState
 from relora_ds.methods.build import build_model
+from relora_ds.methods.galore.galore import galore_layers
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
+from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config
 from tests.harness.resume import load, save
@@ -25,6 +29,12 @@ STEPS, EVERY, RANK, EPS = 40, 15, 3, 1e-3
 RATES = {"dense": 1e-3, "adapter": 1e-3}
 MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
 """Slices cut rows at every stage, and shards differ in size."""
+ZEROS: dict[str, dict[str, Any]] = {
+    "per layer": {"stage": 0},
+    "offloaded": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "offloaded in slices": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+}
+"""Of runs that do not take stage 1."""
 
 
 class PlainGaLore:
@@ -96,8 +106,10 @@ def plain(transport: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def check(topology: Topology, tensor: int, transport: str) -> dict[str, dict[str, Any]]:
-    """By stage: the relative difference of every loss."""
-    expected, _ = plain(transport)
+    """By stage: the relative difference of every loss, and the largest difference of a dense weight
+    in the end; how far this rank's number of state elements is from its share, and the elements of
+    the largest matrix of state."""
+    expected, weights = plain(transport)
     config = config_of(transport, EVERY, tensor)
     place = share_models(topology, config)
     found: dict[str, dict[str, Any]] = {}
@@ -109,9 +121,89 @@ def check(topology: Topology, tensor: int, transport: str) -> dict[str, dict[str
             if step % EVERY == 0:
                 run.check_replicas("refresh")
         pairs = zip(losses, expected, strict=True)
-        found[str(stage)] = {"losses": [abs(a - b) / b for a, b in pairs]}
+        found[str(stage)] = {
+            "losses": [abs(a - b) / b for a, b in pairs],
+            "weights": _difference(run, weights),
+            "states": state_elements(run),
+        }
         run.destroy()
     return found
+
+
+def _difference(run: Training, expected: dict[str, torch.Tensor]) -> float:
+    """Of this rank's parts of dense weights from the reference's."""
+    names, worst = {p: name for name, p in run.named.items()}, 0.0
+    for weight, dense in dense_weights(run).items():
+        shard, wanted = shard_of(weight), expected[names[weight]]
+        wanted = wanted if shard is None else shard.part(wanted)
+        worst = max(worst, float((dense - wanted).abs().max()))
+    return worst
+
+
+def dense_weights(run: Training) -> dict[nn.Parameter, torch.Tensor]:
+    """This rank's parts of the dense weights of all projections, fp32, by frozen weight."""
+    found = {}
+    for layer in galore_layers(run.engine.model).values():
+        weight, projected, basis = run.gather([layer.weight, layer.projected, layer.basis])
+        left, right = layer.factors(projected, basis)
+        found[layer.weight] = weight + left @ right
+    return found
+
+
+def state_elements(run: Training) -> dict[str, int]:
+    """Elements of optimizer state on this rank, its share if ranks had equal ones, and those of the
+    largest matrix."""
+    tensors = [t for state in run.engine.optimizer.state.values() for t in state.values()]
+    tensors += [t for m in run.engine.matrices.by_parameter.values() for t in m.state.values()]
+    own = sum(tensor.numel() for tensor in tensors if tensor.ndim)
+    total = int(distributed.sum_over_ranks(torch.tensor(own)))
+    trained = (p for p in run.named.values() if p.requires_grad)
+    largest = max(tp_local_shape(parameter).numel() for parameter in trained)
+    return {"own": own, "share": total // run.topology.world_size, "largest": largest}
+
+
+def subspaces(topology: Topology) -> dict[str, Any]:
+    """What a run of three gaps of four updates does to its dense weights and its bases.
+
+    Returns:
+        `changed`: updates before which a basis was another one than before; `unit`: largest
+        difference of Q Q^T from 1, in fp32 and in bf16; `ratios`: by number of gaps, the largest
+        singular value of the change of a weight beyond r times as many, over its first;
+        `steps`: the optimizer's count of updates when they are done within the backward pass.
+    """
+    gap, gaps = 4, 3
+    found: dict[str, Any] = {"changed": [], "unit": {}, "ratios": {}}
+    for precision in ("fp32", "bf16"):
+        run = Training(config_of("rotate", gap, precision=precision), topology, {"stage": 1}, MODEL)
+        layers = list(galore_layers(run.engine.model).values())
+        start = list(dense_weights(run).values())
+        bases = [layer.basis.clone() for layer in layers]
+        for step, tokens in enumerate(batches(gap * gaps)):
+            run.update(step, tokens, RATES)
+            now = [layer.basis.clone() for layer in layers]
+            if precision == "fp32":
+                if not all(torch.equal(a, b) for a, b in zip(bases, now, strict=True)):
+                    found["changed"].append(step)
+                if (step + 1) % gap == 0:
+                    done = (step + 1) // gap
+                    pairs = zip(start, dense_weights(run).values(), strict=True)
+                    found["ratios"][done] = max(_beyond(b - a, RANK * done) for a, b in pairs)
+            bases = now
+        grams = [basis.float() @ basis.float().t() for basis in bases]
+        found["unit"][precision] = max(float((g - torch.eye(RANK)).abs().max()) for g in grams)
+        run.destroy()
+    run = Training(config_of("rotate", gap, per_layer_update=True), topology, {"stage": 0}, MODEL)
+    for step, tokens in enumerate(batches(gap)):
+        run.update(step, tokens, RATES)
+    found["steps"] = run.engine.completed_steps()
+    run.destroy()
+    return found
+
+
+def _beyond(change: torch.Tensor, rank: int) -> float:
+    """Share of the first singular value that is left after so many."""
+    values = torch.linalg.svdvals(change.double())
+    return float(values[rank] / values[0]) if rank < len(values) else 0.0
 
 
 def resumed(topology: Topology, directory: str) -> dict[str, bool]:
@@ -183,6 +275,8 @@ def variants(topology: Topology) -> dict[str, list[float]]:
         ("per layer", {"per_layer_update": True}, {}, {}),
         ("one reduction", {"gradient_reduction": "step"}, {}, {}),
         ("randomised", {}, {}, {"svd": "randomised"}),
+        ("offloaded", {}, {}, {}),
+        ("offloaded in slices", {}, {}, {}),
         ("eight bits", {}, {"name": "adamw8bit"}, {"transport": "none"}),
         ("bf16", {"precision": "bf16"}, {}, {}),
     ):
@@ -192,7 +286,7 @@ def variants(topology: Topology) -> dict[str, list[float]]:
             optimizer={"eps": EPS, "clip": 0.0, **optimizer},
             schedule={"name": "constant"},
         )
-        run = Training(config, topology, {"stage": 0 if name == "per layer" else 1}, MODEL)
+        run = Training(config, topology, ZEROS.get(name, {"stage": 1}), MODEL)
         found[name] = [
             run.update(step, tokens, RATES).loss for step, tokens in enumerate(batches(12))
         ]

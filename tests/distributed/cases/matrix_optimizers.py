@@ -14,7 +14,7 @@ from relora_ds.accounting.matrix_traffic import MatrixTraffic, Place, matrix_tra
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
 from relora_ds.methods.build import build_model, sharded_meta_model
-from relora_ds.methods.interface import matrix_rules, projection_layers
+from relora_ds.methods.interface import matrix_rules, optimizer_groups, projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import EMBEDDING, HEAD, InitialWeights
 from relora_ds.optim.polar import KELLER, POLAR_EXPRESS, Coefficients
@@ -172,7 +172,7 @@ def closed_form(config: RunConfig, run: Training, place: Topology) -> dict[str, 
     """Payload bytes of messages that carry slices, by operation and group."""
     tp = place.tp
     model = sharded_meta_model(MODEL, run.method, config.train, tp)
-    groups = [group.parameters for group in run.method.parameter_groups(model)]
+    groups = [group.parameters for group in optimizer_groups(run.method, config.optimizer, model)]
     rules = matrix_rules(run.method, config.optimizer, model)
     sizes, rank = (place.dp_size, tp.size), Place(place.dp_rank, tp.rank)
     found = matrix_traffic(model, groups, rules, run.zero, sizes, rank)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from relora_ds.accounting.matrix_traffic import (
+    NOTHING,
     GroupExchange,
     MatrixTraffic,
     Place,
@@ -36,6 +37,7 @@ from relora_ds.optim.matrix import (
     Steps,
 )
 from relora_ds.optim.muon import Muon
+from relora_ds.optim.spectral import SpectralPair
 from relora_ds.parallel.shape import TPShard, apply_shard, global_shape
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.parallel.zero import ZeroSettings
@@ -160,8 +162,8 @@ def test_flat_groups_leave_most_matrices_whole() -> None:
     model.first, model.cut, model.last = matrix(4, 4), matrix(6, 4), matrix(4, 4)
     rules = dict.fromkeys(model.parameters(), Muon())
     # 56 elements in two parts of 28: `cut` has 12 in either
-    moved = [exchanged(model, rules, 1, (2, 1), Place(rank)).sliced.moved for rank in range(2)]
-    assert moved == [12, 12]
+    moved = [exchanged(model, rules, 1, (2, 1), Place(rank)).sliced for rank in range(2)]
+    assert moved == [GroupExchange(0, 12, 12)] * 2
     assert exchanged(model, rules, 0, (2, 1)).sliced.moved == 0, "stage 0 slices nothing"
 
 
@@ -170,8 +172,8 @@ def test_parameters_in_equal_slices_all_travel() -> None:
     model.first, model.second = matrix(4, 4), matrix(4, 4)
     rules = dict.fromkeys(model.parameters(), Muon())
     # each rank owns one of them: it receives half of it and sends half of the other
-    moved = [exchanged(model, rules, 3, (2, 1), Place(rank)).sliced.moved for rank in range(2)]
-    assert moved == [8 + 8, 8 + 8]
+    moved = [exchanged(model, rules, 3, (2, 1), Place(rank)).sliced for rank in range(2)]
+    assert moved == [GroupExchange(0, 8 + 8, 8 + 8)] * 2
 
 
 def test_shards_travel_to_one_owner() -> None:
@@ -179,8 +181,25 @@ def test_shards_travel_to_one_owner() -> None:
     model.sharded = matrix(6, 4, tensor=2)
     rules = {model.sharded: Muon()}
     found = [exchanged(model, rules, 1, (1, 2), Place(0, rank)) for rank in range(2)]
-    assert [each.sharded.moved for each in found] == [12, 12]
+    assert [each.sharded for each in found] == [GroupExchange(0, 12, 12)] * 2
     assert [each.sliced.moved for each in found] == [0, 0]
+
+
+def test_both_factors_of_a_pair_travel_to_one_owner() -> None:
+    model = nn.Module()
+    model.lora_A, model.lora_B = matrix(4, 5, tensor=2), matrix(6, 4, tensor=2)
+    pairs = nn.ModuleDict({"layer": model})
+    rules = dict.fromkeys((model.lora_A, model.lora_B), SpectralPair())
+    # stage 3 halves both shards: values and momentum of one half come, the change goes back
+    ranks = [exchanged(pairs, rules, 3, (2, 2), Place(0, rank)) for rank in range(2)]
+    lacking = 5 + 6
+    assert [each.sliced for each in ranks] == [GroupExchange(0, lacking, 2 * lacking)] * 2
+    # and so do the other process's shards of both
+    assert ranks[0].sharded == GroupExchange(0, 10 + 12, 2 * (10 + 12))
+    assert ranks[1].sharded == GroupExchange(0, 2 * (10 + 12), 10 + 12)
+    elsewhere = exchanged(pairs, rules, 3, (2, 2), Place(1, 0))
+    assert elsewhere.sliced == GroupExchange(0, 2 * lacking, lacking)
+    assert elsewhere.sharded == NOTHING
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from relora_ds.checkpoint.resume import (
 )
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.free import free_keys
-from relora_ds.config.load import load_run_config
+from relora_ds.config.load import dump_run_config, load_run_config
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.parallel.topology import Topology
@@ -275,12 +276,60 @@ def test_phases_that_are_left(saved: Saved) -> None:
 def test_an_earlier_run_is_set_aside(output_dir: Path) -> None:
     (output_dir / "metrics.jsonl").touch()
     (output_dir / "notes.txt").touch()
-    assert set_aside_earlier_run(output_dir) == output_dir / "previous_1"
+    run = config(f"output_dir={output_dir}")
+    (output_dir / "run.yaml").write_text(dump_run_config(run))
+    assert set_aside_earlier_run(output_dir, run) == output_dir / "previous_1"
     assert (output_dir / "previous_1" / layout.CHECKPOINTS / "step_5").is_dir()
     assert sorted(path.name for path in output_dir.iterdir()) == ["notes.txt", "previous_1"]
-    assert set_aside_earlier_run(output_dir) is None
-    (output_dir / "metrics.jsonl").touch()
-    assert set_aside_earlier_run(output_dir) == output_dir / "previous_2"
+    assert set_aside_earlier_run(output_dir, run) is None
+    (output_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert set_aside_earlier_run(output_dir, run) == output_dir / "previous_2"
+
+
+class Try:
+    """What a run leaves that was killed before its first checkpoint."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.run = config(f"output_dir={output_dir}")
+        self.checkpoints = output_dir / layout.CHECKPOINTS
+        self.checkpoints.mkdir(parents=True)
+        (self.checkpoints / ".probe_0").touch()
+        self.output_dir = output_dir
+        self.description = output_dir / "run.yaml"
+        self.description.write_text(dump_run_config(self.run))
+        (output_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    def is_moved(self) -> bool:
+        return set_aside_earlier_run(self.output_dir, self.run) is not None
+
+
+def test_a_start_that_came_to_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    begun = Try(tmp_path / "run")
+    assert not begun.is_moved()
+    assert not begun.is_moved()
+    begun.description.unlink()
+    assert begun.is_moved()
+    (begun.output_dir / "metrics.jsonl").touch()  # killed before it had described itself
+    assert not begun.is_moved()
+    assert (begun.output_dir / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda begun: (begun.checkpoints / "step_5").mkdir(),
+        lambda begun: (begun.output_dir / "hf").mkdir(),
+        lambda begun: begun.description.unlink(),
+        lambda begun: begun.description.write_text(begun.description.read_text() + "\n"),
+        lambda begun: begun.description.write_bytes(b"\xff"),
+    ],
+)
+def test_what_another_start_would_not_do_again_is_set_aside(
+    tmp_path: Path, change: Callable[[Try], object]
+) -> None:
+    begun = Try(tmp_path / "run")
+    change(begun)
+    assert begun.is_moved()
 
 
 def test_only_other_processes_or_stages_need_the_state_by_name(tmp_path: Path) -> None:

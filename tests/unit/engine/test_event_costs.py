@@ -5,7 +5,7 @@ The limits are what was counted, and a little room. What lowers a count should l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -24,12 +24,16 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.methods.build import meta_model
+from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.interface import Session
 from relora_ds.methods.registry import METHODS
+from relora_ds.methods.switchlora.switchlora import SwitchLoRASession
 from relora_ds.numerics.base_weight import KINDS
+from relora_ds.numerics.batched import rows
+from relora_ds.numerics.gpu import launch
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer, PlacedMatrix
-from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, OfWhole
+from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, OfWhole, Unit
 from relora_ds.optim.muon import Muon
 from relora_ds.optim.rectangles import Rectangle
 from relora_ds.optim.scale import Scale
@@ -37,7 +41,8 @@ from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.tensor import SINGLE
 from relora_ds.randomness import Stream
-from tests.harness.device_costs import DEVICE, Costs, MixedDevicesError, SimulatedDevice
+from tests.harness.device_costs import DEVICE, Costs, MixedDevicesError, SimulatedDevice, pin
+from tests.harness.kernels import REASON
 from tests.harness.simulated_zero import layout_of, rank_of_two
 
 ROWS, COLS = 12, 16
@@ -51,16 +56,18 @@ def test_the_device_counts_and_refuses() -> None:
         assert here.cpu().tolist() == [3.0, 3.0]
         there.to(DEVICE)
         here[torch.tensor([0])] = 1.0
-        here.copy_(there, non_blocking=True)
-        there.copy_(here, non_blocking=True)
+        for host in (there, there.pin_memory()):
+            host.to(DEVICE, non_blocking=True)
+            here.copy_(host, non_blocking=True)
+            host.copy_(here, non_blocking=True)
         here.mul_(torch.tensor(2.0))  # a number, which a launch takes along
         with pytest.raises(MixedDevicesError):
             torch.add(here, there)
     assert device.costs == Costs(
         launches=["zeros", "add", "sum", "scalar_tensor", "index_put_", "mul_"],
-        waits=["_local_scalar_dense", "_to_copy"],
-        blocking=["upload", "index_put_"],
-        queued=["upload", "copy_"],
+        waits=["_local_scalar_dense", "_to_copy", "copy_"],
+        blocking=["upload", "index_put_", "upload", "upload"],
+        queued=["upload", "upload", "copy_"],
     )
 
 
@@ -94,10 +101,14 @@ class _Alone:
         return list(values)
 
     def of_wholes(
-        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
-    ) -> list[torch.Tensor]:
-        shape = 1, ROWS, COLS
-        return [each.function(each.values.view(shape)).view(-1) for each in requests]
+        self, units: Sequence[Unit], requests: Sequence[OfWhole]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        found = []
+        for unit, request in zip(units, requests, strict=True):
+            pairs = zip(unit, request.values, strict=True)
+            wholes = [value.view(1, *matrix.shape) for matrix, each in pairs for value in each]
+            found.append(tuple(each.reshape(-1) for each in request.function(*wholes)))
+        return found
 
 
 def _grouped(rule: MatrixOptimizer) -> VectorAdamW:
@@ -176,6 +187,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+class PassedGradients(FrozenGradients):
+    """Dense gradients of a micro-batch whose passes are made elsewhere: at stage 3 they need what
+    DeepSpeed gathers."""
+
+    def passes(self) -> Iterator[int]:
+        yield 0
+        for module in self._model.modules():
+            if isinstance(module, GaLoreLinear):
+                assert module.sink is not None
+                shape = module.spec.out_features, module.spec.in_features
+                module.sink(torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE))
+
+
 @dataclass
 class Live:
     """A run of a bf16 model with exact frozen weights, after four updates."""
@@ -187,10 +211,12 @@ class Live:
     digest: ReplicaDigest
 
 
-def live(settings: dict[str, Any], stage: int, layers: int) -> Live:
+def live(
+    settings: dict[str, Any], stage: int, layers: int, architecture: ModelConfig = ARCHITECTURE
+) -> Live:
     config = TypeAdapter(MethodConfig).validate_python(settings)
     method = METHODS[config.name](config, 42, 10)
-    architecture = ARCHITECTURE.model_copy(update={"num_hidden_layers": layers})
+    architecture = architecture.model_copy(update={"num_hidden_layers": layers})
     model = meta_model(architecture, method, TRAIN)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -204,14 +230,20 @@ def live(settings: dict[str, Any], stage: int, layers: int) -> Live:
             exact = torch.zeros(working.numel(), device=DEVICE)
             bases[weight] = KINDS["bf16_residual"](working, exact)
         probe = torch.ones(3, device=DEVICE)
-        gradients = FrozenGradients(model, DEVICE, None, SINGLE)
+        pair: Any = "pair"
+        gradients = PassedGradients(model, DEVICE, pair, SINGLE)
         state = ZeroState(layout, bases, clocks, lambda: 4, lambda: probe, gradients)
+        state.host.tensor = _pinned(state.host.tensor)
         session = method.start(state, model)
         names = dict(model.named_parameters())
         matrices: Any = SimpleNamespace(shared=lambda: (), replicated=lambda: ())
-        group: Any = "pair"
-        digest = ReplicaDigest(names, layout, bases, clocks, matrices, group)
+        digest = ReplicaDigest(names, layout, bases, clocks, matrices, pair)
     return Live(model, layout, state, session, digest)
+
+
+def _pinned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As host memory is beside a GPU."""
+    return lambda shape, dtype: pin(allocate(shape, dtype))
 
 
 @torch.no_grad()
@@ -299,3 +331,65 @@ def test_candidates_of_the_host_are_copied_and_not_waited_for() -> None:
             costs = costs_of(partial(around_the_update, run, step))
             assert len(costs.waits) <= 1
             assert not costs.blocking
+
+
+LARGE = ModelConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5461,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=64,
+    max_position_embeddings=2048,
+)
+"""configs/model/llama_1b.json"""
+SWITCHED = {"name": "switchlora", "rank": 512, "interval": 40, "descent_rate": 1e6}
+"""configs/run/llama_1b_switchlora.yaml, as at its start"""
+KERNELS, COPIES = 60, 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "candidates", "layers"), [(1, "host", LARGE.num_hidden_layers), (3, "device", 2)]
+)
+def test_a_switch_of_a_large_model_is_a_few_launches_of_kernels(
+    stage: int, candidates: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason=REASON)
+    started: list[object] = []
+
+    def start(kernel: object, *rest: object, **options: object) -> None:
+        started.append(kernel)
+
+    with torch.no_grad(), rank_of_two():
+        run = live(SWITCHED | {"candidates": candidates}, stage, layers, LARGE)
+        monkeypatch.setattr(launch, "usable", lambda device: device == DEVICE)
+        monkeypatch.setattr(launch, "start", start)
+        # as it is where there is a GPU to pin memory for
+        monkeypatch.setattr(rows, "_within_reach", lambda tensor, device: True)
+        costs_of(partial(around_the_update, run, 4))  # measured, for the first line of the log
+        started.clear()
+        costs = costs_of(partial(around_the_update, run, 5))
+    assert 0 < len(started) + len(costs.launches) <= KERNELS, (started, costs.launches)
+    assert len(costs.waits) + len(costs.blocking) <= COPIES, (costs.waits, costs.blocking)
+    assert len(costs.queued) <= KERNELS
+    assert isinstance(run.session, SwitchLoRASession)
+    switched = run.session.layers.values()
+    assert sum(sum(each.state.cursors) for each in switched) >= 2 * len(switched) * 2 * 12
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_refresh_waits_once_beside_the_decompositions(stage: int) -> None:
+    settings = {"name": "galore", "rank": 4, "update_every": 4}
+    for layers in (1, 3):
+        with torch.no_grad(), rank_of_two():
+            run = live(settings, stage, layers)
+            refresh = costs_of(partial(around_the_update, run, 4))
+            update = costs_of(partial(around_the_update, run, 5))
+        own = -(-layers * PROJECTIONS // 2)  # two processes take turns
+        assert refresh.waits.count("_linalg_eigh") == own
+        assert len(refresh.waits) == own + 1, refresh.waits
+        assert len(refresh.launches) / (layers * PROJECTIONS) <= 105
+        assert not refresh.blocking
+        assert not refresh.queued
+        assert update == Costs()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.files.regular import open_regular, read_regular
+from relora_ds.files.regular import open_own, open_regular, read_regular
 
 
 def pipe(path: Path) -> Path:
@@ -78,3 +78,42 @@ def test_what_was_exchanged_for_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda name: status)  # a regular file, at the first look
     with pytest.raises(OSError, match="it is a pipe"):
         open_regular(pipe(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("name", ["pipe", "link to a pipe", "socket", "folder", "loop"])
+@pytest.mark.timeout(5)
+def test_nothing_else_is_written_to(tmp_path, name):
+    path = (UNUSABLE | {"loop": (loop, "")})[name][0](tmp_path / "file")
+    with pytest.raises(OSError, match="it is a"):
+        open_own(path, os.O_RDWR)
+
+
+def test_what_a_link_leads_to_is_not_written_to(tmp_path):
+    others, link = tmp_path / "others", tmp_path / "link"
+    others.write_text("theirs")
+    for target in (others, tmp_path / "nothing"):
+        link.symlink_to(target)
+        with pytest.raises(OSError, match="it is a link, and may lead to a file of others"):
+            open_own(link, os.O_WRONLY | os.O_TRUNC)
+        link.unlink()
+    assert others.read_text() == "theirs"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_link_that_appears_between_the_two_looks(tmp_path, monkeypatch):
+    others, link = tmp_path / "others", tmp_path / "link"
+    others.write_text("theirs")
+    link.symlink_to(others)
+    status = others.stat()
+    monkeypatch.setattr(os, "lstat", lambda name: status)
+    with pytest.raises(OSError, match="Too many levels"):
+        open_own(link, os.O_WRONLY | os.O_TRUNC)
+    assert others.read_text() == "theirs"
+
+
+def test_own_files_are_made_and_gone_on_with(tmp_path):
+    path = tmp_path / "log"
+    for line in ("one\n", "two\n"):
+        with open(path, "a", opener=open_own) as file:
+            file.write(line)
+    assert path.read_text() == "one\ntwo\n"

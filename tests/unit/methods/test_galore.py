@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import weakref
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from relora_ds.config.load import load_run_config
+from relora_ds.config.methods.galore import GaLoreConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import build_model
-from relora_ds.methods.galore.basis import leading_basis
+from relora_ds.methods.galore.basis import choice_bytes, leading_basis
+from relora_ds.methods.galore.choice import BasisChoice
 from relora_ds.methods.galore.galore import GaLoreSession, galore_layers
 from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.registry import plan_phases
@@ -63,7 +70,6 @@ def test_a_basis_spans_the_leading_directions_of_the_shorter_side(
     low = torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
     gradient = low + 1e-4 * torch.randn(shape)
     basis = leading_basis(gradient, 3, svd, STREAM)
-    assert basis is not None
     assert basis.shape == (3, 7)
     torch.testing.assert_close(basis @ basis.t(), torch.eye(3), atol=1e-5, rtol=0)
     side = gradient if shape[0] > shape[1] else gradient.t()
@@ -71,8 +77,29 @@ def test_a_basis_spans_the_leading_directions_of_the_shorter_side(
     assert float(left.norm()) <= 1e-2 * float(side.norm())
     assert bool((basis.gather(1, basis.abs().argmax(1, keepdim=True)) > 0).all())
     again = leading_basis(gradient, 3, svd, STREAM)
-    assert again is not None
     assert torch.equal(basis, again)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(9, 5), (5, 9), (6, 6)])
+def test_with_all_directions_and_plain_descent_it_is_full_rank(rows: int, cols: int) -> None:
+    rank, rate = min(rows, cols), 0.05
+    layer, draw = layer_of(rows, cols, rank), torch.Generator().manual_seed(5)
+    layer.projected.data.zero_()
+    dense = layer.weight.detach().clone().requires_grad_()
+    for step in range(6):
+        x = torch.randn(4, cols, dtype=torch.float64, generator=draw)
+        (grad,) = torch.autograd.grad(F.linear(x, dense).pow(2).sum(), dense)
+        if step % 3 == 0:  # a refresh
+            basis = leading_basis(grad.float(), rank, "exact", STREAM)
+            left, right = layer.factors(layer.projected.detach(), layer.basis)
+            layer.weight.data += left @ right
+            layer.projected.data.zero_()
+            layer.basis.data.copy_(torch.linalg.qr(basis.double().t()).Q.t())
+        (low,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.projected)
+        layer.projected.data -= rate * low
+        dense.data -= rate * grad
+    left, right = layer.factors(layer.projected, layer.basis)
+    torch.testing.assert_close(layer.weight + left @ right, dense, rtol=1e-5, atol=1e-8)
 
 
 def test_a_random_basis_leaves_the_generator_of_the_process_alone() -> None:
@@ -85,7 +112,10 @@ def test_a_random_basis_leaves_the_generator_of_the_process_alone() -> None:
 def test_a_gradient_without_direction_has_no_basis(value: float) -> None:
     gradient = torch.zeros(6, 4)
     gradient[1, 2] = value
-    assert leading_basis(gradient, 2, "exact", STREAM) is None
+    for svd in get_args(GaLoreConfig.model_fields["svd"].annotation):
+        basis = leading_basis(gradient, 2, svd, STREAM)
+        assert basis.shape == (2, 4)
+        assert bool(basis.isnan().all())
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -93,9 +123,22 @@ def test_gradients_of_any_size_have_a_basis(size: float) -> None:
     gradient = torch.randn(6, 4)
     scaled = leading_basis(gradient * size, 2, "exact", STREAM)
     basis = leading_basis(gradient, 2, "exact", STREAM)
-    assert scaled is not None
-    assert basis is not None
     torch.testing.assert_close(scaled, basis, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("shape", [(256, 256), (192, 640)])
+def test_a_choice_takes_the_memory_that_planning_counts(
+    shape: tuple[int, int], svd: Any, tmp_path: Path
+) -> None:
+    gradient, trace = torch.randn(shape), tmp_path / "trace.json"
+    leading_basis(gradient, 32, svd, STREAM)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        leading_basis(gradient, 32, svd, STREAM)
+    watched.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    grown = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
+    assert max(accumulate(grown)) == pytest.approx(choice_bytes(*shape, 32, svd), rel=0.1)
 
 
 def config_of(**settings: object) -> RunConfig:
@@ -116,7 +159,7 @@ def session_of(config: RunConfig) -> tuple[GaLoreSession, MemoryState, Llama]:
     tokens = batches(1)[0]
     state.gradients.batch = lambda: [tokens]
     gradients: Any = state.gradients
-    gradients.passes = lambda tokens: model(tokens).backward()
+    gradients.run_pass = lambda tokens: model(tokens).backward()
     session = method.start(state, model)
     assert isinstance(session, GaLoreSession)
     return session, state, model
@@ -174,16 +217,38 @@ def test_a_batch_that_is_left_out_chooses_no_basis_and_the_next_one_does() -> No
         assert resumed.before_step(2) is None
 
 
-def test_weights_without_gradient_keep_basis_and_factor() -> None:
-    session, _, model = session_of(config_of())
+def test_weights_without_gradient_keep_basis_moments_and_function() -> None:
+    session, state, model = session_of(config_of())
     layers = galore_layers(model)
+    state.completed = 5
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        next(iter(layers.values())).projected.fill_(0.5)
-        event = session.before_step(0)
-    assert event is not None
-    assert event.details["method/kept_bases"] == len(layers)
-    assert bool((next(iter(layers.values())).projected == 0.5).all())
+        first = next(iter(layers.values()))
+        first.projected.fill_(0.5)
+        dense = session.method.dense_weight(first)
+        bases = [layer.basis.clone() for layer in layers.values()]
+        moments = state.stored[first.projected].exp_avg.clone()
+        event = session.before_step(5)
+        assert event is not None
+        assert event.details["method/kept_bases"] == len(layers)
+        torch.testing.assert_close(session.method.dense_weight(first), dense)
+    assert all(torch.equal(x.basis, old) for x, old in zip(layers.values(), bases, strict=True))
+    torch.testing.assert_close(state.stored[first.projected].exp_avg, moments)
+
+
+def test_one_gradient_is_whole_at_a_time() -> None:
+    _, state, model = session_of(config_of())
+    layers, seen = galore_layers(model), []
+
+    def choose(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        assert not any(earlier() is not None for earlier in seen), name
+        assert gradient.shape == layers[name].weight.shape
+        seen.append(weakref.ref(gradient))
+        return torch.zeros(layers[name].basis.shape)
+
+    choice = BasisChoice(layers, state.gradients, choose)
+    assert choice.run()
+    assert len(seen) == len(choice.chosen) == len(layers)
 
 
 def test_the_scale_multiplies_the_rate_of_the_projections_alone() -> None:

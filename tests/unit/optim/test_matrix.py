@@ -22,6 +22,7 @@ from relora_ds.optim.matrix import (
     StateTensor,
     Steps,
     Sum,
+    Unit,
     drive,
     in_batches,
 )
@@ -41,7 +42,7 @@ class ColumnNorms(MatrixOptimizer):
         return {"total": StateTensor(shape, "slice")}
 
     def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
-        return Exchanged(sums=sum(shape[1] for shape in shapes), wholes=1)
+        return Exchanged(sums=sum(shape[1] for shape in shapes), to_owner=1, from_owner=1)
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
         (update,) = matrices
@@ -49,16 +50,16 @@ class ColumnNorms(MatrixOptimizer):
         for part in update.matrix.rectangles:
             squares[part.col : part.col + part.cols] += part.of(update.grad).square().sum(0)
         norms = yield Sum(squares)
-        turned = yield OfWhole(update.grad, turn)
+        (turned,) = yield OfWhole([[update.grad]], turn)
         update.matrix.state["total"] += turned
         for part in update.matrix.rectangles:
             scale = norms.sqrt()[part.col : part.col + part.cols]
             part.of(update.master).sub_(part.of(turned) / scale, alpha=update.lr)
 
 
-def turn(matrices: torch.Tensor) -> torch.Tensor:
+def turn(matrices: torch.Tensor) -> tuple[torch.Tensor]:
     """Rows in the opposite order."""
-    return matrices.flip(1)
+    return (matrices.flip(1),)
 
 
 class FakeExchange:
@@ -73,9 +74,9 @@ class FakeExchange:
         return [self._total for _ in values]
 
     def of_wholes(
-        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
-    ) -> list[torch.Tensor]:
-        return [self._part for _ in requests]
+        self, units: Sequence[Unit], requests: Sequence[OfWhole]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        return [(self._part,) for _ in requests]
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9))
@@ -115,7 +116,7 @@ def test_slices_cut_anywhere_are_the_whole_matrix(cut: int) -> None:
         assert isinstance(asked, Sum)
         sums += asked.value
         exchange = FakeExchange(norms, turned.reshape(-1)[start:stop])
-        drive([(matrix, rule.update([update]))], exchange)
+        drive([([matrix], rule.update([update]))], exchange)
         parts.append(master)
         assert torch.equal(matrix.state["total"], turned.reshape(-1)[start:stop])
     assert torch.allclose(sums, norms)
@@ -125,19 +126,19 @@ def test_slices_cut_anywhere_are_the_whole_matrix(cut: int) -> None:
 def test_matrices_of_one_shape_and_function_are_computed_together() -> None:
     batches: list[torch.Size] = []
 
-    def first(matrices: torch.Tensor) -> torch.Tensor:
+    def first(matrices: torch.Tensor) -> tuple[torch.Tensor]:
         batches.append(matrices.shape)
-        return matrices + 1
+        return (matrices + 1,)
 
-    def second(matrices: torch.Tensor) -> torch.Tensor:
+    def second(matrices: torch.Tensor) -> tuple[torch.Tensor]:
         batches.append(matrices.shape)
-        return matrices + 2
+        return (matrices + 2,)
 
     shapes = [(2, 3), (3, 2), (2, 3), (2, 3)]
-    matrices = [torch.full(shape, float(number)) for number, shape in enumerate(shapes)]
+    matrices = [[torch.full(shape, float(number))] for number, shape in enumerate(shapes)]
     found = in_batches(matrices, [first, first, second, first])
     assert batches == [(2, 2, 3), (1, 3, 2), (1, 2, 3)]
-    assert [float(value.mean()) for value in found] == [1, 2, 4, 4]
+    assert [float(value.mean()) for (value,) in found] == [1, 2, 4, 4]
 
 
 class Alone(FakeExchange):
@@ -153,10 +154,10 @@ class Alone(FakeExchange):
         return list(values)
 
     def of_wholes(
-        self, matrices: Sequence[MatrixSlice], requests: Sequence[OfWhole]
-    ) -> list[torch.Tensor]:
+        self, units: Sequence[Unit], requests: Sequence[OfWhole]
+    ) -> list[tuple[torch.Tensor, ...]]:
         self.rounds.append(("whole", len(requests)))
-        return [request.values for request in requests]
+        return [tuple(values[0] for values in request.values) for request in requests]
 
 
 def test_updates_of_one_phase_travel_together() -> None:

@@ -52,9 +52,10 @@ def update(rule: Muon, weight: torch.Tensor, grad: torch.Tensor, matrix: MatrixS
     steps = rule.update([MatrixUpdate(matrix, weight.view(-1), grad.view(-1), 1, 0.02, 0.1)])
     request = next(steps)
     assert isinstance(request, OfWhole)
-    whole = request.function(request.values.view(1, *weight.shape))
+    ((values,),) = request.values
+    (whole,) = request.function(values.view(1, *weight.shape))
     with pytest.raises(StopIteration):
-        steps.send(whole.reshape(-1))
+        steps.send((whole.reshape(-1),))
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

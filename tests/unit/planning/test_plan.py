@@ -72,6 +72,21 @@ def test_the_published_saving_at_1b_and_what_stage_3_makes_of_it() -> None:
     assert hpz < 0.6 * full["3 hpZ 8"].traffic.between_nodes
 
 
+def test_a_refresh_is_counted_where_it_takes_more_than_the_gradients() -> None:
+    loaded = load_run_config("configs/run/llama_60m_galore.yaml", ("train.micro_batch_size=128",))
+    method = plan_phases(loaded.config)[-1].method
+    layers = projection_layers(meta_model(loaded.architecture, method, loaded.config.train))
+    dense = sum(4 * layer.spec.out_features * layer.spec.in_features for layer in layers.values())
+    h, ffn = loaded.architecture.hidden_size, loaded.architecture.intermediate_size
+    # a gradient in fp32, a Gram matrix and its decomposition in fp64
+    choice = 4 * ffn * h + 8 * 4 * h * h
+    for gpus, summed in ((4, 0), (1, dense)):
+        for estimate in own_size(loaded, Cluster(gpus=gpus)).phases["galore"].stages.values():
+            memory = estimate.memory
+            assert memory.transient == max(0, choice + summed - memory.gradients)
+    assert dense > 4 * choice
+
+
 @pytest.mark.parametrize("gpus", [1, 4])
 def test_memory_and_bytes_are_the_measured_closed_forms(gpus: int) -> None:
     loaded = small()

@@ -171,6 +171,16 @@ ZERO_FIXED: dict[str, tuple[bool | int, str]] = {
     "save_muon_momentum_buffer_in_memory": (False, "Muon is not among optimizer.name"),
 }
 
+# Keys of offload_optimizer and offload_param with the only value that is supported, and why
+OFFLOAD_FIXED: dict[str, tuple[bool | int, str]] = {
+    "ratio": (
+        1,
+        "DeepSpeed then updates a part of the parameters with an optimizer of its own, whose "
+        "moments are in no checkpoint and which no reset reaches",
+    ),
+    "super_offload": (False, "its state has another layout"),
+}
+
 BF16_KEYS = {
     "enabled": "boolean",
     "immediate_grad_update": "boolean",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.files.regular import open_own, open_regular
 from relora_ds.train.telemetry.atomic import write_atomically
 
 Metric = float | int | str | None
@@ -140,7 +141,7 @@ def _open_after(path: Path, resume_step: int) -> TextIO:
     """Open the file behind what an earlier part of the run is kept of."""
     if path.exists():
         _drop_after(path, resume_step)
-    return path.open("a", encoding="ascii", buffering=1)
+    return open(path, "a", encoding="ascii", buffering=1, opener=open_own)
 
 
 def _drop_after(path: Path, resume_step: int) -> None:
@@ -183,7 +184,8 @@ def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     A process that is killed may leave its last line torn; anywhere else it means that the file was
     altered, which deserves a warning but not the loss of the run.
     """
-    lines = path.read_bytes().split(b"\n")
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

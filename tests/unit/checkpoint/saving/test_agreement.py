@@ -67,7 +67,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
 def test_alone_a_rank_agrees_with_itself() -> None:
     alone = Agreement(1)
     assert alone.look(done=True, failed=False) == (True, False)
-    assert alone.begin(failed=True, size=5, free=None) == (True, 5, None)
+    assert alone.room(size=5, free=None) == (5, None)
     assert alone.gather("word") == ["word"]
 
 
@@ -95,13 +95,12 @@ def test_all_are_done_and_any_has_failed(
         ((None, None, None), None),
     ],
 )
-@pytest.mark.parametrize("failing", [None, 1])
-def test_they_begin_with_one_meeting(
-    group: Group, free: tuple[int | None, ...], least: int | None, failing: int | None
+def test_one_meeting_tells_of_the_room(
+    group: Group, free: tuple[int | None, ...], least: int | None
 ) -> None:
     sizes = (1 << 45, 0, 3)
-    answers = group.ask(lambda own, rank: own.begin(rank == failing, sizes[rank], free[rank]))
-    assert answers == [(failing is not None, sum(sizes), least)] * RANKS
+    answers = group.ask(lambda own, rank: own.room(sizes[rank], free[rank]))
+    assert answers == [(sum(sizes), least)] * RANKS
     assert group.meetings == 1
 
 

@@ -20,8 +20,9 @@ from relora_ds.checkpoint.format.manifest import check_file, read_manifest
 from relora_ds.checkpoint.format.record import RunRecord, read_record
 from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.saving import task
+from relora_ds.checkpoint.saving.flight import SaveResult
 from relora_ds.checkpoint.saving.recovery import recover
-from relora_ds.checkpoint.saving.store import CheckpointStore, SaveResult
+from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.sections import CheckpointConfig
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
@@ -298,6 +299,7 @@ def until_it_ends(store: CheckpointStore) -> SaveResult:
 def test_in_the_background_a_state_is_written_as_it_was(tmp_path: Path, gate: Gate) -> None:
     run = Run(tmp_path, CheckpointConfig(asynchronous=True))
     assert run.save(5) == []
+    run.store.hold()
     run.engine.weight.zero_()
     assert run.store.poll() == []
     assert latest_checkpoint(tmp_path) is None

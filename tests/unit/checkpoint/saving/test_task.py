@@ -6,27 +6,28 @@ import errno
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from relora_ds.checkpoint.saving.contents import Pickled
-from relora_ds.checkpoint.saving.problem import Problem
 from relora_ds.checkpoint.saving.task import Files, Task, Worker, write_contents
 from relora_ds.files.durable import Written
 
+T = TypeVar("T")
 NOTHING: Files = {}
+CPU = torch.device("cpu")
 
 
-def ended(task: Task) -> Files | Problem | None:
+def ended(task: Task[T]) -> Task[T]:
     task.wait(30)
     assert task.done
-    return task.outcome()
+    return task
 
 
 def test_tasks_run_one_after_the_other_in_one_thread_without_gradients() -> None:
-    worker, seen, may_go = Worker(0), list[tuple[int, str, bool]](), threading.Event()
+    worker, seen, may_go = Worker(0, CPU), list[tuple[int, str, bool]](), threading.Event()
 
     def work(number: int) -> Files:
         may_go.wait(30)
@@ -39,8 +40,20 @@ def test_tasks_run_one_after_the_other_in_one_thread_without_gradients() -> None
     assert not any(task.done or task.failed for task in tasks)
     tasks[0].wait(0)  # returns although nothing has ended
     may_go.set()
-    assert [ended(task) for task in tasks] == [{str(n): Written(n, "")} for n in range(3)]
+    assert [ended(task).result() for task in tasks] == [{str(n): Written(n, "")} for n in range(3)]
     assert seen == [(number, "save", False) for number in range(3)]
+
+
+def test_the_thread_works_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, torch.device]] = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    gpu = torch.device("cuda", 3)
+    ended(Worker(3, gpu).start(lambda: NOTHING))
+    assert chosen == [("save", gpu)]
 
 
 @pytest.mark.parametrize(
@@ -55,14 +68,15 @@ def test_whatever_ends_a_task_is_a_problem_of_its_rank(error: BaseException, wor
     def fail() -> Files:
         raise error
 
-    worker = Worker(3)
+    worker = Worker(3, CPU)
     failed, next_one = worker.start(fail), worker.start(lambda: NOTHING)
-    problem = ended(failed)
-    assert isinstance(problem, Problem)
+    problem = ended(failed).problem()
+    assert problem is not None
     assert (problem.rank, problem.what) == (3, words)
     assert failed.failed
-    assert ended(next_one) == NOTHING  # the thread goes on
+    assert ended(next_one).result() == NOTHING  # the thread goes on
     assert not next_one.failed
+    assert next_one.problem() is None
 
 
 class Held:
@@ -93,11 +107,10 @@ def test_a_cancelled_write_stops_between_files(tmp_path: Path) -> None:
             cancelled.set()
 
     contents = {"a.pt": Pickled({}), "b.pt": Last({}), "c.pt": Pickled([torch.zeros(4)])}
-    worker = Worker(0)
-    task = worker.start(lambda: write_contents(contents, tmp_path, cancelled), cancelled)
-    assert ended(task) is None
+    worker = Worker(0, CPU)
+    task = ended(worker.start(lambda: write_contents(contents, tmp_path, cancelled)))
     assert task.failed
-    assert task.cancelled is cancelled
+    assert task.problem() is None
     whole = write_contents({"c.pt": contents["c.pt"]}, tmp_path / "whole", threading.Event())
     assert (tmp_path / "b.pt").stat().st_size > 0
     assert (tmp_path / "c.pt").stat().st_size < whole["c.pt"].bytes

@@ -151,6 +151,16 @@ def test_top_level_refusals(config: RunConfig, source: Any, key: str, part: str)
         ({"zenflow": {"topk_ratio": 0.1}}, "zenflow", "another state layout"),
         ({"stage": 3, "leaf_module": {"classes": []}}, "leaf_module", "by itself"),
         ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device", '"cpu" and "none"'),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "offload_optimizer.ratio",
+            "must be 1 or absent",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+            "offload_optimizer.super_offload",
+            "another layout",
+        ),
         ({"overlap_comm": "always"}, "overlap_comm", "must be true or false"),
     ],
 )
@@ -180,9 +190,10 @@ def test_offload_works_with_its_optimizer(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(ROOT)
     overrides = ["optimizer.name=cpu_adam", "method.reset.steps=false"]
     config = load_run_config("configs/run/quickstart.yaml", overrides).config
-    source = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    offload = {"device": "cpu", "ratio": 1.0, "super_offload": False}
+    source = {"zero_optimization": {"stage": 2, "offload_optimizer": offload}}
     resolved = resolve_deepspeed_config(source, config, 1)
-    assert resolved.deepspeed["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert resolved.deepspeed["zero_optimization"]["offload_optimizer"] == offload
 
 
 def test_the_zero_keys_are_those_of_the_installed_deepspeed() -> None:

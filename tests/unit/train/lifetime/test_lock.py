@@ -156,3 +156,17 @@ def test_a_directory_that_cannot_be_written_is_a_mistake_of_the_run(tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="choose an output_dir"):
         _lock(tmp_path / "file" / "run").take()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.timeout(10)
+def test_nothing_but_a_file_of_its_own_is_written_to(tmp_path: Path, kind: str) -> None:
+    others = tmp_path / "others"
+    others.write_text("theirs")
+    if kind == "link":
+        (tmp_path / NAME).symlink_to(others)
+    else:
+        os.mkfifo(tmp_path / NAME)
+    with pytest.raises(ConfigError, match=f"cannot write {tmp_path / NAME}: it is a {kind}"):
+        _lock(tmp_path).take()
+    assert others.read_text() == "theirs"

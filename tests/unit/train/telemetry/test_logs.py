@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -63,6 +64,14 @@ def test_configuring_again_replaces_and_appends(
     logging.getLogger("relora_ds").info("third")
     assert "third" not in (tmp_path / "logs" / "rank_0.log").read_text()
     assert "third" in (tmp_path / "other" / "logs" / "rank_0.log").read_text()
+
+
+@pytest.mark.timeout(10)
+def test_a_pipe_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "rank_1.log")
+    with pytest.raises(ConfigError, match=r"rank_1\.log: it is a pipe"):
+        configure_logging(tmp_path, 1)
 
 
 def test_libraries_are_quiet_and_warnings_are_kept(

@@ -1,0 +1,159 @@
+"""Spectral updates of factor pairs: momentum of the product B A, its singular values made equal.
+
+Both factors move along the polar factor of the change that their momenta mean for the product, as
+in sMuon (arXiv 2608.14492). With one momentum per factor it takes half of Adam's state, and it is
+defined where a factor is zero, as B is after a merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from relora_ds.optim.matrix import (
+    Exchanged,
+    MatrixOptimizer,
+    MatrixUpdate,
+    Needs,
+    OfWhole,
+    StateTensor,
+    Steps,
+)
+from relora_ds.optim.polar import POLAR_EXPRESS, Coefficients, polar
+
+_RIDGE = 1e-12
+"""Added to the diagonal of ones of a Gram matrix, which may have less than full rank."""
+_SQUARINGS = 6
+"""Of a Gram matrix, for its largest eigenvalue: at most 10 % too large for r up to 512."""
+
+
+@dataclass(frozen=True)
+class SpectralPair(MatrixOptimizer):
+    """B -= lr/2 c O A^T and A -= lr/2 c B^T O, with O = polar(D) and D = N_B A + B N_A.
+
+    A is (r, n), B is (m, r). M = mu M + (1 - mu) G and N = (1 - mu) G + mu M per factor; without
+    Nesterov's look-ahead N is M. c = sqrt(max(1, m / n)). Decay is decoupled: each factor is
+    multiplied by 1 - lr wd first.
+
+    Nothing of the size of B A is formed. With P = [N_B B] and Q = [A^T N_A^T], which have 2 r
+    columns, D = P Q^T; triangular factors of the Gram matrices of P and Q leave a polar factor of
+    one (2 r, 2 r) matrix, in fp64.
+    """
+
+    needs: ClassVar[Needs] = "pair"
+
+    momentum: float = 0.95
+    """mu."""
+    nesterov: bool = True
+    """Whether to look ahead."""
+    normalized: bool = False
+    """Whether steps are divided by s (|A|^2 + |B|^2) / 2 with spectral norms, so that the weight
+    s B A moves by at most lr c, whatever the factors' sizes."""
+    scale: float = 1.0
+    """s, of the product in the weight."""
+    coefficients: Coefficients = POLAR_EXPRESS
+    """Steps towards the polar factor."""
+
+    def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
+        return {"momentum": StateTensor(shape, "slice")}
+
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
+        return Exchanged(to_owner=2, from_owner=1)
+
+    def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
+        values = [(update.master, self._ahead(update)) for update in matrices]
+        directions = yield OfWhole(values, self.directions)
+        for update, direction in zip(matrices, directions, strict=True):
+            update.master.mul_(1 - update.lr * update.weight_decay)
+            update.master.add_(direction, alpha=-update.lr)
+
+    def _ahead(self, update: MatrixUpdate) -> torch.Tensor:
+        momentum = update.matrix.state["momentum"]
+        momentum.lerp_(update.grad, 1 - self.momentum)
+        return update.grad.lerp(momentum, self.momentum) if self.nesterov else momentum
+
+    def directions(
+        self,
+        lora_a: torch.Tensor,
+        ahead_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        ahead_b: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a learning rate of one takes off whole factors.
+
+        Args:
+            lora_a: (batch, r, n).
+            ahead_a: N_A, like it.
+            lora_b: (batch, m, r).
+            ahead_b: N_B, like it.
+
+        Returns:
+            Like `lora_a` and like `lora_b`.
+        """
+        rank, n = lora_a.shape[-2:]
+        m = lora_b.shape[-2]
+        left = _Frame(torch.cat([ahead_b, lora_b], -1).double())
+        right = _Frame(torch.cat([lora_a.mT, ahead_a.mT], -1).double())
+        core = polar(left.triangle @ right.triangle.mT, self.coefficients)
+        # with orthonormal E_P, E_Q of the frames: O = E_P core E_Q^T, and E^T P is a triangle
+        along_b = left.combine(core @ right.triangle[..., :rank])
+        along_a = right.combine(core.mT @ left.triangle[..., rank:])
+        factor = 0.5 * math.sqrt(max(1.0, m / n))
+        if self.normalized:
+            sizes = largest_eigenvalue(right.gram[..., :rank, :rank])
+            sizes = sizes + largest_eigenvalue(left.gram[..., rank:, rank:])
+            factor = factor / (0.5 * self.scale * sizes.clamp(min=_RIDGE))[..., None, None]
+        return (factor * along_a).mT.to(lora_a.dtype), (factor * along_b).to(lora_b.dtype)
+
+
+class _Frame:
+    """An orthonormal basis E of the columns of P, in products only: P = E `triangle`.
+
+    The columns are scaled to length one before they are multiplied with each other, so that a
+    small one is not lost beside a large one.
+
+    Args:
+        columns: P (batch, rows, k), fp64; may have less than full rank.
+    """
+
+    def __init__(self, columns: torch.Tensor) -> None:
+        self._columns = columns
+        self.gram = columns.mT @ columns
+        """P^T P (batch, k, k)."""
+        lengths = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        self._inverse = torch.where(lengths > 0, 1 / lengths, 0.0).unsqueeze(-1)
+        scaled = self.gram * self._inverse * self._inverse.mT
+        scaled.diagonal(dim1=-2, dim2=-1).fill_(1 + _RIDGE)
+        self._lower, _ = torch.linalg.cholesky_ex(scaled)  # which waits for nothing
+        self.triangle = self._lower.mT * lengths.unsqueeze(-2)
+        """(batch, k, k), upper triangular."""
+
+    def combine(self, weights: torch.Tensor) -> torch.Tensor:
+        """E `weights`, for weights (batch, k, j)."""
+        solved = torch.linalg.solve_triangular(self._lower.mT, weights, upper=True)
+        return self._columns @ (self._inverse * solved)
+
+
+def largest_eigenvalue(gram: torch.Tensor) -> torch.Tensor:
+    """An upper bound of the largest eigenvalue of positive semi-definite matrices.
+
+    By repeated squaring: products of matrices only. Between the eigenvalue and k^(1/64) times it.
+
+    Args:
+        gram: (batch, k, k), fp64.
+
+    Returns:
+        (batch,), 0 for a matrix of zeros.
+    """
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    power, exponent, logarithm = gram, 1, torch.zeros_like(trace)
+    for _ in range(_SQUARINGS):
+        size = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+        power = power / size[..., None, None]
+        power, logarithm, exponent = power @ power, 2 * (logarithm + size.log()), 2 * exponent
+    size = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+    return torch.where(trace > 0, ((logarithm + size.log()) / exponent).exp(), 0.0)

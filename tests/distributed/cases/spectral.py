@@ -1,0 +1,160 @@
+"""Spectral updates on the engine against their formula on dense products, on live ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from relora_ds.accounting.matrix_traffic import MatrixTraffic, Place, matrix_traffic
+from relora_ds.accounting.recorder import recorder
+from relora_ds.config.schema import RunConfig
+from relora_ds.methods.build import build_model, sharded_meta_model
+from relora_ds.methods.interface import matrix_rules, optimizer_groups, projection_layers
+from relora_ds.methods.registry import plan_phases
+from relora_ds.model.init import InitialWeights
+from relora_ds.optim.polar import POLAR_EXPRESS, polar
+from relora_ds.parallel.shape import shard_of
+from relora_ds.parallel.topology import Topology, share_models
+from tests.harness.build import CUT, Training, batches, run_config
+
+STEPS, EPS, CLIP, DECAY = 12, 1e-3, 0.3, 0.1
+RATES = {"dense": 1e-2, "adapter": 2e-2}
+MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
+"""Slices cut factors at every stage, and shards differ in size."""
+METHODS: dict[str, dict[str, Any]] = {
+    "low_rank": {"name": "low_rank", "rank": 4},
+    "sltrain": {"name": "sltrain", "rank": 4, "scale": 0.5, "sparsity": 0.1},
+    "lora": {"name": "lora", "rank": 4, "alpha": 8},
+}
+"""In `sltrain` and `lora` B starts at zero."""
+
+
+def described(method: str, tensor: int, plan: str) -> RunConfig:
+    """A run of one method under the spectral optimizer; its micro-batches are accumulated."""
+    return run_config(
+        METHODS[method],
+        train={"steps": STEPS},
+        optimizer={"eps": EPS, "clip": CLIP, "weight_decay": DECAY, "adapter": "spectral"},
+        schedule={"name": "constant"},
+        parallel={"tensor": tensor, "low_rank_plan": plan},
+    )
+
+
+def plain(method: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of autograd, torch's AdamW, and polar factors of dense changes of
+    the products, in fp64."""
+    config = described(method, 1, "auto")
+    train = config.train
+    of_run = plan_phases(config)[-1].method
+    weights = InitialWeights(MODEL, train.seed)
+    model = build_model(MODEL, of_run, train, weights, torch.device("cpu"))
+    pairs = [(f"{name}.lora_A", f"{name}.lora_B") for name in projection_layers(model)]
+    factors = {name for pair in pairs for name in pair}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: p for name, p in named.items() if name not in factors}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in rest.items():
+        role = "adapter" if name.endswith(".values") else "dense"
+        groups.setdefault((role, of_run.decays(name, parameter)), []).append(parameter)
+    described_groups = [
+        {"params": found, "lr": RATES[role], "weight_decay": DECAY if decays else 0.0}
+        for (role, decays), found in groups.items()
+    ]
+    adam = torch.optim.AdamW(described_groups, eps=EPS)
+    momenta = {name: torch.zeros_like(named[name]).double() for name in factors}
+    losses = []
+    for tokens in batches(STEPS):
+        model.zero_grad()
+        logits = model.logits(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(named.values()), CLIP)
+        adam.step()
+        with torch.no_grad():
+            for pair in pairs:
+                _step(*(named[name] for name in pair), *(momenta[name] for name in pair))
+        losses.append(float(loss))
+    return losses, {name: p.detach() for name, p in named.items()}
+
+
+def _step(
+    lora_a: nn.Parameter, lora_b: nn.Parameter, momentum_a: torch.Tensor, momentum_b: torch.Tensor
+) -> None:
+    ahead = []
+    for factor, momentum in ((lora_a, momentum_a), (lora_b, momentum_b)):
+        assert factor.grad is not None
+        momentum.copy_(0.95 * momentum + 0.05 * factor.grad)
+        ahead.append(0.05 * factor.grad + 0.95 * momentum)
+    a, b = lora_a.double(), lora_b.double()
+    direction = polar((ahead[1] @ a + b @ ahead[0])[None], POLAR_EXPRESS)[0]
+    rate = 0.5 * RATES["adapter"] * math.sqrt(max(1.0, b.shape[0] / a.shape[1]))
+    for factor, move in ((lora_a, b.T @ direction), (lora_b, direction @ a.T)):
+        factor.mul_(1 - RATES["adapter"] * DECAY).sub_(rate * move)
+
+
+def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, dict[str, Any]]:
+    """By stage: largest relative difference of a loss, largest difference of a weight, bytes that
+    factors moved in a step and the same in closed form, elements of the momenta on this rank."""
+    expected, weights = plain(method)
+    found: dict[str, dict[str, Any]] = {}
+    config = described(method, tensor, plan)
+    place = share_models(topology, config)
+    for name, group in (("tp", place.tp.group), ("dp", place.tp.data_group)):
+        if group is not None:
+            recorder.name_group(group, name)
+    for stage in range(4):
+        run = Training(config, place, {"stage": stage}, MODEL)
+        losses = []
+        for step, tokens in enumerate(batches(STEPS)):
+            with recorder:
+                recorder.begin_step()
+                losses.append(run.update(step, tokens, RATES).loss)
+        moved = {
+            f"{kind.operation} {kind.group}": volume.payload
+            for kind, volume in recorder.step_volumes().items()
+            if kind.operation in ("send", "recv")
+        }
+        trained = {name: p for name, p in run.named.items() if name in weights}
+        worst = 0.0
+        for (name, parameter), value in zip(
+            trained.items(), run.gather(list(trained.values())), strict=True
+        ):
+            shard = shard_of(parameter)
+            wanted = weights[name] if shard is None else shard.part(weights[name])
+            worst = max(worst, float((value - wanted).abs().max()))
+        pairs = zip(losses, expected, strict=True)
+        slices = run.engine.matrices.by_parameter.values()
+        found[str(stage)] = {
+            "loss": max(abs(a - b) / b for a, b in pairs),
+            "weight": worst,
+            "moved": moved,
+            "expected": _closed_form(config, run, place),
+            "held": sum(state.numel() for each in slices for state in each.state.values()),
+            "factors": sum(weight.numel() for name, weight in weights.items() if ".lora_" in name),
+        }
+        run.destroy()
+    return found
+
+
+def _closed_form(config: RunConfig, run: Training, place: Topology) -> dict[str, int]:
+    """Payload bytes of messages that carry slices, by operation and group."""
+    tp = place.tp
+    model = sharded_meta_model(MODEL, run.method, config.train, tp)
+    groups = [group.parameters for group in optimizer_groups(run.method, config.optimizer, model)]
+    rules = matrix_rules(run.method, config.optimizer, model)
+    sizes, rank = (place.dp_size, tp.size), Place(place.dp_rank, tp.rank)
+    found = matrix_traffic(model, groups, rules, run.zero, sizes, rank)
+    name = "world" if tp.size == 1 else "dp"
+    payloads = {
+        **MatrixTraffic.payloads(found.sliced, name, place.dp_size),
+        **MatrixTraffic.payloads(found.sharded, "tp", tp.size),
+    }
+    return {
+        f"{kind.operation} {kind.group}": payload
+        for kind, payload in payloads.items()
+        if kind.operation in ("send", "recv")
+    }

@@ -1,0 +1,32 @@
+"""Spectral updates of pairs at every ZeRO stage, on copies and on shares of a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.cases import spectral
+from tests.harness.ranks import run_ranks
+
+_CELLS = [
+    ("low_rank", 1, 1, "auto"),
+    ("low_rank", 2, 1, "auto"),
+    ("sltrain", 2, 1, "auto"),
+    ("lora", 2, 2, "act"),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("method", "processes", "tensor", "plan"), _CELLS)
+def test_every_stage_equals_the_dense_formula(
+    method: str, processes: int, tensor: int, plan: str
+) -> None:
+    found = run_ranks(spectral.check, processes, method=method, tensor=tensor, plan=plan)
+    copies = processes // tensor
+    for stage, result in found.items():
+        assert result["loss"] <= 1e-5, stage
+        assert result["weight"] <= 1e-5, stage
+        assert result["moved"] == result["expected"], stage
+        assert bool(result["moved"]) is (tensor > 1 or (copies > 1 and stage != "0")), stage
+        if tensor == 1:  # one moment per element of a factor, over all ranks
+            shares = 1 if stage == "0" else copies
+            assert result["held"] * shares == pytest.approx(result["factors"], rel=0.2), stage
