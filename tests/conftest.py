@@ -24,6 +24,17 @@ def package_under_test() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_of_kernels() -> Iterator[None]:
+    """Without a GPU, Triton interprets: it has to know before anybody imports it."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
 @dataclass(frozen=True)
 class TinyCorpus:
     """Token files of a few hundred kilobytes of English prose."""

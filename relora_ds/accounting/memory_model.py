@@ -64,7 +64,7 @@ class StoragePlan:
     accumulates: bool = False
     """An update has several micro-batches, over which gradients have to be kept."""
     host: bool = False
-    """On a host torch's RMSNorm keeps more than its input."""
+    """The process computes on a host."""
     memory: int | None = None
     """Bytes of the device; None where there is no telling."""
 
@@ -187,7 +187,7 @@ def _activations(
     """What autograd keeps between the forward and the backward pass of one micro-batch.
 
     Per token and layer, in elements: inputs of the two norms and of the projections behind them
-    (4 D), q, k, v, attention's output, gate, up and their product, and 4 bytes per head. With
+    (4 D), q, k, v, attention's output, gate, up and their product; 4 bytes per head and norm. With
     checkpointing a layer's input is all that is left of that. Once per model: the inputs of the
     last norm and the gradient of its output (2 D), 8 bytes of token, and the gradient of the head,
     which the loss computes on the way forward. Sequence parallelism divides what norms keep.
@@ -212,7 +212,5 @@ def _activations(
         saved = sum(cost.saved_bytes_per_token for cost in costs)
     norms = sum(isinstance(module, RMSNorm) for module in model.modules())
     norms = 1 if checkpointing else norms
-    # torch's composite RMSNorm on a host: the normalised input, and an fp32 copy of a bf16 one
-    extra = (0 if not plan.host else 4 if plan.working == 4 else 6) * between
-    per_token = plan.working * elements + saved + 4 * heads + 8 + norms * (4 + extra)
+    per_token = plan.working * elements + saved + 4 * (heads + norms) + 8
     return tokens * per_token + plan.working * vocab * width

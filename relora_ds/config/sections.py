@@ -155,8 +155,8 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
     matrix: Literal["muon", "scale"] | None = None
-    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections.
-    `scale`: projections, embedding and head."""
+    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
+    a warm start alone. `scale`: projections, embedding and head."""
     muon: MuonConfig = MuonConfig()
     """Settings of `matrix: muon`."""
     scale: ScaleConfig = ScaleConfig()

@@ -7,8 +7,10 @@ Shape suffixes: B batch, S sequence, N heads, H head dim, R = H / 2 rotated pair
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from relora_ds.config.model import RopeScaling
 from relora_ds.model.rope_scaling import rotary_frequencies
@@ -22,7 +24,10 @@ def rotary_tables(
     device: torch.device,
     scaling: RopeScaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, R) on `device`.
+    """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, H) on `device`.
+
+    Both halves of a row belong to the same R angles. The first half of the sines is negative: it is
+    the factor of what the second half of a head adds to the first.
 
     A memoised function, not a module buffer: DeepSpeed calls `module.bfloat16()`, which casts float
     buffers as well, and bf16 cannot tell neighbouring positions apart beyond 256. The tables are
@@ -40,23 +45,54 @@ def rotary_tables(
         frequency_R, factor = rotary_frequencies(head_dim, theta, scaling)
         angle_SR = torch.outer(torch.arange(length, dtype=torch.float32), frequency_R)
         cos_SR, sin_SR = angle_SR.cos() * factor, angle_SR.sin() * factor
-        return cos_SR.to(device), sin_SR.to(device)
+        cos_SH = torch.cat((cos_SR, cos_SR), dim=-1)
+        sin_SH = torch.cat((-sin_SR, sin_SR), dim=-1)
+        return cos_SH.to(device), sin_SH.to(device)
 
 
-def rotate(x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> torch.Tensor:
+def rotate(x_BSNH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x[i], x[i + R]) of every head by its position's angle.
 
     Args:
         x_BSNH: queries or keys, any float dtype.
-        cos_SR: fp32, from `rotary_tables`.
-        sin_SR: fp32, from `rotary_tables`.
+        cos_SH: fp32, from `rotary_tables`.
+        sin_SH: fp32, from `rotary_tables`.
 
     Returns:
-        (B, S, N, H) in x's dtype; the rotation itself is done in fp32.
+        (B, S, N, H) in x's dtype; the rotation itself is done in fp32. Not differentiable twice.
     """
-    cos_SNR, sin_SNR = cos_SR.unsqueeze(1), sin_SR.unsqueeze(1)
-    first, second = x_BSNH.float().chunk(2, dim=-1)
-    turned = torch.cat(
-        (first * cos_SNR - second * sin_SNR, second * cos_SNR + first * sin_SNR), dim=-1
-    )
+    turned = _Rotation.apply(x_BSNH, cos_SH, sin_SH)
+    assert isinstance(turned, torch.Tensor)
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation that keeps the tables only; its gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSNH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos_SH, sin_SH)
+        return _turn(x_BSNH, cos_SH, sin_SH, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_BSNH: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        cos_SH, sin_SH = ctx.saved_tensors
+        return _turn(grad_BSNH, cos_SH, sin_SH, -1.0), None, None
+
+
+def _turn(
+    x_BSNH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor, direction: float
+) -> torch.Tensor:
+    """Rotate forwards (1.0) or backwards (-1.0), in three passes without copies of halves."""
+    cos_SNH, sin_SNH = cos_SH.unsqueeze(1), sin_SH.unsqueeze(1)
+    turned = x_BSNH * cos_SNH
+    half = x_BSNH.shape[-1] // 2
+    low, high = slice(None, half), slice(half, None)
+    for to, of in ((low, high), (high, low)):
+        turned[..., to].addcmul_(x_BSNH[..., of], sin_SNH[..., to], value=direction)
     return turned.to(x_BSNH.dtype)

@@ -12,7 +12,9 @@ from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.tokens import TokenFile
+from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
+from relora_ds.engine.device import set_arithmetic
 from relora_ds.errors import ConfigError
 from relora_ds.train.evaluate import perplexity, validation_loss
 
@@ -35,7 +37,8 @@ def evaluate_checkpoint(
         `loss` in nats, `perplexity`, and `tokens`, the number of targets.
 
     Raises:
-        ConfigError: the windows are longer than the model allows.
+        ConfigError: the windows are longer than the model allows, or this machine has GPUs that
+            torch cannot use.
         CheckpointError: the checkpoint cannot be read.
         DataError: the token file cannot be used with the model.
     """
@@ -48,10 +51,12 @@ def evaluate_checkpoint(
             "tokens, and a batch at least one sequence"
         )
     file = _open(data, dense.architecture.vocab_size)
-    device = torch.device(accelerator_type())
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
+    check_accelerator()
+    set_arithmetic(train)
+    device = torch.device(accelerator_type())
     model = dense.model(train, device)
     batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)

@@ -12,7 +12,7 @@ import torch
 
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
-from relora_ds.activity import doing
+from relora_ds.activity import at_step, doing
 from relora_ds.checkpoint.export import DenseModel, FiniteWeights
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
@@ -69,6 +69,7 @@ def train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None:
     """Train to the end, and again from an earlier checkpoint where a guard asks for it."""
     start = saved
     while (rewind := _train_phases(prepared, trainer, start)) is not None:
+        at_step(None)  # as at a start, checkpoints are verified and read for as long as it takes
         with doing("rollback"):
             start = _go_back(prepared, trainer, rewind, saved)
 
