@@ -29,6 +29,12 @@ STEPS, EVERY, RANK, EPS = 40, 15, 3, 1e-3
 RATES = {"dense": 1e-3, "adapter": 1e-3}
 MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
 """Slices cut rows at every stage, and shards differ in size."""
+ZEROS: dict[str, dict[str, Any]] = {
+    "per layer": {"stage": 0},
+    "offloaded": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "offloaded in slices": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+}
+"""Of runs that do not take stage 1."""
 
 
 class PlainGaLore:
@@ -269,6 +275,8 @@ def variants(topology: Topology) -> dict[str, list[float]]:
         ("per layer", {"per_layer_update": True}, {}, {}),
         ("one reduction", {"gradient_reduction": "step"}, {}, {}),
         ("randomised", {}, {}, {"svd": "randomised"}),
+        ("offloaded", {}, {}, {}),
+        ("offloaded in slices", {}, {}, {}),
         ("eight bits", {}, {"name": "adamw8bit"}, {"transport": "none"}),
         ("bf16", {"precision": "bf16"}, {}, {}),
     ):
@@ -278,7 +286,7 @@ def variants(topology: Topology) -> dict[str, list[float]]:
             optimizer={"eps": EPS, "clip": 0.0, **optimizer},
             schedule={"name": "constant"},
         )
-        run = Training(config, topology, {"stage": 0 if name == "per layer" else 1}, MODEL)
+        run = Training(config, topology, ZEROS.get(name, {"stage": 1}), MODEL)
         found[name] = [
             run.update(step, tokens, RATES).loss for step, tokens in enumerate(batches(12))
         ]
