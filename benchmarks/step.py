@@ -11,7 +11,8 @@ case, with T tokens per micro-batch, K micro-batches and an (m, n) projection of
     sltrain                6 K T m n + 2 m n r + 4 K m n r
     low_rank               6 K T r (m + n)
 
-Events are not timed: merges, switches, and galore's refreshes, which have no bound here.
+Events are not timed: merges, switches, and galore's refreshes. galore has no bound here, and muon
+and scale, which are full rank with another optimizer, have that of full rank.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ example:
     --seq 128 --methods full relora switchlora sltrain low_rank --ranks 96 32 --json step.json
 """
 _METHODS = ("full", "lora", "relora", "switchlora", "sltrain", "low_rank", "galore")
+_MATRIX_OPTIMIZERS = ("muon", "scale")
 _FORMULATIONS = ("auto", "split", "layer", "step")
 _WARM = 2
 _TIMEOUT_MINUTES = 5.0
@@ -50,7 +52,7 @@ class StepCase:
     """What is timed.
 
     Args:
-        method: name of a method, or "transformers".
+        method: name of a method, "transformers", or the optimizer of a full-rank run.
         rank: of its factors; None at full rank.
         formulation: `train.formulation`.
     """
@@ -84,7 +86,8 @@ def main() -> None:
     for name, default in (("vocab", 2048), ("batch", 8), ("seq", 128), ("accumulation", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--methods", nargs="+", choices=_METHODS, default=list(_METHODS))
+    names = (*_METHODS, *_MATRIX_OPTIMIZERS)
+    parser.add_argument("--methods", nargs="+", choices=names, default=list(_METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[96, 32])
     parser.add_argument("--formulations", nargs="+", choices=_FORMULATIONS, default=["auto"])
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO")
@@ -126,8 +129,8 @@ def _cases(parsed: argparse.Namespace) -> Iterator[StepCase]:
     if not parsed.no_transformers:
         yield StepCase("transformers", None, "dense")
     for method in parsed.methods:
-        if method == "full":
-            yield StepCase("full", None, "dense")
+        if method == "full" or method in _MATRIX_OPTIMIZERS:
+            yield StepCase(method, None, "dense")
             continue
         # the factors of low_rank are all there is, and galore composes nothing
         forms = ("split",) if method in ("low_rank", "galore") else parsed.formulations
@@ -138,7 +141,7 @@ def _cases(parsed: argparse.Namespace) -> Iterator[StepCase]:
 def bound(case: StepCase, parsed: argparse.Namespace) -> float | None:
     """Times faster than full rank that operations allow, for the projections alone."""
     if case.rank is None or case.method == "galore":
-        return 1.0 if case.method == "full" else None
+        return 1.0 if case.method == "full" or case.method in _MATRIX_OPTIMIZERS else None
     tokens, times, r = parsed.batch * parsed.seq, parsed.accumulation, case.rank
     full = own = 0.0
     for m, n in projection_shapes(_architecture(parsed)).values():
@@ -216,6 +219,8 @@ def _stepper(case: StepCase, parsed: argparse.Namespace, clock: Clock) -> Callab
 
 
 def _settings(case: StepCase) -> dict[str, object]:
+    if case.method in _MATRIX_OPTIMIZERS:
+        return {"name": "full"}
     never = 10**6
     more: dict[str, dict[str, object]] = {
         "relora": {"merge_every": never, "restart_warmup_steps": 1},
@@ -270,6 +275,7 @@ def _description(case: StepCase, parsed: argparse.Namespace) -> dict[str, object
         "model": "unused",
         "deepspeed": "unused",
         "method": _settings(case),
+        "optimizer": {"matrix": case.method} if case.method in _MATRIX_OPTIMIZERS else {},
         "train": {
             "steps": 1000,
             "seq_length": parsed.seq,

@@ -151,7 +151,7 @@ threads_of_a_rank() {
   # On CPUs several ranks with a thread per core each get in each other's way. With GPUs the host has
   # work of its own: offloaded updates, 8-bit codes, hashes.
   local ranks="${SLURM_NTASKS_PER_NODE:-${PROCESSES:-$gpus}}" threads=1
-  [ "$gpus" -eq 0 ] || threads=$(($(nproc) / ranks))
+  [ "$gpus" -eq 0 ] || threads=$(($(nproc) / (ranks > 0 ? ranks : gpus)))
   echo $((threads > 0 ? threads : 1))
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch the wheels that a GPU machine without a network lacks beside torch, into .whl (under 12 MB).
+# Fetch the wheels that a GPU machine without a network lacks beside torch, into .whl (under 10 MB).
 # Copy this directory there, .whl included, and run launch/gpu_report.sh.
 #   bash tools/gpu_wheels.sh [PACKAGE[==VERSION] ...]      more packages, without what they depend on
 #
@@ -53,7 +53,7 @@ DS_BUILD_OPS=0 "${pip[@]}" wheel --no-deps --no-build-isolation -w .whl "$deepsp
 
 bytes="$(cat .whl/*.whl | wc -c)"
 echo "$(find .whl -type f -name '*.whl' | wc -l) wheels for Python $version in .whl, $((bytes / 1000)) kB"
-[ "$bytes" -lt 12000000 ] || {
-  echo "error: that is more than the 12 MB that are meant to be carried" >&2
+[ "$bytes" -lt 10000000 ] || {
+  echo "error: that is more than the 10 MB that are meant to be carried" >&2
   exit 1
 }

@@ -75,9 +75,9 @@ def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
     }
     trainer = record.trainer.model_copy(update={"method_shards": shards})
     write_record(replace(record, trainer=trainer), directory)
-    tokenizer = run.checkpoint / layout.TOKENIZER
-    if tokenizer.is_file():
-        shutil.copyfile(tokenizer, directory / layout.TOKENIZER)
+    for name in sorted(layout.TOKENIZER):
+        if (run.checkpoint / name).is_file():
+            shutil.copyfile(run.checkpoint / name, directory / name)
 
 
 def _problems(record: RunRecord) -> Iterator[str]:

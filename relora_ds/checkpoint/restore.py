@@ -137,7 +137,7 @@ def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) ->
     """Restore `side_tensors` and `side_slices` in place.
 
     Raises:
-        CheckpointError: the saved names are not the ones of this run.
+        CheckpointError: the saved names, shapes or kinds of numbers are not the ones of this run.
     """
     live = side_tensors(engine) | side_slices(engine)
     if live.keys() != saved.keys():
@@ -147,7 +147,19 @@ def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) ->
             "was written with another method or precision; resume with the run file it names"
         )
     for name, tensor in live.items():
+        _check_form(name, saved[name], tensor)
+    for name, tensor in live.items():
         tensor.copy_(saved[name])
     for clock in engine.clocks.values():
         clock.refresh()
     engine.seal_frozen()
+
+
+def _check_form(name: str, saved: torch.Tensor, live: torch.Tensor) -> None:
+    """Raise if torch would stretch or convert a saved tensor on its way into a live one."""
+    if saved.shape != live.shape or saved.dtype != live.dtype:
+        raise CheckpointError(
+            f"the checkpoint's {name} is {saved.dtype} of shape {tuple(saved.shape)}, but the run "
+            f"has {live.dtype} of shape {tuple(live.shape)}: it is damaged or of another run; use "
+            "another checkpoint"
+        )

@@ -330,12 +330,16 @@ def base_precision_has_a_use(train: TrainConfig, method: MethodSettings) -> Iter
 
 
 def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
-    if optimizer.matrix is not None and not method.trains_projections:
-        yield Finding(
-            ("optimizer", "matrix"),
-            f"is {optimizer.matrix}, which updates the weights of projections, but method "
-            f"{method.name} does not train them: remove it, or use method.name=full",
-        )
+    if optimizer.matrix is None or method.trains_projections:
+        return
+    if optimizer.matrix == "muon" and method.warm_start is not None:
+        return
+    more = "" if optimizer.matrix == "scale" else ", or start with method.warm_start_steps"
+    yield Finding(
+        ("optimizer", "matrix"),
+        f"is {optimizer.matrix}, which updates the weights of projections, but method "
+        f"{method.name} does not train them: remove it, or use method.name=full{more}",
+    )
 
 
 def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:

@@ -30,7 +30,8 @@ class DataConfig(Section):
     valid: Free[FilePath | None] = None
     """Token file prefix of the validation set."""
     tokenizer: Free[FilePath | None] = None
-    """SentencePiece model that produced the token files; copied into checkpoints and exports."""
+    """Tokenizer that produced the token files: a SentencePiece model, a `tokenizer.json` of Hugging
+    Face's, or a directory with one of them; copied into checkpoints and exports."""
     verify: Free[Literal["whole", "ends"]] = "whole"
     """How token files are checked against what was recorded of them before training. `whole`: every
     byte is hashed and every id looked at, shared out over the processes of each host. `ends`: sizes
@@ -155,8 +156,8 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and everything else that is dense."""
     matrix: Literal["muon", "scale"] | None = None
-    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections.
-    `scale`: projections, embedding and head."""
+    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
+    a warm start alone. `scale`: projections, embedding and head."""
     muon: MuonConfig = MuonConfig()
     """Settings of `matrix: muon`."""
     scale: ScaleConfig = ScaleConfig()

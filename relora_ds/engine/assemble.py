@@ -12,6 +12,7 @@ from torch import nn
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.partition import DenseSlices, build_partitioner
+from relora_ds.engine.distributed import barrier
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.engine.handover import restore_masters
 from relora_ds.methods.build import DenseSource, build_model, filled_model, marks
@@ -70,6 +71,8 @@ def build_engine(
         prepare(model)
     exact = None if partitioner is None else partitioner.finish()
     probe = _Probe(model, probe_tokens)
+    # reading and drawing weights takes as long as it takes, and DeepSpeed meets on the devices next
+    barrier()
     engine = TrainEngine(model, method, config, zero, probe, exact, tp)
     if partitioner is None and whole is not None:
         restore_masters(engine, whole)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from relora_ds.methods.dense_gradients import Gradients
+from relora_ds.numerics.batched.exchange import Exchange
 from relora_ds.numerics.draws import draw_uniform
 from relora_ds.numerics.transfers import upload
 from relora_ds.parallel.shape import TPShard
@@ -129,6 +130,20 @@ class Weights(ABC):
         Returns:
             The fields of a `WeightEdit` of this rank's part, (5,), float64, not waited for;
             `totals` turns them into the whole weight's. None if `measured` is false.
+        """
+
+    @abstractmethod
+    def absorb(
+        self, edits: Sequence[tuple[nn.Parameter, Exchange]], measured: bool
+    ) -> list[torch.Tensor] | None:
+        """Let frozen weights make up for exchanges of vectors, each rank on its own slices.
+
+        Args:
+            edits: weights with the exchanges of their factors, the same on every rank.
+            measured: as for `add_product`.
+
+        Returns:
+            What `add_product` returns, for each weight. None if `measured` is false.
         """
 
     @abstractmethod
@@ -270,20 +285,20 @@ class Vectors(ABC):
         """
 
     @abstractmethod
-    def write(self, vectors: LocatedVectors, values: torch.Tensor) -> None:
+    def write(self, written: Sequence[tuple[LocatedVectors, torch.Tensor]]) -> None:
         """Set vectors everywhere they live: master and working copies.
 
         Args:
-            vectors: which.
-            values: (k, length), the same on every rank.
+            written: which, no parameter twice, and their values, (k, length), the same on every
+                rank.
         """
 
     @abstractmethod
-    def reset(self, vectors: LocatedVectors, frozen: int) -> int:
+    def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
         """Forget what Adam knows of some vectors: moments and the count of their steps.
 
         Args:
-            vectors: which.
+            vectors: which, no parameter twice.
             frozen: updates during which they stay bit-identical; their count goes on meanwhile.
 
         Returns:

@@ -165,6 +165,48 @@ KINDS: dict[Precision, type[BaseWeight]] = {
 }
 
 
+class ProductReport:
+    """How weight += scale * left (rows, k) @ right (k, cols) comes out for a slice of the weight.
+
+    A sample of rows is compared with float64, the outputs on a few fixed +-1 inputs, so that it
+    measures the rounding of the edit and nothing else and costs little beside it. A row of which
+    this slice holds a part counts in it as a row of its own.
+
+    Args:
+        base: store of the slice, before the edit.
+        working: elements [start, start + n) of the flattened working weight, a live view.
+        start: of the slice.
+        left: whole; only the rows that the slice touches are read.
+        right: whole.
+        scale: a number, or a scalar on the weight's device.
+    """
+
+    def __init__(
+        self,
+        base: BaseWeight,
+        working: torch.Tensor,
+        start: int,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scale: float | torch.Tensor,
+    ) -> None:
+        self._sample = _Sample(base, working, start, left.shape[0], right.shape[1])
+        self._old = self._sample.read()
+        self._left, self._right, self._scale = left, right, scale
+
+    def sums(self) -> torch.Tensor:
+        """The fields of a `WeightEdit` in their order after the edit, float64, on the weight's
+        device: nothing is waited for."""
+        new, right = self._sample.read(), self._right
+        meant = self._scale * (self._sample.of(self._left).double() @ right.double())
+        meant *= self._sample.mask
+        lost = (new - self._old).sub_(meant)
+        probes = _probe_inputs(right.shape[1], new.device)
+        parts = (lost @ probes, new @ probes, meant, lost)
+        elements = (new != self._old).sum().double()
+        return torch.stack([elements, *(part.square().sum() for part in parts)])
+
+
 def add_product(
     base: BaseWeight,
     working: torch.Tensor,
@@ -175,9 +217,7 @@ def add_product(
 ) -> torch.Tensor:
     """weight += scale * left (rows, k) @ right (k, cols), for a slice of the flattened weight.
 
-    Products are formed in fp32. The report compares a sample of rows with float64, the outputs on a
-    few fixed +-1 inputs, so that it measures the rounding of the edit and nothing else and costs
-    little beside it. A row of which this slice holds a part counts in it as a row of its own.
+    Products are formed in fp32.
 
     Args:
         base: store of the slice.
@@ -187,20 +227,11 @@ def add_product(
         scale: a number, or a scalar on the weight's device.
 
     Returns:
-        The fields of a `WeightEdit` in their order, float64, on the weight's device: nothing is
-        waited for.
+        What `ProductReport.sums` found.
     """
-    sample = _Sample(base, working, start, left.shape[0], right.shape[1])
-    old = sample.read()
+    report = ProductReport(base, working, start, left, right, scale)
     apply_product(base, working, start, left, right, scale)
-    new = sample.read()
-    meant = scale * (sample.of(left).double() @ right.double())
-    meant *= sample.mask
-    lost = (new - old).sub_(meant)
-    probes = _probe_inputs(right.shape[1], working.device)
-    parts = (lost @ probes, new @ probes, meant, lost)
-    elements = (new != old).sum().double()
-    return torch.stack([elements, *(part.square().sum() for part in parts)])
+    return report.sums()
 
 
 def apply_product(

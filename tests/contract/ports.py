@@ -13,6 +13,7 @@ from torch import nn
 
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
+from relora_ds.numerics.batched.exchange import Exchange
 
 INDEX = torch.tensor([3, 0])
 """The vectors that checks work on, out of order."""
@@ -114,6 +115,25 @@ def an_edit_is_the_product(subject: Subject) -> None:
     torch.testing.assert_close(found.double(), product, rtol=1e-5, atol=1e-5)
 
 
+def an_exchange_is_absorbed(subject: Subject) -> None:
+    (rows, cols), weights = subject.shapes[0], subject.state.weights
+    kind, eye = subject.lora_a.dtype, torch.eye(cols)
+    before = weights.times(subject.weight, eye)
+    shapes = (4, cols), (4, rows), (2, cols), (2, rows)
+    vectors = [pattern(torch.Size(s), n).to(kind) for n, s in enumerate(shapes)]
+    exchange = Exchange(*vectors, scale=2.0**-12)
+    old, columns, new, new_columns = (each.double() for each in vectors)
+    change = columns[:2].t() @ (old[:2] - new) + (columns[2:] - new_columns).t() @ old[2:]
+    sums = weights.absorb([(subject.weight, exchange)], measured=True)
+    assert sums is not None
+    edit = WeightEdit.of(weights.totals(sums)[0].tolist())
+    assert 0.0 < edit.lost_sq < 1e-6 * edit.intended_sq
+    assert weights.absorb([(subject.weight, exchange)], measured=False) is None
+    found = weights.times(subject.weight, eye).double() - before.double()
+    expected = 2.0 * 2.0**-12 * change
+    assert float((found - expected).abs().max()) <= 1e-6 * float(before.abs().max())
+
+
 def moments_are_sharded_and_live(subject: Subject) -> None:
     fill_moments(subject)
     for parameter, shape, _ in subject.factors:
@@ -157,7 +177,7 @@ def vectors_are_rows(subject: Subject) -> None:
         assert torch.equal(found.float(), rows[INDEX])
         found.zero_()  # a copy
         new = pattern(torch.Size([len(INDEX), rows.shape[1]]), 7)
-        vectors.write(at, new)
+        vectors.write([(at, new)])
         rows[INDEX] = new
         assert torch.equal(weights.gather([parameter])[0].float(), expected)
     length = subject.shapes[0][1]
@@ -178,7 +198,7 @@ def a_reset_forgets_and_freezes(subject: Subject) -> None:
         expected = pattern(shape, 1), pattern(shape, 2).abs()
         for moment in expected:
             (moment if axis == 0 else moment.t())[INDEX] = 0.0
-        elements = vectors.reset(vectors.locate([(parameter, INDEX)])[0][0], frozen=2)
+        elements = vectors.reset(vectors.locate([(parameter, INDEX)])[0], frozen=2)
         total = int(subject.total(torch.tensor([float(elements)])))
         assert total == copies * 2 * len(INDEX) * shape[1 - axis]
         for found, moment in zip(subject.whole_moments(parameter)[:2], expected, strict=True):
@@ -216,6 +236,7 @@ def host_memory_is_shared_and_collected(subject: Subject) -> None:
 CHECKS: tuple[Callable[[Subject], None], ...] = (
     what_is_written_is_gathered,
     an_edit_is_the_product,
+    an_exchange_is_absorbed,
     moments_are_sharded_and_live,
     counts_and_order_statistics_are_of_whole_moments,
     a_restart_is_of_every_vector,

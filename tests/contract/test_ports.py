@@ -15,6 +15,7 @@ from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.linear import LinearSpec
 from tests.contract import zero_ports
 from tests.contract.ports import CHECKS, Subject
+from tests.harness.kernels import REASON
 from tests.harness.ranks import run_ranks
 from tests.harness.runs import switchlora
 from tests.unit.methods.memory_state import memory_state
@@ -48,3 +49,10 @@ def test_the_double(check: Callable[[Subject], None], precision: Precision) -> N
 @pytest.mark.parametrize("layout", zero_ports.LAYOUTS)
 def test_the_state_of_a_run(layout: str) -> None:
     run_ranks(zero_ports.check, 2, layout=layout)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["stage 1, bf16", "stage 3, nothing persists"])
+def test_kernels_keep_to_it_too(layout: str) -> None:
+    pytest.importorskip("triton", reason=REASON)
+    run_ranks(zero_ports.check_kernels, 2, layout=layout)

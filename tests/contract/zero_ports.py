@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from relora_ds.engine import distributed
 from relora_ds.parallel.topology import Topology
-from tests.contract.ports import CHECKS, Subject
+from tests.contract.ports import (
+    CHECKS,
+    Subject,
+    a_reset_forgets_and_freezes,
+    an_exchange_is_absorbed,
+    vectors_are_rows,
+)
 from tests.harness.build import STAGES, Training, batches, changed
 from tests.harness.runs import SMALL_BUCKETS, SWITCH_RATES, switchlora
 
@@ -43,11 +50,13 @@ LAYOUTS = {
 }
 
 
-def check(topology: Topology, layout: str) -> None:
+def check(
+    topology: Topology, layout: str, checks: Sequence[Callable[[Subject], None]] = CHECKS
+) -> None:
     """Every check on a state of its own after one update."""
     case = LAYOUTS[layout]
     config = changed(switchlora(case.precision), "train", **case.train)
-    for each in CHECKS:
+    for each in checks:
         zero = {"stage": case.stage, **SMALL_BUCKETS, **case.zero}
         run = Training(config, topology, zero, deepspeed=case.deepspeed)
         run.update(0, batches(1)[0], SWITCH_RATES)
@@ -58,3 +67,10 @@ def check(topology: Topology, layout: str) -> None:
         with torch.no_grad():
             each(Subject(run.engine.state, *parameters, distributed.sum_over_ranks, shapes))
         run.destroy()
+
+
+def check_kernels(topology: Topology, layout: str) -> None:
+    """What kernels in Triton compute of the port, under Triton's interpreter."""
+    os.environ["RELORA_DS_TRITON"] = "cpu"  # of this rank, which ends with the case
+    checks = vectors_are_rows, a_reset_forgets_and_freezes, an_exchange_is_absorbed
+    check(topology, layout, checks)

@@ -55,3 +55,9 @@ def test_waiting_for_work_on_a_host_has_not_the_limit_of_a_collective() -> None:
     assert found["everywhere"] == [(0, "done"), (1, "done")]
     assert found["asked"] == [True, True, False]
     assert found["bounded"] == [False, True]
+
+
+def test_ranks_that_have_filled_their_model_wait_for_the_others_on_the_host() -> None:
+    found = run_ranks(cases.late_builder, 2)
+    last = max(filled for filled, _ in found)
+    assert all(met >= last for _, met in found)

@@ -33,3 +33,10 @@ def test_no_load_runs_code(stage: int, precision: str, per_layer: bool, tmp_path
         assert "holds posix.system, which is code and no tensor" in words
     assert found["settings"] == found["own"]
     assert 0.77 not in found["own"]
+
+
+def test_ranks_that_have_read_wait_for_the_others_on_the_host(tmp_path: Path) -> None:
+    """The collectives of a device have a limit, and reading has none."""
+    found = run_ranks(cases.late_reader, 2, directory=tmp_path)
+    last_read = max(read for read, _ in found)
+    assert all(began is not None and began >= last_read for _, began in found)

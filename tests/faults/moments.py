@@ -24,6 +24,9 @@ BEFORE_EVALUATION = Moment("before an evaluation", Doing("evaluate"))
 AFTER_EVALUATION = Moment("after an evaluation", Doing("evaluate", "after"))
 
 SAVE_BEGINS = Moment("save begins", Doing("save"))
+IN_COPY = Moment(
+    "a state half copied", Call("relora_ds.checkpoint.saving.snapshot:HostBuffers.take"), nth=10
+)
 IN_SHARD = Moment("a shard half written", Call("relora_ds.files.durable:OutputFile.write"), nth=20)
 BETWEEN_SHARDS = Moment("between shards", File("open", r"_states\.pt$"), nth=2)
 BEFORE_SIDE_FILES = Moment("before side files", File("open", r"/side[^/]*\.safetensors$"))

@@ -72,7 +72,8 @@ _OWN = {
     ),
     "sltrain": (),
 }
-_IN_SAVE = (
+_IN_BACKGROUND = (
+    at.IN_COPY,
     at.IN_SHARD,
     at.BETWEEN_SHARDS,
     at.BEFORE_MANIFEST,
@@ -117,14 +118,17 @@ def test_a_run_that_is_killed_again_and_again_is_the_unbroken_one(
     _complete(run, unbroken(method))
 
 
+@pytest.mark.parametrize(
+    "method", ["relora", *(pytest.param(m, marks=pytest.mark.slow) for m in runs.METHODS[1:])]
+)
 def test_a_save_in_the_background_may_be_killed_at_any_moment(
-    tiny_corpus: TinyCorpus, unbroken: Unbroken, tmp_path: Path
+    method: str, tiny_corpus: TinyCorpus, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     """Whatever the next updates are doing meanwhile: the first save of a process is struck."""
-    run = runs.write("relora", tiny_corpus, tmp_path, checkpoint={"asynchronous": True})
-    for moment in _IN_SAVE:
-        _break(run, Fault(moment, _JOB), unbroken("relora"))
-    _complete(run, unbroken("relora"))
+    run = runs.write(method, tiny_corpus, tmp_path, checkpoint={"asynchronous": True})
+    for moment in _IN_BACKGROUND:
+        _break(run, Fault(moment, _JOB), unbroken(method))
+    _complete(run, unbroken(method))
 
 
 @pytest.mark.slow

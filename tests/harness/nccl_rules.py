@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,8 @@ class NcclRules:
         self._originals: dict[str, Any] = {}
         self.checked = 0
         """Collectives that passed."""
+        self.began_at: float | None = None
+        """When the first of them began, on this machine's clock."""
 
     def keep_on_host(self, tensor: torch.Tensor) -> None:
         """Say that this memory would be the host's: no collective of the device may touch it."""
@@ -83,6 +86,7 @@ class NcclRules:
                 for tensor in tensors_in((args, kwargs)):
                     self._check(name, tensor)
                 _check_shares(name, group.size(), args)
+                self.began_at = self.began_at or time.monotonic()
                 self.checked += 1
             return original(group, *args, **kwargs)
 

@@ -101,6 +101,7 @@ def test_gpus_that_torch_does_not_see_are_an_error(
         (2, {}, 2, 4),
         (3, {}, 2, 4),
         (4, {}, 4, 2),
+        (4, {"PROCESSES": "0"}, 4, 2),
         (7, {}, 4, 2),
         (8, {}, 8, 1),
         (16, {}, 8, 1),

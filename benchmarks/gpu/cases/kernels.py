@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.case import Case, Figures, Sizes
+from benchmarks.gpu.cases import own_kernels
 from relora_ds.engine.zero.digest import fingerprint
 from relora_ds.model.init import InitialWeights, dense_shapes
 from relora_ds.model.loss import linear_cross_entropy
@@ -38,7 +39,8 @@ def cases(tiny: bool) -> list[Case]:
         optimizer,
     ]
     named = [(function.__name__.replace("_", " "), function) for function in functions]
-    return [Case("B", name, function, expected_s=4, value=8) for name, function in named]
+    found = [Case("B", name, function, expected_s=4, value=8) for name, function in named]
+    return found + own_kernels.cases()
 
 
 def _values(count: int, seed: int = 3) -> torch.Tensor:

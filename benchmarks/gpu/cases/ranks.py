@@ -30,7 +30,7 @@ def cases(tiny: bool) -> list[Case]:
     """All of the stage."""
     found = []
     for stage in (1, 2, 3):
-        for method in ("relora", "switchlora"):
+        for method in ("relora", "switchlora", *(() if tiny or stage < 3 else ("galore",))):
             arguments = {"method": method, "stage": stage}
             worth = 40 if stage == 3 else 10
             found.append(_case(f"{method} zero{stage} overlap", overlap, arguments, worth))

@@ -42,7 +42,7 @@ def waits(device: torch.device, sizes: Sizes, method: str) -> Figures:
     config, model = run_config(METHODS[method], precision="bf16", steps=40), architecture(sizes)
     topology = join(config)
     run = SmallRun(config, topology, {"stage": 1}, model)
-    tokens = batches(config, model.vocab_size, 1)[0].pin_memory()
+    tokens = batches(config, model.vocab_size, 1)[0]
     for step in range(_WARM_STEPS):
         run.update(step, tokens)
     steady: Counter[str] = Counter()

@@ -9,6 +9,7 @@ of a step that change none.
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from threading import Event
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from relora_ds.checkpoint.saving.contents import Contents
 
+_logger = logging.getLogger(__name__)
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.Size, torch.dtype})
 """Types of values that nothing changes."""
 
@@ -49,8 +51,18 @@ class HostBuffers:
         return buffer
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                _logger.warning(
+                    "host memory for copies of the state cannot be pinned, training waits for "
+                    "them: raise the limit on locked memory (ulimit -l unlimited) (%s)",
+                    str(error).partition("\n")[0],
+                )
+                self._pinned = False
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+            return torch.empty(nbytes, dtype=torch.uint8)
         except RuntimeError as error:  # torch's word for it
             raise MemoryError(f"no {nbytes} bytes for a copy of the state: {error}") from error
 

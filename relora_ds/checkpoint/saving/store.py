@@ -60,7 +60,7 @@ class CheckpointStore:
         self._topology = topology
         self._agreement = Agreement(topology.world_size)
         self._buffers = HostBuffers(topology.device)
-        self._worker = Worker(topology.rank)
+        self._worker = Worker(topology.rank, topology.device)
         self._flight: Flight | None = None
         self._digest: tuple[RunConfig, str] | None = None
 

@@ -31,10 +31,12 @@ class Worker:
 
     Args:
         rank: this process, for what problems say.
+        device: where the process computes.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
+        self._device = device
         self._tasks: SimpleQueue[Task[Any]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -49,6 +51,9 @@ class Worker:
 
     @torch.no_grad()
     def _run(self) -> NoReturn:
+        if self._device.type == "cuda":
+            # a thread begins on the first GPU, and would take memory there that is another rank's
+            torch.cuda.set_device(self._device)
         while True:
             self._tasks.get().run()
 

@@ -15,7 +15,7 @@ from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
 from relora_ds.engine.deepspeed.flat_gradients import use_flat_gradients
 from relora_ds.engine.deepspeed.layouts import build_layout
 from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
-from relora_ds.engine.distributed import lost_peers
+from relora_ds.engine.distributed import barrier, lost_peers
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.parallel.shape import keeps_tp_local_shape, shard_of
 from relora_ds.parallel.tensor import ModelParallelUnit, TensorParallel
@@ -58,6 +58,7 @@ class DeepSpeedBackend:
         use_flat_gradients(self._engine.optimizer)
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         optimizer.state.clear()
+        self._gather_when_all_have_read()
         name_hpz_group()
         if zero.reduces_once:
             # it steps once per update; the loss is still divided by the number of micro-batches
@@ -66,6 +67,19 @@ class DeepSpeedBackend:
         self.device: torch.device = self._engine.device
         self.data_parallel_group: ProcessGroup = self._engine.data_parallel_group
         self.reports_norm = self._engine.optimizer is not optimizer
+
+    def _gather_when_all_have_read(self) -> None:
+        """Stage 3 gathers what it keeps whole as soon as a rank has read its files: that must not
+        wait in a collective of the device for ranks that still read."""
+        wrapper = self._engine.optimizer
+        gather = getattr(wrapper, "checkpoint_event_epilogue", None)
+        if gather is not None:
+
+            def meet_and_gather() -> None:
+                barrier()
+                gather()
+
+            wrapper.checkpoint_event_epilogue = meet_and_gather
 
     def layout(self, groups: Sequence[Sequence[nn.Parameter]]) -> Layout:
         """The layout that DeepSpeed chose for the optimizer's groups.

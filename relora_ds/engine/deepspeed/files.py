@@ -8,9 +8,6 @@ shard may come from anywhere, and an altered one must end in one clear error.
 from __future__ import annotations
 
 import copy
-import os
-import stat
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +21,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from relora_ds.errors import CheckpointError
+from relora_ds.files.unpickled import check_archive, check_tensor
 
 ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)
 """Classes of DeepSpeed in its files; none of them does anything when it is built."""
@@ -75,7 +73,7 @@ def open_shard(path: Path) -> dict[str, Any]:
             containers of them.
     """
     try:
-        _check_archive(path)
+        check_archive(path)
         with _only_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         _check_plain(content)
@@ -111,25 +109,6 @@ def _only_allowed() -> Iterator[None]:
         torch.serialization.add_safe_globals(others)
 
 
-def _check_archive(path: Path) -> None:
-    """Make sure that a file claims no more bytes than it has; reading would allocate them.
-
-    Raises:
-        OSError: it is no regular file or cannot be read.
-        ValueError: it is no archive of stored records.
-    """
-    if not stat.S_ISREG(os.lstat(path).st_mode):  # to open a pipe would block
-        raise ValueError("is not a regular file")
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-    if len({record.filename for record in records}) != len(records):
-        raise ValueError("holds two records of one name")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError("holds compressed records, which are never written")
-    if sum(record.file_size for record in records) > path.stat().st_size:
-        raise ValueError("claims records that are larger than the file")
-
-
 def _check_plain(content: Any) -> None:
     """Make sure that a file's content is a dictionary of plain values and of tensors in memory.
 
@@ -150,7 +129,7 @@ def _check_plain(content: Any) -> None:
 def _inside(value: Any) -> Iterator[Any]:
     """What a value holds."""
     if isinstance(value, torch.Tensor):
-        _check_tensor(value)
+        check_tensor(value)
     elif type(value) in (dict, OrderedDict):
         yield from value.keys()
         yield from value.values()
@@ -163,15 +142,6 @@ def _inside(value: Any) -> Iterator[Any]:
         value, (bool, int, float, str, torch.dtype, ZeroStageEnum)
     ):
         raise ValueError(f"holds {_kind(value)}, which is no plain value")
-
-
-def _check_tensor(tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise ValueError(f"holds a tensor without ordinary memory ({tensor.layout})")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(
-            f"holds a tensor of shape {tuple(tensor.shape)} with less memory than that"
-        )
 
 
 def _kind(value: Any) -> str:

@@ -12,7 +12,9 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
-from relora_ds.numerics.transfers import orderless_writes, upload_together
+from relora_ds.numerics.batched.rows import Move, Rows, clear_rows, copy_matrices, copy_rows
+from relora_ds.numerics.gpu import launch
+from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock, VectorPlaces
 from relora_ds.parallel.shape import inner_shard, tp_local_shape
@@ -91,6 +93,8 @@ class ZeroVectors(Vectors):
     ) -> tuple[list[LocatedVectors], list[torch.Tensor]]:
         device = self._collectives.device
         found = [self._find(parameter, index) for parameter, index in requests]
+        if launch.usable(device):  # kernels take addresses, which the host computes
+            return list(found), upload_together(numbers, device)
         indices = [place.index for each in found for place in each.travelling(device)]
         arrived = iter(upload_together([*numbers, *indices], device))
         sent = [next(arrived) for _ in numbers]
@@ -113,15 +117,41 @@ class ZeroVectors(Vectors):
     ) -> list[torch.Tensor]:
         spread = any(inner_shard(each.parameter) is not None for each in factors)
         if not self._layout.weights_sharded and not spread:
-            found = [self._own_vectors(_here(each)) for each in factors]
-            return [*found, *(part for _, part in stored)]
+            return [*self._own_vectors(factors), *(part for _, part in stored)]
         return self._exchange(factors, stored)
 
-    def _own_vectors(self, vectors: _Located) -> torch.Tensor:
-        (everything,) = vectors.working
-        factor, axis = vectors.parameter, self._clocks[vectors.parameter].axis
-        chosen = factor.detach().index_select(axis, everything.index[0])
-        return chosen if axis == 0 else chosen.t().contiguous()
+    def _own_vectors(self, factors: Sequence[LocatedVectors]) -> list[torch.Tensor]:
+        """Vectors of which this rank has all that there is."""
+        device = self._collectives.device
+        if launch.usable(device):
+            like = torch.empty(0, dtype=factors[0].parameter.dtype, device=device)
+            _, _, parts = lay_out_wire(self._shapes(factors), [False] * len(factors), like)
+            self._read(factors, parts)
+            return parts
+        found = []
+        for each in factors:
+            (everything,) = _here(each).working
+            axis = self._clocks[each.parameter].axis
+            chosen = each.parameter.detach().index_select(axis, everything.index[0])
+            found.append(chosen if axis == 0 else chosen.t().contiguous())
+        return found
+
+    def _read(self, factors: Sequence[LocatedVectors], parts: Sequence[torch.Tensor]) -> None:
+        """What this rank stores of vectors, to their places in `parts`, (k, length) each."""
+        moves = []
+        for out, each in zip(parts, factors, strict=True):
+            working, fragment = self._working(each.parameter)
+            for part in fragment.parts(working, _here(each).working):
+                target = Rows(out[:, part.span], part.asked)
+                moves.append((target, Rows(part.view, part.local)))
+        copy_rows(moves, self._collectives.device)
+
+    def _shapes(self, factors: Sequence[LocatedVectors]) -> list[tuple[int, int]]:
+        """Of some vectors of each factor, as rows."""
+        return [
+            (len(each.index), tp_local_shape(p)[1 - self._clocks[p].axis])
+            for each, p in ((each, each.parameter) for each in factors)
+        ]
 
     def _exchange(
         self,
@@ -132,58 +162,59 @@ class ZeroVectors(Vectors):
 
         One sum over the ranks that ZeRO slices for, and one over those that shard vectors along r.
         """
-        parameters = [each.parameter for each in factors]
-        shapes = [
-            (len(each.index), tp_local_shape(factor)[1 - self._clocks[factor].axis])
-            for each, factor in zip(factors, parameters, strict=True)
-        ]
-        shapes += [(len(part), length) for length, part in stored]
-        spread = [inner_shard(factor) is not None for factor in parameters]
+        shapes = self._shapes(factors) + [(len(part), length) for length, part in stored]
+        spread = [inner_shard(each.parameter) is not None for each in factors]
         spread += [False] * len(stored)
-        like = torch.empty(0, dtype=parameters[0].dtype, device=self._collectives.device)
+        dtype, device = factors[0].parameter.dtype, self._collectives.device
+        like = torch.empty(0, dtype=dtype, device=device)
         wire, front, parts = lay_out_wire(shapes, spread, like)
-        for out, each in zip(parts, factors, strict=False):
-            working, fragment = self._working(each.parameter)
-            for part in fragment.parts(working, _here(each).working):
-                with orderless_writes():
-                    out[part.asked, part.span] = part.view[part.local]
+        self._read(factors, parts[: len(factors)])
+        whole = []
         for out, (length, part) in zip(parts[len(factors) :], stored, strict=True):
-            out[:, slice(*self._host.span(length))] = part
+            whole.append((out[:, slice(*self._host.span(length))], part))
+        copy_matrices(whole, device)
         if self._layout.weights_sharded:
             self._collectives.sum_over_slices(wire)
         if front.numel():
             self._collectives.sum_over_shards(front)
         return parts
 
-    def write(self, vectors: LocatedVectors, values: torch.Tensor) -> None:
+    def write(self, written: Sequence[tuple[LocatedVectors, torch.Tensor]]) -> None:
         assert not torch.is_grad_enabled(), "verbs of the state are called within no_grad"
-        parameter, where = vectors.parameter, _here(vectors)
-        placement = self._layout.placements[parameter]
-        master = placement.owner.detach().view(-1)
-        targets = [(master, self._fragment(parameter, placement.stretch), where.master)]
-        if placement.owner is not parameter:
-            targets.append((*self._working(parameter), where.working))
-        for flat, fragment, places in targets:
-            beside = values.to(flat)
-            for part in fragment.parts(flat, places):
-                with orderless_writes():
-                    part.view[part.local] = beside[part.asked, part.span]
-        self._layout.drop_copies(parameter)
+        moves: dict[torch.device, list[Move]] = {}
+        for vectors, values in written:
+            parameter, where = vectors.parameter, _here(vectors)
+            placement = self._layout.placements[parameter]
+            master = placement.owner.detach().view(-1)
+            targets = [(master, self._fragment(parameter, placement.stretch), where.master)]
+            if placement.owner is not parameter:
+                targets.append((*self._working(parameter), where.working))
+            for flat, fragment, places in targets:
+                beside = values.to(flat.device)
+                for part in fragment.parts(flat, places):
+                    move = Rows(part.view, part.local), Rows(beside[:, part.span], part.asked)
+                    moves.setdefault(flat.device, []).append(move)
+        for device, here in moves.items():
+            copy_rows(here, device)
+        for vectors, _ in written:
+            self._layout.drop_copies(vectors.parameter)
 
-    def reset(self, vectors: LocatedVectors, frozen: int) -> int:
-        parameter, places = vectors.parameter, _here(vectors).master
-        clock, completed = self._clocks[parameter], self._completed_steps()
-        placement, cleared = self._layout.placements[parameter], 0
-        state = self._layout.optimizer.state.get(placement.owner, {})
-        fragment = self._fragment(parameter, placement.stretch)
-        for key in MOMENTS:
-            if key in state:
-                for part in fragment.parts(state[key].view(-1), places):
-                    with orderless_writes():
-                        part.view.index_fill_(0, part.local, 0.0)
+    def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
+        completed, cleared = self._completed_steps(), 0
+        rows: dict[torch.device, list[Rows]] = {}
+        for each in vectors:
+            parameter, places = each.parameter, _here(each).master
+            placement, clock = self._layout.placements[parameter], self._clocks[parameter]
+            state = self._layout.optimizer.state.get(placement.owner, {})
+            fragment = self._fragment(parameter, placement.stretch)
+            for moment in (state[key] for key in MOMENTS if key in state):
+                for part in fragment.parts(moment.view(-1), places):
+                    rows.setdefault(moment.device, []).append(Rows(part.view, part.local))
                     cleared += len(part.local) * part.view.shape[1]
-        clock.restart(completed, vectors.index)
-        clock.freeze(completed + frozen, vectors.index)
+            clock.restart(completed, each.index)
+            clock.freeze(completed + frozen, each.index)
+        for device, here in rows.items():
+            clear_rows(here, device)
         return cleared
 
     def _working(self, parameter: nn.Parameter) -> tuple[torch.Tensor, Fragment]:

@@ -16,6 +16,7 @@ from relora_ds.numerics.base_weight import (
     apply_product,
     weight_times,
 )
+from relora_ds.numerics.batched.exchange import Exchange, WeightSlice, absorb
 from relora_ds.parallel.shape import global_shape, inner_shard, method_shape, tp_local_shape
 from relora_ds.parallel.tensor import TensorParallel
 
@@ -90,6 +91,20 @@ class ZeroWeights(Weights):
         sums = add(self._bases[weight], working, start, left, right, scale)
         self._layout.drop_copies(weight)
         self._edited(weight)
+        return sums
+
+    def absorb(
+        self, edits: Sequence[tuple[nn.Parameter, Exchange]], measured: bool
+    ) -> list[torch.Tensor] | None:
+        assert not torch.is_grad_enabled(), "verbs of the state are called within no_grad"
+        slices = []
+        for weight, exchange in edits:
+            start, working = self._layout.working(weight)
+            slices.append((WeightSlice(self._bases[weight], working, start), exchange))
+        sums = absorb(slices, measured)
+        for weight, _ in edits:
+            self._layout.drop_copies(weight)
+            self._edited(weight)
         return sums
 
     def times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from relora_ds.methods.formulation.composed import Composition, Gradients
 from relora_ds.methods.sltrain.support import flat_positions
+from relora_ds.numerics.gpu import launch
 from relora_ds.numerics.transfers import orderless_writes
 
 # said once per process by torch; only the sampled product is used of it
@@ -33,10 +34,34 @@ def compose(
     weight = lora_b.new_empty(rows, cols)
     # the scale is part of the product's epilogue: one rounding, no second pass
     torch.addmm(weight, lora_b, lora_a, beta=0, alpha=scale, out=weight)
-    positions = flat_positions(row_starts, columns, cols)
-    with orderless_writes():
-        weight.view(-1).index_add_(0, positions, values)
+    add_at(weight, row_starts, columns, values)
     return weight
+
+
+def add_at(
+    dense: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+) -> None:
+    """dense (m, n) += S, in place; each sum is rounded once."""
+    if _has_kernel(dense):
+        from relora_ds.numerics.gpu import support as kernels  # needs Triton
+
+        return kernels.add_at(dense, row_starts, columns, values)
+    positions = flat_positions(row_starts, columns, dense.shape[1])
+    with orderless_writes():
+        dense.view(-1).index_add_(0, positions, values)
+
+
+def read_at(dense: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Elements (nnz,) of dense (m, n) where S has its own."""
+    if _has_kernel(dense):
+        from relora_ds.numerics.gpu import support as kernels  # needs Triton
+
+        return kernels.read_at(dense, row_starts, columns)
+    return dense.view(-1).index_select(0, flat_positions(row_starts, columns, dense.shape[1]))
+
+
+def _has_kernel(dense: torch.Tensor) -> bool:
+    return dense.dtype in (torch.float32, torch.bfloat16) and launch.usable(dense.device)
 
 
 @dataclass(frozen=True)
@@ -50,8 +75,7 @@ class SparseComposition(Composition):
 
     def of_dense(self, full: torch.Tensor, *rest: torch.Tensor) -> Gradients:
         _, row_starts, columns = rest
-        positions = flat_positions(row_starts, columns, full.shape[1])
-        return full.view(-1).index_select(0, positions), None, None
+        return read_at(full, row_starts, columns), None, None
 
     def of_rows(self, rows: torch.Tensor, grad: torch.Tensor, *rest: torch.Tensor) -> Gradients:
         """dv[k] = sum over tokens of dy[:, i_k] * x[:, j_k]."""

@@ -29,7 +29,12 @@ from relora_ds.methods.adapter import (
     refuse_lost_edits,
 )
 from relora_ds.methods.interface import Event, MemoryShare, Report, SavedTensor, Session
-from relora_ds.methods.switchlora.candidate_pool import Allocate, CandidatePool, Draw
+from relora_ds.methods.switchlora.candidate_pool import (
+    Allocate,
+    CandidatePool,
+    park_together,
+    take_together,
+)
 from relora_ds.methods.switchlora.metrics import SwitchMetrics, UpdateRank
 from relora_ds.methods.switchlora.plan import (
     SELECTIONS,
@@ -41,6 +46,9 @@ from relora_ds.methods.switchlora.plan import (
 )
 from relora_ds.methods.train_state import LocatedVectors, TrainState
 from relora_ds.numerics.base_weight import WeightEdit
+from relora_ds.numerics.batched.draws import UniformRows
+from relora_ds.numerics.batched.exchange import Exchange
+from relora_ds.numerics.gpu import launch
 from relora_ds.parallel.shape import global_shape, shard_of, tp_local_shape
 from relora_ds.randomness import Stream
 
@@ -147,7 +155,7 @@ class SwitchLoRASession(Session[SwitchLoRA]):
 
     def _candidates(
         self, layer: str, side: str, factor: nn.Parameter, bound: float
-    ) -> tuple[Draw, tuple[int, int]]:
+    ) -> tuple[UniformRows, tuple[int, int]]:
         """How candidates of a factor are drawn, and the span of them that is kept here: of this
         tensor-parallel rank's part of a vector, what ZeRO leaves to this process."""
         axis = _SIDES.index(side)
@@ -155,12 +163,7 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         first = 0 if shard is None or shard.inner else int(shard.index[0])
         span = self.state.host.span(tp_local_shape(factor)[1 - axis])
         stream = Stream(self.method.seed, f"candidate_{side}", layer)
-        start, stop = first + span[0], first + span[1]
-
-        def draw(slots: torch.Tensor) -> torch.Tensor:
-            return stream.uniform_rows(slots, width, start, stop).mul_(2.0).sub_(1.0).mul_(bound)
-
-        return draw, span
+        return UniformRows(stream, width, first + span[0], first + span[1], bound), span
 
     def before_step(self, step: int) -> Event | None:
         if step >= 1:
@@ -219,12 +222,18 @@ class SwitchLoRASession(Session[SwitchLoRA]):
             requests += [(factor_a, both), (factor_b, both)]
             requests += [(factor_a, rows), (factor_b, rows), (factor_b, cols), (factor_a, cols)]
             undrawn += [p.undrawn(s) for p, s in zip(switched.pools, plan.slots, strict=True)]
-        located, numbers = self.state.vectors.locate(requests, undrawn)
-        at, to_draw, work = iter(located), iter(numbers), []
+        # kernels draw from numbers of the host
+        kernels = launch.usable(next(iter(self.layers.values())).layer.lora_A.device)
+        located, sent = self.state.vectors.locate(requests, () if kernels else undrawn)
+        wanted = [
+            (pool, slots)
+            for switched, plan in plans
+            for pool, slots in zip(switched.pools, plan.slots, strict=True)
+        ]
+        at, taken, work = iter(located), iter(take_together(wanted, sent or undrawn)), []
         for switched, plan in plans:
-            (pool_a, pool_b), (slots_a, slots_b) = switched.pools, plan.slots
-            candidates = pool_a.take(slots_a, next(to_draw)), pool_b.take(slots_b, next(to_draw))
             both, rows, columns = ((next(at), next(at)) for _ in range(3))
+            candidates = next(taken), next(taken)
             work.append(_Work(switched, plan, candidates, both, rows, columns))
         return work
 
@@ -237,55 +246,37 @@ class SwitchLoRASession(Session[SwitchLoRA]):
             stored += [(cols, item.candidates[0]), (rows, item.candidates[1])]
         vectors = self.state.vectors.gather(factors, stored)
         current, fresh = vectors[: len(factors)], vectors[len(factors) :]
-        edits: dict[str, torch.Tensor] = {}
-        for number, item in enumerate(work):
-            at = slice(2 * number, 2 * number + 2)
-            sums = self._switch_layer(item, current[at], fresh[at], measured)
-            if sums is not None:
-                edits[item.switched.layer.spec.name] = sums
-        if edits:
+        pairs = zip(current[::2], current[1::2], fresh[::2], fresh[1::2], strict=True)
+        exchanges = [
+            Exchange(*four, scale=item.switched.layer.scale)
+            for item, four in zip(work, pairs, strict=True)
+        ]
+        weights = [item.switched.layer.weight for item in work]
+        edits = self.state.weights.absorb(list(zip(weights, exchanges, strict=True)), measured)
+        self._exchange(work, exchanges)
+        if edits is not None:
             # the host waits here, once, after all of the event was queued
-            read = self.state.weights.totals(list(edits.values())).tolist()
-            totals = {name: WeightEdit.of(sums) for name, sums in zip(edits, read, strict=True)}
-            refuse_lost_edits("switch", totals, work[0].switched.layer.weight.dtype)
+            read = self.state.weights.totals(edits).tolist()
+            names = [item.switched.layer.spec.name for item in work]
+            totals = {name: WeightEdit.of(sums) for name, sums in zip(names, read, strict=True)}
+            refuse_lost_edits("switch", totals, weights[0].dtype)
             self._metrics.note_edits(totals.values())
         self._note(work)
 
-    def _switch_layer(
-        self,
-        item: _Work,
-        current: Sequence[torch.Tensor],
-        fresh: Sequence[torch.Tensor],
-        measured: bool,
-    ) -> torch.Tensor | None:
-        """Exchange the vectors of one projection.
-
-        Args:
-            current: working values of both factors at the switched indices, first those of which
-                the row of A is replaced, then those of which the column of B is; (2k, n), (2k, m).
-            fresh: the candidates, (k, n) and (k, m).
-            measured: whether the edit of W is.
-
-        Returns:
-            Its figures for this rank's part, for `Weights.totals`.
-        """
-        state, plan = self.state, item.plan
-        layer, pools = item.switched.layer, item.switched.pools
-        old_a, kept_a = current[0].chunk(2)
-        kept_b, old_b = current[1].chunk(2)
-        # differences in fp32, of what the forward pass computes with: then W absorbs them exactly
-        left = torch.cat([kept_b.float(), old_b.float() - fresh[1].float()]).t()
-        right = torch.cat([old_a.float() - fresh[0].float(), kept_a.float()])
-        scale = layer.merge_scale()
-        sums = state.weights.add_product(layer.weight, left, right, scale, measured)
-        parked = item.switched.state.apply(plan)
-        for pool, slots, old in zip(pools, parked, (old_a, old_b), strict=True):
-            pool.park(slots, old[:, slice(*state.host.span(old.shape[1]))])
-        replacements = zip((item.rows, item.columns), fresh, strict=True)
-        for (replaced, counterparts), candidates in replacements:
-            state.vectors.write(replaced, candidates)
-            state.vectors.reset(counterparts, self.config.freeze_steps)
-        return sums
+    def _exchange(self, work: Sequence[_Work], exchanges: Sequence[Exchange]) -> None:
+        """Let the candidates take the places of what they replace, and park this."""
+        state, parked, written, forgotten = self.state, [], [], []
+        for item, exchange in zip(work, exchanges, strict=True):
+            (old_a, _), (_, old_b) = exchange.a.chunk(2), exchange.b.chunk(2)
+            slots = item.switched.state.apply(item.plan)
+            for pool, held, old in zip(item.switched.pools, slots, (old_a, old_b), strict=True):
+                parked.append((pool, held, old[:, slice(*state.host.span(old.shape[1]))]))
+            (replaced_a, beside_a), (replaced_b, beside_b) = item.rows, item.columns
+            written += [(replaced_a, exchange.new_a), (replaced_b, exchange.new_b)]
+            forgotten += [beside_a, beside_b]
+        park_together(parked)
+        state.vectors.write(written)
+        state.vectors.reset(forgotten, self.config.freeze_steps)
 
     def _note(self, work: Sequence[_Work]) -> None:
         first = next(iter(self.layers.values()))

@@ -6,7 +6,6 @@ The tensors carry the dense model's names and shapes (`init.dense_shapes`).
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -18,6 +17,7 @@ from relora_ds.config.architecture import read_model_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import CheckpointError
 from relora_ds.files.regular import open_regular, read_regular
+from relora_ds.files.unpickled import check_archive, check_tensor
 from relora_ds.model.init import dense_shapes
 
 SINGLE = "model.safetensors"
@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 _TORCH_SINGLE = "pytorch_model.bin"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _INDEX_BYTES = 64 << 20
+_ARCHIVE = b"PK\x03\x04"  # what torch tells its formats apart by
 _LISTED = 8  # names shown in an error
 
 
@@ -154,9 +155,8 @@ class _TorchFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            open_regular(path).close()
             tensors = _load(path)
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # there is no end to what a damaged file makes its readers raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
             raise CheckpointError(
                 f"{path} cannot be read as tensors and nothing else ({reason}); save the model as "
@@ -170,6 +170,11 @@ class _TorchFile:
                 f"{path} holds something else than tensors by name; save the model with "
                 "transformers' save_pretrained"
             )
+        try:
+            for tensor in tensors.values():
+                check_tensor(tensor)
+        except ValueError as error:
+            raise CheckpointError(f"{path} {error}; save the model as safetensors") from error
         self._tensors = cast(dict[str, torch.Tensor], tensors)
 
     def keys(self) -> Iterable[str]:
@@ -183,10 +188,12 @@ class _TorchFile:
 
 
 def _load(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format before torch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with open_regular(path) as file:
+        is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE
+    if is_archive:
+        check_archive(path.resolve())
+    # the format before torch 1.6 is no archive, and cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -277,11 +277,17 @@ class Lifetime:
         self.leave(error)
 
     def _tell_of_request(self, reason: str) -> None:
-        """Tell the others that this rank was asked to leave at once."""
+        """Tell the others that this rank was asked to leave at once.
+
+        A launcher asks the ranks that are left when one has failed: then the failure is the last
+        that is said, not the request.
+        """
         failure = describe(PreemptedError(reason), self.rank)
         if self._watch is not None:
-            self._watch.publish(failure, _ANSWER_S)
+            first = self._watch.publish(failure, _ANSWER_S)
             self._watch.drain(_ANSWER_S)
+            if first.code != failure.code:
+                say(f"rank {self.rank}: another rank had failed; {first.line}")
         self._release()
 
     def _release(self) -> None:

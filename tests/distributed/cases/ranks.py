@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
+from unittest import mock
 
+import deepspeed
 import torch
+from torch import nn
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine import distributed
@@ -72,3 +76,27 @@ def slow_host_work(topology: Topology, timeout_minutes: float, work_s: float) ->
         "asked": asked,
         "bounded": distributed.gather_objects(bounded),
     }
+
+
+def late_builder(topology: Topology) -> list[tuple[float, float]]:
+    """The last rank is slow to fill its model.
+
+    Returns:
+        For every rank when its model was filled, and when it met the others in DeepSpeed.
+    """
+    filled_at, met_at, initialize = 0.0, 0.0, deepspeed.initialize
+
+    def fill(model: nn.Module) -> None:
+        nonlocal filled_at
+        time.sleep(0.2 * topology.rank)
+        filled_at = time.monotonic()
+
+    def meet(*arguments: Any, **named: Any) -> Any:
+        nonlocal met_at
+        met_at = time.monotonic()
+        return initialize(*arguments, **named)
+
+    with mock.patch.object(deepspeed, "initialize", meet):
+        run = Training(relora("zero", "fp32"), topology, {"stage": 1}, prepare=fill)
+    run.destroy()
+    return distributed.gather_objects((filled_at, met_at))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from relora_ds.engine import distributed
+from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
 from relora_ds.engine.deepspeed.files import read_shard
+from relora_ds.engine.distributed import _host_group
 from relora_ds.errors import CheckpointError
 from relora_ds.parallel.topology import Topology
 from tests.harness.build import Training, batches, changed
+from tests.harness.nccl_rules import NcclRules
 from tests.harness.resume import load, save
 from tests.harness.runs import EVENTFUL, RATES, SMALL_BUCKETS, clipped
 
@@ -100,3 +105,28 @@ def _set_decays(content: Any) -> None:
     elif isinstance(content, list):
         for value in content:
             _set_decays(value)
+
+
+def late_reader(topology: Topology, directory: Path) -> list[tuple[float, float | None]]:
+    """The last rank of a run at stage 3 is slow to read its files.
+
+    Returns:
+        For every rank when it had read, and when it entered a collective of the device.
+    """
+    config, zero = clipped(EVENTFUL["relora"], "bf16"), {"stage": 3, **SMALL_BUCKETS}
+    run = Training(config, topology, zero)
+    saved = save(run, directory)
+    read, read_at = TensorFiles.load, 0.0
+
+    def slow(files: TensorFiles, path: str, map_location: Any = None) -> dict[str, Any]:
+        nonlocal read_at
+        time.sleep(0.2 * topology.rank)
+        content = read(files, path, map_location)
+        read_at = time.monotonic()
+        return content
+
+    device = NcclRules([_host_group()])
+    with mock.patch.object(TensorFiles, "load", slow), device:
+        run.engine.load(str(saved.directory), "tag")
+    run.destroy()
+    return distributed.gather_objects((read_at, device.began_at))

@@ -17,6 +17,8 @@ from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.upgrade import FORMAT, KEY
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.config.sections import TrainConfig
+from relora_ds.train import evaluate_checkpoint as scoring
 from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
 from tests.golden.make_checkpoint import VALID, checkpoint, expected, export_hash, machine
 
@@ -49,6 +51,20 @@ def test_evaluation(method: str, number: int) -> None:
     if machine() == before["machine"]:
         assert found == before["evaluation"]
     assert found["loss"] == pytest.approx(before["evaluation"]["loss"], rel=1e-5)
+
+
+def test_a_score_is_fp32_wherever_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a container has switched on; and never on the CPU of a machine with a GPU."""
+    asked: list[str] = []
+
+    def choose_kernels(train: TrainConfig) -> None:
+        asked.append(f"tf32: {train.tf32}, deterministic: {train.deterministic}")
+
+    monkeypatch.setattr(scoring, "check_accelerator", lambda: asked.append("machine"))
+    monkeypatch.setattr(scoring, "set_arithmetic", choose_kernels)
+    monkeypatch.setattr(scoring, "accelerator_type", lambda: asked.append("device") or "cpu")
+    evaluate_checkpoint(checkpoint("relora", FORMAT), str(VALID), None, 8)
+    assert asked == ["machine", "tf32: False, deterministic: True", "device"]
 
 
 @golden

@@ -101,6 +101,24 @@ def test_names_of_another_run_change_nothing(name: str) -> None:
     assert engine.sealed == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("clock.a.lora_A.born", torch.ones(2)),
+        ("matrix.basis", torch.ones(1)),
+        ("base.a.weight.residual", torch.ones(3, 1, dtype=torch.int16)),
+    ],
+)
+def test_what_torch_would_stretch_or_convert_changes_nothing(
+    name: str, other: torch.Tensor
+) -> None:
+    engine = Engine()
+    with pytest.raises(CheckpointError, match=rf"{name} is torch\..* of shape .*, but the run has"):
+        load_side_tensors(engine.engine, SAVED | {name: other})
+    live = side_tensors(engine.engine) | side_slices(engine.engine)
+    assert not any(tensor.any() for tensor in live.values())
+
+
 def _with_moments(**state: Any) -> TrainEngine:
     owner = torch.zeros(6)
     optimizer = SimpleNamespace(state={owner: state})

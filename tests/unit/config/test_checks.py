@@ -110,6 +110,16 @@ ProblemsOf = Callable[..., list[str]]
             ("is bf16", "train.precision is fp32", "write auto or fp32"),
         ),
         (["train.precision=fp32", "train.attention=flash"], "train.attention", ("auto or sdpa",)),
+        (
+            ["method.warm_start_steps=0", "optimizer.matrix=muon"],
+            "optimizer.matrix",
+            ("is muon", "does not train them", "method.warm_start_steps"),
+        ),
+        (
+            ["optimizer.matrix=scale"],
+            "optimizer.matrix",
+            ("is scale", "does not train them", "method.name=full"),
+        ),
         (["parallel.tensor=3"], "parallel.tensor", ("must divide", "write 2 or 4")),
         (["parallel.sequence=true"], "parallel.sequence", ("parallel.tensor is 1", "use false")),
         (

@@ -27,7 +27,10 @@ from relora_ds.methods.build import meta_model
 from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.interface import Session
 from relora_ds.methods.registry import METHODS
+from relora_ds.methods.switchlora.switchlora import SwitchLoRASession
 from relora_ds.numerics.base_weight import KINDS
+from relora_ds.numerics.batched import rows
+from relora_ds.numerics.gpu import launch
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer, PlacedMatrix
 from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, OfWhole, Unit
@@ -39,6 +42,7 @@ from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.tensor import SINGLE
 from relora_ds.randomness import Stream
 from tests.harness.device_costs import DEVICE, Costs, MixedDevicesError, SimulatedDevice, pin
+from tests.harness.kernels import REASON
 from tests.harness.simulated_zero import layout_of, rank_of_two
 
 ROWS, COLS = 12, 16
@@ -207,10 +211,12 @@ class Live:
     digest: ReplicaDigest
 
 
-def live(settings: dict[str, Any], stage: int, layers: int) -> Live:
+def live(
+    settings: dict[str, Any], stage: int, layers: int, architecture: ModelConfig = ARCHITECTURE
+) -> Live:
     config = TypeAdapter(MethodConfig).validate_python(settings)
     method = METHODS[config.name](config, 42, 10)
-    architecture = ARCHITECTURE.model_copy(update={"num_hidden_layers": layers})
+    architecture = architecture.model_copy(update={"num_hidden_layers": layers})
     model = meta_model(architecture, method, TRAIN)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -325,6 +331,52 @@ def test_candidates_of_the_host_are_copied_and_not_waited_for() -> None:
             costs = costs_of(partial(around_the_update, run, step))
             assert len(costs.waits) <= 1
             assert not costs.blocking
+
+
+LARGE = ModelConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5461,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=64,
+    max_position_embeddings=2048,
+)
+"""configs/model/llama_1b.json"""
+SWITCHED = {"name": "switchlora", "rank": 512, "interval": 40, "descent_rate": 1e6}
+"""configs/run/llama_1b_switchlora.yaml, as at its start"""
+KERNELS, COPIES = 60, 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "candidates", "layers"),
+    [(1, "host", 2), (3, "device", 2), pytest.param(1, "host", 24, marks=pytest.mark.slow)],
+)
+def test_a_switch_of_a_large_model_is_a_few_launches_of_kernels(
+    stage: int, candidates: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason=REASON)
+    started: list[object] = []
+
+    def start(kernel: object, *rest: object, **options: object) -> None:
+        started.append(kernel)
+
+    with torch.no_grad(), rank_of_two():
+        run = live(SWITCHED | {"candidates": candidates}, stage, layers, LARGE)
+        monkeypatch.setattr(launch, "usable", lambda device: device == DEVICE)
+        monkeypatch.setattr(launch, "start", start)
+        # as it is where there is a GPU to pin memory for
+        monkeypatch.setattr(rows, "_within_reach", lambda tensor, device: True)
+        costs_of(partial(around_the_update, run, 4))  # measured, for the first line of the log
+        started.clear()
+        costs = costs_of(partial(around_the_update, run, 5))
+    assert 0 < len(started) + len(costs.launches) <= KERNELS, (started, costs.launches)
+    assert len(costs.waits) + len(costs.blocking) <= COPIES, (costs.waits, costs.blocking)
+    assert len(costs.queued) <= KERNELS
+    assert isinstance(run.session, SwitchLoRASession)
+    switched = run.session.layers.values()
+    assert sum(sum(each.state.cursors) for each in switched) >= 2 * len(switched) * 2 * 12
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -31,6 +31,7 @@ from relora_ds.numerics.base_weight import (
     apply_product,
     weight_times,
 )
+from relora_ds.numerics.batched.exchange import Exchange, WeightSlice, absorb
 from relora_ds.optim.vector_clock import VectorClock
 
 
@@ -71,6 +72,12 @@ class MemoryWeights(Weights):
     ) -> torch.Tensor | None:
         add = add_product if measured else apply_product
         return add(self.bases[weight], weight.data.view(-1), 0, left, right, scale)
+
+    def absorb(
+        self, edits: Sequence[tuple[nn.Parameter, Exchange]], measured: bool
+    ) -> list[torch.Tensor] | None:
+        parts = [(WeightSlice(self.bases[w], w.data.view(-1), 0), each) for w, each in edits]
+        return absorb(parts, measured)
 
     def times(self, weight: nn.Parameter, right: torch.Tensor) -> torch.Tensor:
         working = weight.data.view(-1)
@@ -186,18 +193,22 @@ class MemoryVectors(Vectors):
         found = [self._rows(p.detach(), p)[index].clone() for p, index in chosen]
         return [*found, *(part for _, part in stored)]
 
-    def write(self, vectors: LocatedVectors, values: torch.Tensor) -> None:
-        parameter, index = vectors.parameter, vectors.index
-        self._rows(parameter.data, parameter)[index] = values.to(parameter.dtype)
+    def write(self, written: Sequence[tuple[LocatedVectors, torch.Tensor]]) -> None:
+        for vectors, values in written:
+            parameter, index = vectors.parameter, vectors.index
+            self._rows(parameter.data, parameter)[index] = values.to(parameter.dtype)
 
-    def reset(self, vectors: LocatedVectors, frozen: int) -> int:
-        parameter, index = vectors.parameter, vectors.index
-        moments, clock = self._stored[parameter], self.clocks[parameter]
-        for moment in (moments.exp_avg, moments.exp_avg_sq):
-            self._rows(moment, parameter)[index] = 0.0
-        clock.restart(self._completed(), index)
-        clock.freeze(self._completed() + frozen, index)
-        return 2 * len(index) * parameter.shape[1 - clock.axis]
+    def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
+        cleared = 0
+        for each in vectors:
+            parameter, index = each.parameter, each.index
+            moments, clock = self._stored[parameter], self.clocks[parameter]
+            for moment in (moments.exp_avg, moments.exp_avg_sq):
+                self._rows(moment, parameter)[index] = 0.0
+            clock.restart(self._completed(), index)
+            clock.freeze(self._completed() + frozen, index)
+            cleared += 2 * len(index) * parameter.shape[1 - clock.axis]
+        return cleared
 
     def _rows(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """A view in which the parameter's vectors are rows."""

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from relora_ds.methods.switchlora.candidate_pool import CandidatePool
+from relora_ds.numerics.batched.draws import UniformRows
 from relora_ds.randomness import Stream
 
 SLOTS, WIDTH = 20, 6
 STREAM = Stream(3, "candidate_A", "q")
+BOUND = 0.3
 
 
 def pool(
@@ -27,9 +29,7 @@ def pool(
     def allocate(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return next(given, torch.zeros(*shape, dtype=dtype))
 
-    def draw(slots: torch.Tensor) -> torch.Tensor:
-        return STREAM.uniform_rows(slots, WIDTH, *span)
-
+    draw = UniformRows(STREAM, WIDTH, *span, bound=BOUND)
     like = torch.empty(0, dtype=dtype)
     return CandidatePool(SLOTS, span, like, draw, allocate, writes)
 
@@ -38,7 +38,8 @@ def pool(
 def test_a_candidate_never_used_is_the_seed_s_and_needs_no_memory(dtype: torch.dtype) -> None:
     fresh = pool(dtype)
     slots = np.array([7, 0, 19])
-    whole = STREAM.uniform(0, SLOTS * WIDTH).view(SLOTS, WIDTH).to(dtype)
+    drawn = STREAM.uniform(0, SLOTS * WIDTH).view(SLOTS, WIDTH)
+    whole = ((2.0 * drawn - 1.0) * BOUND).to(dtype)
     assert torch.equal(fresh.take(slots), whole[slots])
     assert torch.equal(fresh.take(slots[::-1].copy()), whole[slots[::-1].copy()])
     assert fresh.allocated_bytes == fresh.stored == 0

@@ -9,10 +9,13 @@ import pytest
 from relora_ds.config.methods.base import MethodSettings, WarmStarted
 from relora_ds.config.methods.catalogue import registered as registered_settings
 from relora_ds.config.schema import RunConfig
+from relora_ds.methods.build import meta_model
 from relora_ds.methods.full import Full
-from relora_ds.methods.interface import Method
+from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.methods.registry import METHODS, plan_phases, register, registered
 from relora_ds.methods.relora.relora import ReLoRA
+from relora_ds.optim.muon import Muon
+from tests.harness.build import TINY, run_config
 
 
 class ToyConfig(WarmStarted):
@@ -57,6 +60,17 @@ def test_any_method_may_be_warm_started(lr: float | None, rate: float) -> None:
     assert (toy.name, toy.first_step, toy.last_step, toy.adapter_lr) == ("toy", 4, 10, 0.25)
     assert (warm.schedule.steps, toy.schedule.steps) == (10, 6)
     assert toy.method.config is config.method
+
+
+def test_a_warm_start_may_run_under_muon_and_the_method_after_it_does_not() -> None:
+    method = {"name": "relora", "rank": 4, "merge_every": 3, "warm_start_steps": 5}
+    loaded = run_config(method, optimizer={"matrix": "muon"})
+    rules = []
+    for phase in plan_phases(loaded):
+        model = meta_model(TINY, phase.method, loaded.train)
+        found = matrix_rules(phase.method, loaded.optimizer, model)
+        rules.append([type(rule) for rule in found.values()])
+    assert rules == [[Muon] * (7 * TINY.num_hidden_layers), []]
 
 
 def test_a_method_without_a_warm_start_is_one_phase() -> None:

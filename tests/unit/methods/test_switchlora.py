@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -354,8 +355,7 @@ def test_a_lost_switch_is_refused() -> None:
         layer.lora_B.data.mul_(1e-12)
     for switched in run.session.layers.values():
         for pool in switched.pools:
-            width = pool._width
-            pool._draw = lambda slots, width=width: torch.full((len(slots), width), 1e-12)
+            pool.draw = replace(pool.draw, bound=1e-12)
     with pytest.raises(DivergenceError, match=r"the switch changed no element"):
         run.switch(1)
 

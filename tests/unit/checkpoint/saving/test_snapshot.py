@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -114,3 +115,29 @@ def test_buffers_are_used_again_and_hold_one_snapshot() -> None:
     buffers.recycle()
     places = {copied(value + number, buffers).data_ptr() for number in range(2)}
     assert places == {first.data_ptr(), second.data_ptr()}
+
+
+def test_memory_that_cannot_be_pinned_is_used_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    allocate, asked = torch.empty, list[bool]()
+
+    def refuse(size: int, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nSearch for it")
+        return allocate(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    buffers = HostBuffers(torch.device("cuda", 0))
+    with caplog.at_level(logging.WARNING):
+        taken = [buffers.take(8).numel() for _ in range(2)]
+    assert taken == [8, 8]
+    assert asked == [True, False, False]
+    assert len(caplog.records) == 1
+    assert "ulimit -l unlimited) (CUDA error: out of memory)" in caplog.text
+
+
+def test_a_host_without_room_has_no_memory() -> None:
+    with pytest.raises(MemoryError):
+        HostBuffers(CPU).take(1 << 60)

@@ -17,6 +17,7 @@ from relora_ds.files.durable import Written
 
 T = TypeVar("T")
 NOTHING: Files = {}
+CPU = torch.device("cpu")
 
 
 def ended(task: Task[T]) -> Task[T]:
@@ -26,7 +27,7 @@ def ended(task: Task[T]) -> Task[T]:
 
 
 def test_tasks_run_one_after_the_other_in_one_thread_without_gradients() -> None:
-    worker, seen, may_go = Worker(0), list[tuple[int, str, bool]](), threading.Event()
+    worker, seen, may_go = Worker(0, CPU), list[tuple[int, str, bool]](), threading.Event()
 
     def work(number: int) -> Files:
         may_go.wait(30)
@@ -43,6 +44,18 @@ def test_tasks_run_one_after_the_other_in_one_thread_without_gradients() -> None
     assert seen == [(number, "save", False) for number in range(3)]
 
 
+def test_the_thread_works_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, torch.device]] = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    gpu = torch.device("cuda", 3)
+    ended(Worker(3, gpu).start(lambda: NOTHING))
+    assert chosen == [("save", gpu)]
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -55,7 +68,7 @@ def test_whatever_ends_a_task_is_a_problem_of_its_rank(error: BaseException, wor
     def fail() -> Files:
         raise error
 
-    worker = Worker(3)
+    worker = Worker(3, CPU)
     failed, next_one = worker.start(fail), worker.start(lambda: NOTHING)
     problem = ended(failed).problem()
     assert problem is not None
@@ -94,7 +107,7 @@ def test_a_cancelled_write_stops_between_files(tmp_path: Path) -> None:
             cancelled.set()
 
     contents = {"a.pt": Pickled({}), "b.pt": Last({}), "c.pt": Pickled([torch.zeros(4)])}
-    worker = Worker(0)
+    worker = Worker(0, CPU)
     task = ended(worker.start(lambda: write_contents(contents, tmp_path, cancelled)))
     assert task.failed
     assert task.problem() is None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,45 @@ def test_a_damaged_file_of_torch_is_named(tmp_path, plain, content, message):
         read_hf(tmp_path)
     torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="something else than tensors by name"):
+        read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_random_damage_of_a_file_of_torch_is_refused_or_read(tmp_path, plain, zipped):
+    """Torch's readers raise whatever comes; without a checksum a changed value is a value."""
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(drawn(plain), path, _use_new_zipfile_serialization=zipped)
+    whole, draw, refused = path.read_bytes(), random.Random(7), 0
+    for number in range(200):
+        content = bytearray(whole)
+        for _ in range(3):  # the descriptions are at both ends
+            at = draw.randrange(3000)
+            content[at if number % 2 else -1 - at] = draw.randrange(256)
+        path.write_bytes(content)
+        try:
+            read_hf(tmp_path)
+        except CheckpointError:
+            refused += 1
+    assert 20 < refused < 200
+
+
+def test_a_file_of_torch_claims_no_more_than_it_has(tmp_path, plain):
+    write_hf(tmp_path, plain, drawn(plain).items(), None, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    repeated = {**drawn(plain), "model.norm.weight": torch.ones(1).expand(2**40)}
+    torch.save(repeated, path)
+    with pytest.raises(CheckpointError, match=r"shape \(1099511627776,\) with less memory"):
+        read_hf(tmp_path)
+    torch.save(drawn(plain), path)
+    with zipfile.ZipFile(path) as source:
+        records = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in records.items():
+            target.writestr(name, content)
+    with pytest.raises(CheckpointError, match="compressed records"):
         read_hf(tmp_path)
 
 
