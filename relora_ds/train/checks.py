@@ -97,7 +97,13 @@ def initial_model(
 
 def doubts_about_the_export(architecture: ModelConfig, corpus: Corpus) -> Iterator[str]:
     """What a user should know of the model that the run will leave, in sentences."""
+    for prefix in sorted({file.prefix for file in corpus.files if file.metadata is None}):
+        yield (
+            f"{prefix}.json is missing, as beside any token file that was made elsewhere: its ids "
+            "are held against the vocabulary, but nothing says which tokenizer they are of"
+        )
     if corpus.tokenizer is None:
+        yield "data.tokenizer is not set: the export comes without a tokenizer"
         ends = architecture.eos_token_id
         known = ends if isinstance(ends, tuple) else (ends,)
         if corpus.eos_id is not None and corpus.eos_id not in known:
