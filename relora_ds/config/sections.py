@@ -311,3 +311,7 @@ class LogConfig(Section):
     """Weights & Biases."""
     tensorboard: bool = False
     """Also write TensorBoard events to `output_dir/tensorboard`."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step, such as [11, 13], of which every process writes a trace to
+    `output_dir/traces`: what the host and the device do, for Perfetto or chrome://tracing. Traced
+    steps are slower."""
