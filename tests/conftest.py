@@ -15,23 +15,22 @@ from tests.harness.descriptions import describe
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU, Triton interprets; it has to know before a test module imports it."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # a process of pytest-xdist that runs no test
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def package_under_test() -> Iterator[None]:
     """Programs that tests start import the package beside the tests, whichever is installed."""
     before = os.environ.get("PYTHONPATH")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{before}" if before else str(ROOT))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreter_of_kernels() -> Iterator[None]:
-    """Without a GPU, Triton interprets: it has to know before anybody imports it."""
-    import torch
-
-    with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
-            patch.setenv("TRITON_INTERPRET", "1")
         yield
 
 

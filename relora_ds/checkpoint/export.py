@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import WorkingValues
 from relora_ds.config.methods.full import FullConfig
+from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
+from relora_ds.data.tokenizer import special_ids, tokenizers_in
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.build import build_model, dense_weights, filled_model
 from relora_ds.methods.full import Full
@@ -33,7 +34,7 @@ class DenseModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokenizer: Path | None
-        """SentencePiece model, if one is there."""
+        """File of the tokenizer, if one is there; see `data.tokenizer.tokenizer_file`."""
         self.seq_length: int | None = None
         """What the run trained on; an HF directory does not say."""
         self._source: SavedRun | Mapping[str, torch.Tensor]
@@ -45,8 +46,9 @@ class DenseModel:
             directory = self._source.checkpoint
             self.architecture = self._source.record.architecture
             self.seq_length = self._source.record.config.train.seq_length
-        tokenizer = directory / layout.TOKENIZER
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.directory = directory
+        """Where its files lie."""
+        self.tokenizer = next(iter(tokenizers_in(directory)), None)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
@@ -123,12 +125,41 @@ class FiniteWeights(Mapping[str, torch.Tensor]):
         return len(self._weights)
 
 
-def export_hf(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
+def export_hf(
+    checkpoint: Path, output: Path, dtype: torch.dtype, *, with_tokenizer: bool = True
+) -> None:
     """Write the dense model of a checkpoint as a Hugging Face directory.
+
+    Args:
+        checkpoint: anything that `DenseModel` reads.
+        output: directory to write.
+        dtype: what the tensors are stored in.
+        with_tokenizer: whether the checkpoint's tokenizer goes with them.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ConfigError: the output directory is taken.
+        DataError: the tokenizer cannot be read.
     """
     model = DenseModel(checkpoint)
-    write_hf(output, model.architecture, model.weights().items(), model.tokenizer, dtype)
+    tokenizer = model.tokenizer if with_tokenizer else None
+    architecture = model.architecture
+    if tokenizer is not None:
+        architecture = with_ids_of(tokenizer, architecture)
+    write_hf(output, architecture, model.weights().items(), tokenizer, dtype)
+
+
+def with_ids_of(tokenizer: Path, architecture: ModelConfig) -> ModelConfig:
+    """An architecture whose special ids are the tokenizer's, which the data were written with.
+
+    Of several ids that end a text all stay, if the tokenizer's is among them.
+    """
+    ids, ends = special_ids(tokenizer), architecture.eos_token_id
+    kept = isinstance(ends, tuple) and ids.eos in ends
+    return architecture.model_copy(
+        update={
+            "bos_token_id": ids.bos,
+            "eos_token_id": ends if kept else ids.eos,
+            "pad_token_id": ids.pad,
+        }
+    )

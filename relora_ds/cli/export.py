@@ -23,6 +23,9 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         default="float32",
         help="float32 keeps merged weights exact; bfloat16 halves the size",
     )
+    parser.add_argument(
+        "--no-tokenizer", action="store_true", help="write the weights without the tokenizer"
+    )
     parsed = parser.parse_args(arguments)
     return run_tool(lambda: _export(parsed))
 
@@ -32,4 +35,5 @@ def _export(parsed: argparse.Namespace) -> None:
 
     from relora_ds.checkpoint.export import export_hf
 
-    export_hf(parsed.checkpoint, parsed.output, getattr(torch, parsed.dtype))
+    dtype = getattr(torch, parsed.dtype)
+    export_hf(parsed.checkpoint, parsed.output, dtype, with_tokenizer=not parsed.no_tokenizer)

@@ -15,6 +15,7 @@ from pathlib import Path
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.redaction import mask_urls
 
+_INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.json.gz'"
 _SCRIPT = re.compile(r"python tools/\w+\.py")
 
 
@@ -61,8 +62,10 @@ def add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """`--input`, `--text-key` and `--on-error`: text files and how to read them."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files")
-    parser.add_argument("--text-key", default="text", help="key or column of the text")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=_INPUTS)
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text; meta.text is one in another"
+    )
     parser.add_argument(
         "--on-error",
         choices=("fail", "skip"),

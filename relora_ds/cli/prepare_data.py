@@ -4,7 +4,8 @@
         --output data/c4_train
 
 Writes PREFIX.bin and PREFIX.idx (Megatron's format) and PREFIX.json (what they hold and came from).
-Inputs are .txt (a blank line ends a document) and .jsonl, also with .gz or .zst, and .parquet.
+Inputs are .txt (a blank line ends a document), .jsonl and .json (one object per line), all also
+with .gz, .zst, .bz2 or .xz, and .parquet; directories of them, and patterns.
 Prints one JSON line. Exit codes: 0 done, 2 wrong usage, 3 the data cannot be used.
 """
 
@@ -16,12 +17,14 @@ from collections.abc import Sequence
 
 from relora_ds.cli.parser import add_texts, run_tool, tool_parser
 
+_TOKENIZER = "SentencePiece model, tokenizer.json, or the directory of a model with one of them"
+
 
 def main(arguments: Sequence[str], prog: str | None = None) -> int:
     """Encode the texts that the arguments name and print a report; returns the exit code."""
     parser = tool_parser(__doc__, prog=prog)
     add_texts(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="SentencePiece model")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help=_TOKENIZER)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="token file to write")
     parsed = parser.parse_args(arguments)
     return run_tool(lambda: _prepare(parsed))

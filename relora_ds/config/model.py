@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from relora_ds.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 TokenId = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(gt=0, le=2**22)]
 """A dimension of a weight. The largest vocabularies and models stay well below."""
+
+
+def _as_tuple(value: object) -> object:
+    """A list, which is what JSON has, in the form that strict validation takes."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 _Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -107,7 +112,10 @@ class ModelConfig(Section):
     """Activation of the gated MLP."""
     bos_token_id: TokenId | None = 1
     """Kept for the export."""
-    eos_token_id: TokenId | Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = 2
+    eos_token_id: Annotated[
+        TokenId | Annotated[tuple[TokenId, ...], Field(min_length=1)] | None,
+        BeforeValidator(_as_tuple),
+    ] = 2
     """Kept for the export; generation ends at any of several."""
     pad_token_id: TokenId | None = None
     """Kept for the export; no row is zeroed because of it."""

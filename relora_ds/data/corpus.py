@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import lzma
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -12,25 +15,30 @@ import pyarrow as pa
 from relora_ds.data.formats import Faults, OnError, Piece, read_jsonl, read_parquet, read_text
 from relora_ds.errors import DataError
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_LINES = (".jsonl", ".json", ".ndjson")  # C4 and Dolma name theirs .json
+_FORMATS = (".txt", *_LINES, ".parquet")
+_KNOWN = ".txt, .jsonl or .json (all also with .gz, .zst, .bz2 or .xz) and .parquet"
+_WILD = re.compile(r"[*?\[]")
 
 
 class DocumentReader:
     """The documents of some files, one file after the other.
 
-    Formats, by suffix: `.txt` (a blank line ends a document), `.jsonl` (one object per line), both
-    also `.gz` and `.zst`, and `.parquet`. A byte order mark is dropped, CRLF becomes LF, empty
-    documents are dropped. Memory is bounded: a long document comes in several pieces.
+    Formats, by suffix in any case: `.txt` (a blank line ends a document), `.jsonl` and `.json` (one
+    object per line), all also `.gz`, `.zst`, `.bz2` and `.xz`, and `.parquet`. A byte order mark is
+    dropped, CRLF becomes LF, empty documents are dropped. Memory is bounded: a long document comes
+    in several pieces.
 
     Args:
-        inputs: files to read, in this order.
-        text_key: key (JSON) or column (Parquet) of the text.
+        inputs: files to read, in this order. A directory stands for all files of a known format in
+            it and below, a pattern such as `c4/*.json.gz` for those that match; sorted by name.
+        text_key: key (JSON) or column (Parquet) of the text; `meta.text` is one within another.
         on_error: "fail" stops at the first input that cannot be used; "skip" leaves it out (a line
             of text, a JSON record, a Parquet row, or the rest of a damaged file) and counts it.
 
     Raises:
-        DataError: a file is missing, is not a file, or has an unknown suffix.
+        DataError: a file is missing, is not a file, or has an unknown suffix; or nothing matches.
     """
 
     def __init__(
@@ -41,9 +49,7 @@ class DocumentReader:
     ) -> None:
         if not inputs:
             raise DataError("no input files: name at least one")
-        self.paths = [Path(path) for path in inputs]
-        for path in self.paths:
-            _check_input(path)
+        self.paths = [file for path in inputs for file in _files(Path(path))]
         self.sizes = [path.stat().st_size for path in self.paths]
         """Bytes of each file."""
         self.documents = 0
@@ -92,9 +98,8 @@ class DocumentReader:
         kind, compression = _format_of(path)
         if kind == ".parquet":
             return read_parquet(raw, str(path), self._text_key, self._faults)
-        # Arrow's decompressor reports a stream that ends early, which zstandard's does not
-        stream = cast(BinaryIO, pa.CompressedInputStream(raw, compression)) if compression else raw
-        if kind == ".jsonl":
+        stream = raw if compression is None else _decompressed(raw, compression)
+        if kind in _LINES:
             return read_jsonl(stream, str(path), self._text_key, self._faults)
         return read_text(stream, str(path), self._faults)
 
@@ -107,17 +112,45 @@ class DocumentReader:
             yield piece
 
 
+def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+    if compression == "xz":
+        return cast(BinaryIO, lzma.open(raw))
+    # Arrow's decompressor reports a stream that ends early, which zstandard's does not
+    return cast(BinaryIO, pa.CompressedInputStream(raw, compression))
+
+
 def _format_of(path: Path) -> tuple[str, str | None]:
     """Suffix of the format and name of the compression."""
-    compression = _COMPRESSION.get(path.suffix)
-    return (path.with_suffix("").suffix if compression else path.suffix), compression
+    *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
+    compression = _COMPRESSION.get(last)
+    return (before if compression else last), compression
 
 
-def _check_input(path: Path) -> None:
+def _is_known(path: Path) -> bool:
     kind, compression = _format_of(path)
-    if kind not in _FORMATS or (compression and kind == ".parquet"):
-        known = ".txt, .jsonl (also with .gz or .zst) and .parquet"
-        raise DataError(f"{path}: unknown format {path.suffix!r}; known are {known}")
+    return kind in _FORMATS and not (compression and kind == ".parquet")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that an input stands for, each of a known format.
+
+    Raises:
+        DataError: there is none, or it is of no known format.
+    """
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_known(file))
+        if not found:
+            raise DataError(f"{path}: no file of a known format in this directory: {_KNOWN}")
+        return found
+    if not path.exists() and _WILD.search(str(path)):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise DataError(f"{path}: no file matches; name existing text files")
+        return [file for each in found for file in _files(each)]
+    if not _is_known(path):
+        suffix = "".join(path.suffixes[-2:]) or path.name
+        raise DataError(f"{path}: unknown format {suffix!r}; known are {_KNOWN}")
     if not path.is_file():
         state = "is not a file" if path.exists() else "does not exist"
         raise DataError(f"{path}: {state}; name an existing text file")
+    return [path]

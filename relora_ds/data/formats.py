@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import lzma
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ def read_jsonl(stream: BinaryIO, name: str, key: str, faults: Faults) -> Iterato
     Args:
         stream: the (decompressed) bytes.
         name: what to call the file in messages.
-        key: key of the text.
+        key: key of the text; `meta.text` is the key `text` within `meta`.
         faults: receives every record that cannot be used.
     """
     for fragment in _fragments(stream, RECORD_BYTES, name, faults):
@@ -131,11 +132,12 @@ def read_jsonl(stream: BinaryIO, name: str, key: str, faults: Faults) -> Iterato
             at = len(line[: getattr(error, "pos", 0)].encode()) + fragment.column
             faults.report("invalid JSON", f"{where}:{at}", str(error))
             continue
-        if not isinstance(record, dict) or key not in record:
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            faults.report("missing text key", f"{where}:1", f"no key {key!r} in {found}")
+        try:
+            value = _under(record, key)
+        except KeyError as error:
+            faults.report("missing text key", f"{where}:1", str(error.args[0]))
         else:
-            yield from _value_pieces(record[key], f"{where}:1", key, faults)
+            yield from _value_pieces(value, f"{where}:1", key, faults)
 
 
 def read_parquet(stream: BinaryIO, name: str, key: str, faults: Faults) -> Iterator[Piece]:
@@ -144,29 +146,51 @@ def read_parquet(stream: BinaryIO, name: str, key: str, faults: Faults) -> Itera
     Args:
         stream: the file, seekable.
         name: what to call the file in messages.
-        key: name of the column.
+        key: name of the column; `meta.text` is the field `text` of the column `meta`.
         faults: receives a damaged file, a missing column and every row that cannot be used.
     """
     row = 0
     try:
         table = parquet.ParquetFile(stream)
-        if key not in table.schema_arrow.names:
-            columns = table.schema_arrow.names
+        columns = table.schema_arrow.names
+        within = None if key in columns or "." not in key else key.partition(".")[2]
+        if (key if within is None else key.partition(".")[0]) not in columns:
             faults.report("missing text key", name, f"no column {key!r} among {columns}")
             return
         for batch in table.iter_batches(batch_size=64, columns=[key]):
+            if not batch.num_columns:  # the column has no such field
+                faults.report("missing text key", name, f"no field {key!r} within its column")
+                return
             for value in batch.column(0):
                 row += 1
                 where = f"{name}:row {row}"
                 try:
-                    text = value.as_py()
+                    text = value.as_py() if within is None else _under(value.as_py(), within)
                 except UnicodeDecodeError as error:
                     faults.report("not UTF-8", f"{where}:{error.start + 1}", str(error))
+                    continue
+                except KeyError as error:
+                    faults.report("missing text key", where, str(error.args[0]))
                     continue
                 yield from _value_pieces(text, where, key, faults)
     except (OSError, pa.ArrowException) as error:
         detail = f"not a complete Parquet file: {error}; write it again"
         faults.report("unreadable file", f"{name}:row {row + 1}", detail)
+
+
+def _under(record: object, key: str) -> object:
+    """What a record holds under a key, or under the dotted path of one within another.
+
+    Raises:
+        KeyError: it holds nothing there; says what it holds.
+    """
+    if isinstance(record, dict) and key in record:
+        return record[key]
+    first, dot, rest = key.partition(".")
+    if dot and isinstance(record, dict) and first in record:
+        return _under(record[first], rest)
+    found = sorted(record) if isinstance(record, dict) else type(record).__name__
+    raise KeyError(f"no key {key!r} in {found}")
 
 
 def _fragments(stream: BinaryIO, limit: int, name: str, faults: Faults) -> Iterator[_Fragment]:
@@ -182,7 +206,7 @@ def _fragments(stream: BinaryIO, limit: int, name: str, faults: Faults) -> Itera
             yield _Fragment(data, line, start, starts_line)
             starts_line = data.endswith(b"\n")
             line, column = (line + 1, 1) if starts_line else (line, column + size)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
         detail = f"the file is damaged or cut short: {error}; fetch or write it again"
         faults.report("unreadable file", f"{name}:{line}:{column}", detail)
     finally:
@@ -245,14 +269,20 @@ def _value_pieces(value: object, where: str, key: str, faults: Faults) -> Iterat
 def _cut_position(text: str, start: int = 0) -> int:
     """Where to end the piece from `start`: after a line end, else before a space, else anywhere.
 
-    Tokens do not reach over the first two, so that cutting there does not change them.
+    Tokens do not reach over the first two, so that cutting there does not change them; some join
+    line ends to blanks that follow, which are avoided where there is another line end. A carriage
+    return stays with what follows, which may be its line feed.
     """
     earliest, latest = start + PIECE_LENGTH // 2, start + PIECE_LENGTH
-    line_end = text.rfind("\n", earliest, latest)
-    if line_end >= 0:
-        return line_end + 1
+    last = line_end = text.rfind("\n", earliest, latest)
+    while line_end >= 0 and not text[line_end + 1 : line_end + 2].strip():
+        line_end = text.rfind("\n", earliest, line_end)
+    if max(line_end, last) >= 0:
+        return (line_end if line_end >= 0 else last) + 1
     space = text.rfind(" ", earliest, latest)
-    return space if space >= 0 else latest
+    if space >= 0:
+        return space
+    return latest - 1 if text[latest - 1] == "\r" else latest
 
 
 def _normalised(lines: list[str]) -> str:

@@ -18,7 +18,7 @@ from relora_ds.data.token_files.metadata import (
     TokenFileMetadata,
     token_file_prefix,
 )
-from relora_ds.data.tokenizer import Tokenizer
+from relora_ds.data.tokenizer import AnyTokenizer, open_tokenizer
 from relora_ds.errors import DataError
 from relora_ds.files.scratch import scratch_folder
 
@@ -49,7 +49,7 @@ def prepare(
 
     Args:
         inputs: files in any format that `DocumentReader` reads.
-        tokenizer_path: SentencePiece model.
+        tokenizer_path: SentencePiece model, `tokenizer.json`, or a directory with one of them.
         output_prefix: path of the files to write, without suffix; existing ones are replaced.
         text_key: key or column of the text.
         on_error: what to do with input that cannot be used, see `DocumentReader`.
@@ -62,7 +62,7 @@ def prepare(
         DataError: the tokenizer or the input cannot be used, or the output cannot be written.
     """
     reader = DocumentReader(inputs, text_key, on_error)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     prefix = Path(token_file_prefix(output_prefix))
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def prepare(
 
 
 def _write(
-    draft: Path, reader: DocumentReader, tokenizer: Tokenizer, progress: Progress | None
+    draft: Path, reader: DocumentReader, tokenizer: AnyTokenizer, progress: Progress | None
 ) -> TokenFileMetadata:
     import torch  # late, as Megatron: bad input and --help should not wait for it
 
@@ -107,6 +107,7 @@ def _write(
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.__name__,
         tokenizer_sha256=tokenizer.sha256,
+        eos_id=tokenizer.eos_id,
         sources=tuple(
             SourceFile(path=str(path), bytes=size)
             for path, size in zip(reader.paths, reader.sizes, strict=True)
@@ -133,7 +134,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encoded(tokenizer: Tokenizer, batch: list[Piece]) -> Iterator[list[int]]:
+def _encoded(tokenizer: AnyTokenizer, batch: list[Piece]) -> Iterator[list[int]]:
     """Ids of each piece, in order."""
     begun = iter(tokenizer.encode_batch([piece.text for piece in batch if piece.first]))
     continued = iter(

@@ -10,7 +10,13 @@ from relora_ds.config.sections import DataConfig
 from relora_ds.data.batches import checked_num_samples
 from relora_ds.data.builtin import builtin_corpus, default_cache_dir
 from relora_ds.data.token_files.contents import covers_everything
-from relora_ds.data.tokenizer import Tokenizer, tokenizer_hash
+from relora_ds.data.tokenizer import (
+    open_tokenizer,
+    special_ids,
+    tokenizer_file,
+    tokenizer_hash,
+    tokenizers_in,
+)
 from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import ConfigError, DataError
 
@@ -26,7 +32,7 @@ class Corpus:
     valid: TokenFile | None
     """Validation data."""
     tokenizer: Path | None
-    """SentencePiece model that produced the tokens."""
+    """File of the tokenizer that produced the tokens."""
 
     @property
     def files(self) -> tuple[TokenFile, ...]:
@@ -64,13 +70,46 @@ class Corpus:
                 )
         if self.tokenizer is None:
             return
-        known = Tokenizer(self.tokenizer).vocab_size
+        known = open_tokenizer(self.tokenizer).vocab_size
         if known > vocab_size:
             raise DataError(
                 f"{self.tokenizer}: the tokenizer has {known} ids, but the model's vocab_size is "
                 f"{vocab_size}; set vocab_size of the model to at least {known} or use a smaller "
                 "tokenizer"
             )
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id that ends every document, where tokenizer or token files say it."""
+        if self.tokenizer is not None:
+            return special_ids(self.tokenizer).eos
+        metadata = (file.metadata for file in self.files)
+        return next((each.eos_id for each in metadata if each and each.eos_id is not None), None)
+
+    def check_tokenizer_of(self, model: Path) -> None:
+        """Check that a model in a directory was trained on the ids of this corpus.
+
+        What cannot be told, because data or model come without a tokenizer, is believed.
+
+        Args:
+            model: holds the model's tokenizer, if anything does.
+
+        Raises:
+            DataError: its tokenizer is another one.
+        """
+        recorded = {file.tokenizer_sha256 for file in self.files} - {None}
+        theirs = tokenizers_in(model)
+        if not recorded or not theirs or recorded & {tokenizer_hash(path) for path in theirs}:
+            return
+        if self.tokenizer is not None:
+            # the same tokenizer may have been written again, or in another form
+            pieces = open_tokenizer(self.tokenizer).pieces()
+            if any(open_tokenizer(path).pieces() == pieces for path in theirs):
+                return
+        raise DataError(
+            f"{self.files[0].prefix}.json: made with another tokenizer than that of the model in "
+            f"{model}, so that its ids mean other texts there; prepare the data with {theirs[0]}"
+        )
 
     def check_length(self, seq_length: int) -> None:
         """Check that every file holds at least one sample of `seq_length + 1` tokens.
@@ -102,7 +141,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         train=tuple(TokenFile(prefix) for _, prefix in blend),
         weights=tuple(weight / total for weight, _ in blend),
         valid=TokenFile(config.valid) if config.valid else None,
-        tokenizer=Path(config.tokenizer) if config.tokenizer else None,
+        tokenizer=tokenizer_file(config.tokenizer) if config.tokenizer else None,
     )
     _check_tokenizers(corpus)
     return corpus

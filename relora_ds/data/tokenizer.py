@@ -1,7 +1,8 @@
-"""The tokenizer: a SentencePiece model, read and trained.
+"""The tokenizer: opened whatever its kind, and SentencePiece models read and trained.
 
-Models are laid out as LLaMA's are: byte-pair encoding with a byte fallback, so that any text
-survives the round trip, digits split, white space kept, and the ids unk 0, bos 1, eos 2, pad 3.
+Models that are trained here are laid out as LLaMA's are: byte-pair encoding with a byte fallback,
+so that any text survives the round trip, digits split, white space kept, and the ids unk 0, bos 1,
+eos 2, pad 3.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 from google.protobuf.message import DecodeError
@@ -19,6 +21,13 @@ from sentencepiece import sentencepiece_model_pb2
 
 from relora_ds.data.corpus import DocumentReader
 from relora_ds.data.formats import OnError
+from relora_ds.data.json_tokenizer import (
+    COMPANIONS,
+    JsonTokenizer,
+    read_json_tokenizer,
+    special_tokens,
+)
+from relora_ds.data.json_tokenizer import NAME as JSON_NAME
 from relora_ds.errors import DataError
 from relora_ds.files.regular import read_regular
 from relora_ds.files.scratch import scratch_folder
@@ -31,11 +40,14 @@ TRAINING_BYTES = 128 << 20
 """Text that a tokenizer is trained on at most; of a larger corpus every n-th line is taken."""
 
 
+NAME = "tokenizer.model"
+
+
 class Tokenizer:
-    """Text to ids and back.
+    """Text to ids and back by a SentencePiece model.
 
     Args:
-        path: SentencePiece model file.
+        path: the model file.
 
     Raises:
         DataError: the file is missing, is no SentencePiece model, or has no end-of-sequence id.
@@ -49,7 +61,7 @@ class Tokenizer:
         except (RuntimeError, DecodeError) as error:
             raise DataError(
                 f"{path}: not a SentencePiece model, or damaged; train one with "
-                "tools/train_tokenizer.py"
+                "tools/train_tokenizer.py, or name the tokenizer.json that comes with a model"
             ) from error
         self.path = Path(path)
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -61,6 +73,10 @@ class Tokenizer:
         """-1 where the model defines none, as in LLaMA's own."""
         if self.eos_id < 0:
             raise DataError(f"{path}: the model has no eos id, which must end every document")
+
+    def pieces(self) -> list[str | None]:
+        """Every token by its id."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without bos or eos."""
@@ -82,13 +98,88 @@ class Tokenizer:
         return self._processor.decode([int(token) for token in ids])
 
 
+AnyTokenizer = Tokenizer | JsonTokenizer
+"""Both have the same members."""
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that a tokenizer's name stands for: itself, or the one in a model's directory.
+
+    A `tokenizer.json` goes before a `tokenizer.model` beside it, as in transformers.
+
+    Raises:
+        DataError: a directory holds neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for file in tokenizers_in(path):
+        return file
+    raise DataError(
+        f"{path}: holds neither {JSON_NAME} nor {NAME}; name a SentencePiece model, a "
+        "tokenizer.json of Hugging Face's, or a directory with one of them"
+    )
+
+
+def tokenizers_in(directory: Path) -> list[Path]:
+    """Files of the tokenizers in a directory, the one that transformers takes first."""
+    return [directory / name for name in (JSON_NAME, NAME) if (directory / name).is_file()]
+
+
+def tokenizer_files(file: Path) -> dict[str, Path]:
+    """The files that say everything of a tokenizer, by the name that they have in a directory.
+
+    Args:
+        file: what `tokenizer_file` returned.
+    """
+    if file.suffix.lower() != ".json":
+        return {NAME: file}
+    beside = {name: file.with_name(name) for name in COMPANIONS}
+    return {JSON_NAME: file} | {name: path for name, path in beside.items() if path.is_file()}
+
+
+class SpecialIds(NamedTuple):
+    """Ids with a meaning; None for those that a tokenizer does not have."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+def special_ids(file: Path) -> SpecialIds:
+    """Ids with a meaning of the tokenizer in a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if file.suffix.lower() == ".json":
+        found = {kind: number for kind, (_, number) in special_tokens(file).items()}
+        return SpecialIds(found.get("bos"), found.get("eos"), found.get("pad"))
+    model = Tokenizer(file)
+    ids = (i if i >= 0 else None for i in (model.bos_id, model.eos_id, model.pad_id))
+    return SpecialIds(*ids)
+
+
+def open_tokenizer(path: str | Path) -> AnyTokenizer:
+    """The tokenizer in a file or a model's directory: SentencePiece's, or a `tokenizer.json`.
+
+    Raises:
+        DataError: it cannot be read or used.
+    """
+    file = tokenizer_file(path)
+    return JsonTokenizer(file) if file.suffix.lower() == ".json" else Tokenizer(file)
+
+
 def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of a model file in hexadecimal, without loading it.
+    """SHA-256 of a tokenizer's file in hexadecimal, without loading it.
 
     Raises:
         DataError: the file cannot be read or is empty.
     """
-    return hashlib.sha256(_read_model(path)).hexdigest()
+    file = tokenizer_file(path)
+    is_json = file.suffix.lower() == ".json"
+    content = read_json_tokenizer(file) if is_json else _read_model(file)
+    return hashlib.sha256(content).hexdigest()
 
 
 def train_tokenizer(

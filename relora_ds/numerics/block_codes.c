@@ -57,3 +57,8 @@ void load(float *restrict values, const uint8_t *restrict codes, const float *re
         for (size_t i = at; i < at + length(count, at); i++)
             values[i] = levels[codes[i]] * scales[at / BLOCK];
 }
+
+// Roots in place, rounded once; the one of torch's libraries may miss by a unit in the last place.
+void roots(float *values, size_t count) {
+    for (size_t i = 0; i < count; i++) values[i] = sqrtf(values[i]);
+}

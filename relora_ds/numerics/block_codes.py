@@ -43,7 +43,7 @@ class Codes:
 
     def load(self) -> torch.Tensor:
         """The values, fp32, 1-D."""
-        tables = _tables(self.codes.dtype, self.codes.device)
+        tables = code_tables(self.codes.dtype, self.codes.device)
         library = self._kernels()
         if library is not None:
             values = torch.empty(self.codes.shape, dtype=torch.float32)
@@ -54,7 +54,10 @@ class Codes:
 
     def store(self, values: torch.Tensor) -> None:
         """Encode values, fp32, 1-D, in place of what was there."""
-        tables, signed = _tables(self.codes.dtype, self.codes.device), self.codes.dtype.is_signed
+        tables, signed = (
+            code_tables(self.codes.dtype, self.codes.device),
+            self.codes.dtype.is_signed,
+        )
         library = self._kernels()
         if library is not None:
             more = tables.borders.data_ptr(), tables.nearby.data_ptr(), int(signed)
@@ -94,16 +97,33 @@ class Codes:
         in_parts(part, -(-count // BLOCK), count)
 
 
+def take_roots(values: torch.Tensor) -> torch.Tensor:
+    """Roots of fp32 values, 1-D and contiguous, in place: as IEEE 754 rounds them, like a GPU's,
+    where there is a C compiler; torch's own on CPUs may miss by a unit in the last place."""
+    library = load_kernels(_SOURCE) if values.device.type == "cpu" else None
+    if library is None:
+        return values.sqrt_()
+    assert values.is_contiguous()
+    kernel, start = _typed(library).roots, values.data_ptr()
+    in_parts(
+        lambda first, stop: kernel(start + 4 * first, stop - first), values.numel(), values.numel()
+    )
+    return values
+
+
 @functools.cache
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.load.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t, ctypes.c_void_p]
     pointers = [ctypes.c_void_p] * 3, [ctypes.c_void_p] * 2
     library.store.argtypes = [*pointers[0], ctypes.c_size_t, *pointers[1], ctypes.c_int]
-    library.load.restype = library.store.restype = None
+    library.roots.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.load.restype = library.store.restype = library.roots.restype = None
     return library
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
+    """What codes of a type stand for."""
+
     levels: torch.Tensor
     """Value of every code, by its byte: fp32, (256,)."""
     borders: torch.Tensor
@@ -113,7 +133,8 @@ class _Tables(NamedTuple):
 
 
 @functools.cache
-def _tables(dtype: torch.dtype, device: torch.device) -> _Tables:
+def code_tables(dtype: torch.dtype, device: torch.device) -> Tables:
+    """Of codes of the first moment, int8, or of the second one, uint8."""
     decades = 7 if dtype == torch.int8 else 8
     levels = [torch.zeros(1, dtype=torch.float64)]
     for decade in range(decades):
@@ -126,4 +147,4 @@ def _tables(dtype: torch.dtype, device: torch.device) -> _Tables:
     nearby = torch.bucketize(beginnings, borders).to(torch.uint8)
     if dtype == torch.int8:  # code -128 is never written
         table = torch.cat([table, table.new_zeros(1), -table[1:].flip(0)])
-    return _Tables(table.float().to(device), borders.to(device), nearby)
+    return Tables(table.float().to(device), borders.to(device), nearby)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from relora_ds.numerics.block_codes import BLOCK, Codes
+from relora_ds.numerics.block_codes import BLOCK, Codes, take_roots
 from relora_ds.optim.vector_adamw import Moments, VectorAdamW, cached_stretch
 
 _TYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
@@ -36,7 +36,7 @@ class BlockAdamW(VectorAdamW):
     def _store(
         self, state: dict[str, torch.Tensor], start: int, stop: int, moments: Moments
     ) -> None:
-        for name, values in zip(_TYPES, (moments[0], moments[1].sqrt_()), strict=True):
+        for name, values in zip(_TYPES, (moments[0], take_roots(moments[1])), strict=True):
             _codes(state, name, start, stop).store(values)
 
 

@@ -10,7 +10,6 @@ at random, by draws that depend on the tensor, its step and the element alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -22,7 +21,13 @@ from torch.optim.adamw import adamw
 
 from relora_ds.numerics.rounding import round_at_random
 from relora_ds.numerics.transfers import upload
-from relora_ds.optim.vector_block import Rectangle, Tensors, update_blocks
+from relora_ds.optim.vector_block import (
+    Tensors,
+    WholeUpdates,
+    corrections,
+    rectangles_of,
+    update_blocks,
+)
 from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.randomness import Stream
 
@@ -66,6 +71,7 @@ class VectorAdamW(torch.optim.Optimizer):
         )
         self.fragments: dict[int, list[Fragment]] | None = None
         self.roundings: Mapping[int, Stream] = {}
+        self._whole = WholeUpdates()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -99,6 +105,13 @@ class VectorAdamW(torch.optim.Optimizer):
         fragments = [] if self.fragments is None else self.fragments[key]
         flat, grad = p.view(-1), p.grad.view(-1)
         stretch, rounded = self._stretch(p), p.dtype == torch.bfloat16
+        if self._whole.serve(p, grad, state["exp_avg"], fragments, completed):
+            stream = replace(self.roundings[key], event=completed) if rounded else None
+            return self._whole.update(
+                Tensors(flat, grad, *(state[name].view(-1) for name in MOMENTS)),
+                [state.get(f"{name}_scale") for name in MOMENTS],
+                *(fragments, completed, group, scale, stream),
+            )
         for start in range(0, flat.numel(), stretch):
             stop = min(flat.numel(), start + stretch)
             part, inner = flat[start:stop], _within(fragments, start, stop, flat.numel())
@@ -175,7 +188,7 @@ def advance(
     aged = [run for run in runs if isinstance(run, Fragment)]
     if aged:
         factors = _factors([fragment.clock for fragment in aged], completed + 1, group, p)
-        update_blocks(tensors, list(_blocks(aged)), factors, tuple(group["betas"]))
+        update_blocks(tensors, list(rectangles_of(aged)), factors, tuple(group["betas"]))
     for run in runs:
         if not isinstance(run, Fragment):
             _update_run(tensors, run, group)
@@ -218,7 +231,7 @@ def _factors(
     born, thaw = np.concatenate([clock.times for clock in clocks], axis=1)
     (beta1, beta2), lr, live = group["betas"], group["lr"], thaw < step
     ages = step - born
-    slopes, corrections = _corrections(beta1, beta2, 1 << int(ages.max()).bit_length())
+    slopes, shifts = corrections(beta1, beta2, 1 << int(ages.max()).bit_length())
     # in float64 and rounded once, as scalars would be; a factor of one keeps all bits
     factors = np.ones((4, len(ages)), np.float64 if like.dtype == torch.float64 else np.float32)
     factors[0] = live
@@ -226,29 +239,10 @@ def _factors(
         np.copyto(factors[1], 1.0 - lr * group["weight_decay"], where=live)
     if lr:
         factors[2] = slopes[ages] / lr
-        factors[3] = corrections[ages] * (group["eps"] / lr)
+        factors[3] = shifts[ages] * (group["eps"] / lr)
     # whatever the moment, no update
     np.copyto(factors[3], np.inf, where=~live if lr else True)
     return upload(torch.from_numpy(factors), like.device).to(like.dtype)
-
-
-@functools.lru_cache(maxsize=4)
-def _corrections(beta1: float, beta2: float, ages: int) -> tuple[np.ndarray, np.ndarray]:
-    """c1 / sqrt(c2) and c1 for every age below `ages`."""
-    age = np.arange(ages, dtype=np.float64)
-    c1, c2 = 1.0 - beta1**age, 1.0 - beta2**age
-    c2[0] = 1.0  # no vector has the age zero
-    return c1 / np.sqrt(c2), c1
-
-
-def _blocks(fragments: list[Fragment]) -> Iterator[Rectangle]:
-    """The rectangles of fragments; the vectors of one clock after the other."""
-    before = 0
-    for fragment in fragments:
-        axis = fragment.clock.axis
-        for at, row, col, rows, width in fragment.rectangles:
-            yield Rectangle(at, rows, width, axis, before + (col if axis else row))
-        before += fragment.clock.count
 
 
 _Run = tuple[int, int, int]

@@ -1,8 +1,9 @@
 """The AdamW update of matrices whose rows or columns have coefficients of their own.
 
 torch's fused kernel has one step count per tensor, and a rank vector is strided if it is a column.
-One pass over memory needs a kernel: on a CPU a few lines of C, elsewhere what torch's compiler
-makes of the operations.
+One pass over memory needs a kernel: on a CPU a few lines of C. On a GPU one in Triton updates a
+whole tensor, whatever its moments are kept in; without Triton torch's compiler makes what it can of
+the operations.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from relora_ds.numerics.gpu import launch
 from relora_ds.numerics.host_kernels import in_parts, load_kernels
+from relora_ds.numerics.transfers import upload
+from relora_ds.optim.vector_clock import Fragment
+from relora_ds.randomness import Stream
 
+_KERNEL_TYPES = {torch.float32, torch.bfloat16}
 _SHAPES = 64
 _logger = logging.getLogger(__name__)
 _COMPILED_FROM = 1 << 15
@@ -169,3 +176,124 @@ def _compiled() -> Callable[..., None]:
             kernel(*arguments)
 
     return step
+
+
+class WholeUpdates:
+    """Updates of whole flat tensors by one kernel each; remembers where their vectors lie."""
+
+    def __init__(self) -> None:
+        self._placed: dict[int, tuple[list[Fragment], torch.Tensor]] = {}
+
+    def serve(
+        self,
+        p: torch.Tensor,
+        grad: torch.Tensor,
+        moment: torch.Tensor,
+        fragments: list[Fragment],
+        completed: int,
+    ) -> bool:
+        """Whether the kernel is to update a tensor. Where its elements are of one age, and they and
+        their moments in fp32, torch's own kernel is as good.
+
+        Args:
+            moment: the first one as it is kept.
+            fragments: what has a clock.
+            completed: updates of the tensor before this one.
+        """
+        if not launch.usable(p.device) or not {p.dtype, grad.dtype} <= _KERNEL_TYPES:
+            return False
+        if moment.device != p.device or not p.numel():
+            return False
+        plain = p.dtype == moment.dtype == torch.float32
+        return not plain or any(f.clock.common_birth(completed) is None for f in fragments)
+
+    def update(
+        self,
+        tensors: Tensors,
+        scales: Sequence[torch.Tensor | None],
+        fragments: list[Fragment],
+        completed: int,
+        group: Mapping[str, Any],
+        scale: torch.Tensor | None,
+        stream: Stream | None,
+    ) -> None:
+        """One AdamW update in place.
+
+        Args:
+            tensors: moments are in fp32 or in codes.
+            scales: of the blocks of both moments' codes.
+            fragments: what has a clock, in order of offset.
+            completed: updates of the tensor before this one.
+            group: `lr`, `betas`, `eps` and `weight_decay`.
+            scale: fp32 scalar that the gradient is multiplied by.
+            stream: draws by which a bf16 tensor is rounded.
+        """
+        from relora_ds.numerics.gpu import adamw as kernels  # needs Triton
+
+        device, length = tensors.p.device, tensors.p.numel()
+        key = tensors.p.data_ptr()
+        placed = self._placed.get(key)
+        if placed is None or placed[0] != fragments:
+            table = upload(torch.from_numpy(_stretches(fragments, length)), device)
+            self._placed[key] = placed = fragments, table
+        # each stretch without a clock is a vector of the tensor's own age
+        alone = np.zeros((2, len(placed[1])), dtype=np.int32)
+        times = np.concatenate([*(each.clock.times for each in fragments), alone], axis=1)
+        oldest = completed + 1 - int(times[0].min())
+        betas, lr = group["betas"], group["lr"]
+        rates = [lr or 1.0, group["eps"] / lr if lr else math.inf, 1.0 - lr * group["weight_decay"]]
+        ages = kernels.Ages(
+            placed[1],
+            upload(torch.from_numpy(times), device),
+            _corrections_on(device, *betas, 1 << oldest.bit_length()),
+        )
+        moments = zip((tensors.exp_avg, tensors.exp_avg_sq), scales, strict=True)
+        first, second = (kernels.Moment(*each) for each in moments)
+        sent = upload(torch.tensor(rates, dtype=torch.float64), device)
+        kernels.update(
+            *(tensors.p, tensors.grad, (first, second), ages, completed + 1),
+            *(sent, betas, scale, stream),
+        )
+
+
+def rectangles_of(fragments: Sequence[Fragment]) -> Iterator[Rectangle]:
+    """The rectangles of fragments; the vectors of one clock after the other."""
+    before = 0
+    for fragment in fragments:
+        axis = fragment.clock.axis
+        for at, row, col, rows, width in fragment.rectangles:
+            yield Rectangle(at, rows, width, axis, before + (col if axis else row))
+        before += fragment.clock.count
+
+
+@functools.lru_cache(maxsize=4)
+def corrections(beta1: float, beta2: float, ages: int) -> tuple[np.ndarray, np.ndarray]:
+    """c1 / sqrt(c2) and c1 for every age below `ages`, where c is 1 - beta^age; float64."""
+    age = np.arange(ages, dtype=np.float64)
+    c1, c2 = 1.0 - beta1**age, 1.0 - beta2**age
+    c2[0] = 1.0  # no vector has the age zero
+    return c1 / np.sqrt(c2), c1
+
+
+@functools.lru_cache(maxsize=4)
+def _corrections_on(device: torch.device, beta1: float, beta2: float, ages: int) -> torch.Tensor:
+    """`corrections` on a device, (2, ages)."""
+    return torch.from_numpy(np.stack(corrections(beta1, beta2, ages))).to(device)
+
+
+def _stretches(fragments: Sequence[Fragment], length: int) -> np.ndarray:
+    """Stretches of a flat tensor, as `numerics.gpu.adamw.Ages` has them; vectors of the fragments
+    come first, and each stretch between fragments is a vector of its own behind them."""
+    rows: list[tuple[int, ...]] = []
+    alone, at = sum(fragment.clock.count for fragment in fragments), 0
+    for start, height, width, axis, first in (
+        *rectangles_of(fragments),
+        Rectangle(length, 0, 0, 0, 0),
+    ):
+        if at < start:
+            rows.append((at, start, 1, 2, alone))
+            alone += 1
+        at = start + height * width
+        if height:
+            rows.append((start, at, width, axis, first))
+    return np.array(rows, dtype=np.int64)

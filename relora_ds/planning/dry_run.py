@@ -33,7 +33,7 @@ def dry_run(run: LoadedRun, zero: ZeroSettings, console: Console) -> None:
         f"ZeRO stage {zero.stage}, "
         f"{zero.global_batch_size} sequences of {run.config.train.seq_length} tokens "
         f"per step, {zero.accumulation} micro-batches per process, "
-        f"{run.config.train.steps} steps: the configuration is valid"
+        f"{run.config.train.steps} steps"
     )
 
 

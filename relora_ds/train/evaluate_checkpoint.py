@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def evaluate_checkpoint(
         ConfigError: the windows are longer than the model allows, or this machine has GPUs that
             torch cannot use.
         CheckpointError: the checkpoint cannot be read.
-        DataError: the token file cannot be used with the model.
+        DataError: the token file cannot be used with the model, or another tokenizer made it.
     """
     dense = DenseModel(checkpoint)
     limit = dense.architecture.max_position_embeddings
@@ -50,7 +51,7 @@ def evaluate_checkpoint(
             f"seq-length {seq_length} and batch-size {batch_size}: the model takes 1 to {limit} "
             "tokens, and a batch at least one sequence"
         )
-    file = _open(data, dense.architecture.vocab_size)
+    file = _open(data, dense)
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
@@ -63,11 +64,16 @@ def evaluate_checkpoint(
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
 
 
-def _open(data: str, vocab_size: int) -> TokenFile:
+def _open(data: str, model: DenseModel) -> TokenFile:
+    """The token file, of which every id is one of the model's, and means the same there."""
+    vocab_size = model.architecture.vocab_size
     if data == "builtin":
         corpus = open_corpus(DataConfig(source="builtin", builtin_vocab_size=vocab_size))
         assert corpus.valid is not None
-        return corpus.valid
-    file = TokenFile(data)
-    Corpus((), (), file, None).check_vocabulary(vocab_size)
-    return file
+        corpus = replace(corpus, train=(), weights=())
+    else:
+        corpus = Corpus((), (), TokenFile(data), None)
+        corpus.check_vocabulary(vocab_size)
+    corpus.check_tokenizer_of(model.directory)
+    assert corpus.valid is not None
+    return corpus.valid

@@ -68,6 +68,7 @@ def _dry_run(loaded: LoadedRun) -> None:
     from relora_ds.methods.registry import check_requirements
     from relora_ds.parallel.topology import copies_of_model
     from relora_ds.planning.dry_run import dry_run
+    from relora_ds.train.checks import check_start
 
     # a single process speaks for one copy of the model, however many will share it
     processes, tensor = int(os.environ.get("WORLD_SIZE", "1")), loaded.config.parallel.tensor
@@ -77,9 +78,11 @@ def _dry_run(loaded: LoadedRun) -> None:
     check_requirements(loaded, zero)
     if int(os.environ.get("RANK", "0")) == 0:
         console = Console()
-        for warning in loaded.warnings:
-            console.print(f"warning: {warning}", highlight=False)
         dry_run(loaded, zero, console)
+        doubts = check_start(loaded.config, loaded.architecture)  # last, so that tables are seen
+        for warning in (*loaded.warnings, *doubts):
+            console.print(f"warning: {warning}", highlight=False)
+        console.print("the configuration is valid, and what it names is there")
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -91,12 +94,17 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN.yaml", help="run description")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override any key, as method.rank=64"
+        "overrides",
+        nargs="*",
+        default=[],  # without it argparse says that one is needed
+        metavar="key=value",
+        help="override any key, as method.rank=64",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="validate, print the parameter table and stop; allocates nothing",
+        help="look at everything that a start would, print the parameter table and stop; allocates "
+        "and changes nothing",
     )
     # launchers append it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

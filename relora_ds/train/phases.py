@@ -13,7 +13,7 @@ import torch
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
-from relora_ds.checkpoint.export import DenseModel, FiniteWeights
+from relora_ds.checkpoint.export import FiniteWeights
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
     find_earlier,
@@ -41,6 +41,7 @@ from relora_ds.planning.memory_report import (
     saved_bytes,
     storage_plan,
 )
+from relora_ds.train.checks import initial_model
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
@@ -126,7 +127,7 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
     weights: DenseWeights = AwaitedState()
     if saved is None:
         with doing("start"):
-            weights = _initial_weights(config, architecture)
+            weights = _initial_weights(prepared)
     for number, phase in enumerate(phases):
         resumed = saved if number == 0 else None
         engine, rewind = _train_phase(prepared, trainer, phase, weights, resumed, completed)
@@ -222,24 +223,15 @@ def _refuse_non_finite(engine: TrainEngine, saved: SavedRun) -> None:
         )
 
 
-def _initial_weights(
-    config: RunConfig, architecture: ModelConfig
-) -> Mapping[str, torch.Tensor] | None:
+def _initial_weights(prepared: Prepared) -> Mapping[str, torch.Tensor] | None:
     """Dense weights to start from, each read on access; or None for the seed's random draw.
 
     Raises:
         CheckpointError: they are of another model. One that is not finite is found when it is read.
+        DataError: they were trained with another tokenizer.
     """
-    path = config.train.init_from
-    if path is None:
-        return None
-    model = DenseModel(Path(path))
-    if model.architecture.model_dump() != architecture.model_dump():
-        raise CheckpointError(
-            f"train.init_from: the model in {path} has another architecture than "
-            f"{config.model}; use the same one"
-        )
-    return FiniteWeights(model.weights(), model.path)
+    model = initial_model(prepared.config, prepared.architecture, prepared.corpus)
+    return None if model is None else FiniteWeights(model.weights(), model.path)
 
 
 def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:

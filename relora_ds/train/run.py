@@ -35,6 +35,7 @@ from relora_ds.errors import (
 from relora_ds.methods.registry import check_requirements
 from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import share_models
+from relora_ds.train.checks import doubts_about_the_export, initial_model
 from relora_ds.train.guards.agreement import Agreement
 from relora_ds.train.guards.bad_batches import BadBatches
 from relora_ds.train.guards.steps import StepGuard
@@ -54,6 +55,7 @@ from relora_ds.train.results import (
 from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.telemetry import Telemetry
+from relora_ds.train.telemetry.trace import TRACES, StepTrace
 
 _logger = logging.getLogger(__name__)
 
@@ -185,7 +187,9 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
         return
     _logger.info("running on %s", describe_machine(prepared.topology.device))
     warn_of_missing_export(loaded.config)
-    for warning in (*loaded.warnings, reduction_advice(prepared.zero), version_advice()):
+    advice = reduction_advice(prepared.zero), version_advice()
+    doubts = doubts_about_the_export(prepared.architecture, prepared.corpus)
+    for warning in (*loaded.warnings, *advice, *doubts):
         if warning is not None:
             _logger.warning(warning)
     path = Path(loaded.config.output_dir) / "run.yaml"
@@ -209,6 +213,8 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
         check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
         return saved
+    # before results of an earlier run make way for a start that fails
+    initial_model(config, prepared.architecture, prepared.corpus)
     output_dir = Path(config.output_dir)
     if topology.is_main:
         moved = set_aside_earlier_run(output_dir, config)
@@ -274,6 +280,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         stop=stop,
         agreement=Agreement(),
         guard=StepGuard(config.guards, guards, bad_batches.note),
+        trace=StepTrace(config.log.profile, output_dir / TRACES, topology.rank),
         final=earlier_figures(output_dir) if saved and topology.is_main else {},
     )
 

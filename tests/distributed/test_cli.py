@@ -57,10 +57,12 @@ def test_unusable_inputs_have_their_exit_code(
     else:
         for section, values in change.items():
             tiny_run[section] |= values
-    found, output = run([str(write_run(tiny_run, tmp_path / "run.yaml"))])
-    assert found == code, output
-    assert all(word in output for word in words), output
-    assert "Traceback" not in output
+    description = str(write_run(tiny_run, tmp_path / "run.yaml"))
+    for arguments in ([description], [description, "--dry-run"]):
+        found, output = run(arguments)
+        assert found == code, output
+        assert all(word in output for word in words), output
+        assert "Traceback" not in output
 
 
 def test_divergence_exits_5(tiny_run: dict[str, Any], tmp_path: Path) -> None:

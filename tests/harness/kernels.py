@@ -1,7 +1,8 @@
 """Kernels in Triton without a GPU: interpreted on the CPU, and compiled for GPUs that are absent.
 
-`python -m tests.harness.kernels TARGET...` compiles them all for the targets, such as 90 for sm_90,
-and prints what they take: JSON, {kernel: {target: [registers, bytes of stack, of shared memory]}}.
+`python -m tests.harness.kernels KERNEL... TARGET...` compiles kernels (default: all) for targets,
+such as 90 for sm_90, and prints what they take, as JSON: for each kernel and target registers,
+bytes of stack and bytes of shared memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,16 @@ class Variant(NamedTuple):
 
 _TABLE = {"table": "*i64"}
 _SPARSE = {"dense": "*bf16", "row_starts": "*i32", "columns": "*i16", "values": "*bf16"}
+_ADVANCE = {
+    **dict.fromkeys(("p", "grad", "first", "second", "first_scales", "second_scales"), "*fp32"),
+    **dict.fromkeys(("tables", "scale", "factors"), "*fp32"),
+    "nearby": "*u8",
+    "rectangles": "*i64",
+    **dict.fromkeys(("number", "count", "length"), "i32"),
+    **dict.fromkeys(("take1", "beta2", "take2"), "fp32"),
+    **dict.fromkeys(("first_key", "second_key"), "i64"),
+}
+_CODES = {"first": "*i8", "second": "*u8"}
 VARIANTS: dict[str, Variant] = {
     "copy rows": Variant(
         "rows",
@@ -64,6 +75,34 @@ VARIANTS: dict[str, Variant] = {
     "read at the support": Variant(
         "support", "read_row", _SPARSE | {"width": "i32"}, {"block": 128}, warps=1
     ),
+    "factors of vectors": Variant(
+        "adamw",
+        "vector_factors",
+        {
+            "times": "*i32",
+            "rates": "*fp64",
+            "corrections": "*fp64",
+            "factors": "*fp32",
+            "count": "i32",
+            "ages": "i32",
+            "step": "i32",
+        },
+        {"block": 256},
+    ),
+    **{
+        f"adamw, {name}": Variant(
+            "adamw",
+            "advance",
+            _ADVANCE | types,
+            {"coded": coded, "rounded": rounded, "blocks": 2},
+        )
+        for name, coded, rounded, types in (
+            ("fp32", False, False, {}),
+            ("bf16", False, True, {"p": "*bf16", "grad": "*bf16"}),
+            ("codes, fp32", True, False, _CODES),
+            ("codes, bf16", True, True, {"p": "*bf16", "grad": "*bf16"} | _CODES),
+        )
+    },
     **{
         f"absorb, {name}": Variant(
             "exchange",
@@ -90,15 +129,16 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def compiled(targets: list[int]) -> Iterator[tuple[str, int, list[int]]]:
-    """What every kernel takes on every target; needs a process without the interpreter."""
+def compiled(names: Sequence[str], targets: Sequence[int]) -> Iterator[tuple[str, int, list[int]]]:
+    """What kernels take on every target; needs a process without the interpreter."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     named = {"fp32": tl.float32, "bf16": tl.bfloat16}
-    for name, variant in VARIANTS.items():
+    for name in names:
+        variant = VARIANTS[name]
         function = getattr(
             import_module(f"relora_ds.numerics.gpu.{variant.module}"), variant.function
         )
@@ -133,6 +173,8 @@ def _usage(binary: bytes) -> tuple[int, int]:
 
 if __name__ == "__main__":
     taken: dict[str, dict[int, list[int]]] = {}
-    for label, number, figures in compiled([int(each) for each in sys.argv[1:]]):
+    numbers = [int(each) for each in sys.argv[1:] if each.isdigit()]
+    kernels = [each for each in sys.argv[1:] if not each.isdigit()] or list(VARIANTS)
+    for label, number, figures in compiled(kernels, numbers):
         taken.setdefault(label, {})[number] = figures
     json.dump(taken, sys.stdout, indent=1)

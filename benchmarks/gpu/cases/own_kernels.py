@@ -16,6 +16,9 @@ from relora_ds.numerics.batched.draws import RowDraw, UniformRows, draw_rows
 from relora_ds.numerics.batched.exchange import Exchange, WeightSlice, absorb
 from relora_ds.numerics.batched.rows import Rows, clear_rows, copy_rows
 from relora_ds.numerics.gpu import launch
+from relora_ds.optim.block_adamw import BlockAdamW
+from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
+from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.randomness import Stream
 
 
@@ -25,6 +28,7 @@ def cases() -> list[Case]:
         moved_rows,
         exchanged,
         sparse,
+        updated,
     ]
     named = [(function.__name__.replace("_", " "), function) for function in functions]
     return [Case("B", f"Triton, {name}", each, expected_s=8, value=9) for name, each in named]
@@ -157,3 +161,37 @@ def sparse(device: torch.device, sizes: Sizes) -> Figures:
 
         equal(*both(device, compute), f"{kind}, composed and read:")
     return {"elements": count}
+
+
+def updated(device: torch.device, sizes: Sizes) -> Figures:
+    """AdamW of a tensor in which every vector has an age of its own: against the C kernels of the
+    host, bit for bit, in fp32 and bf16, with moments in fp32 and in codes."""
+    rank, width = sizes.pick((5, 67), (128, 5461))
+    size = 2 * rank * width
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(size, generator=generator)
+    slopes = [torch.randn(size, generator=generator) for _ in range(3)]
+    kinds = (VectorAdamW, torch.float32), (VectorAdamW, torch.bfloat16)
+    coded = (BlockAdamW, torch.float32), (BlockAdamW, torch.bfloat16)
+    for kind, dtype in (*kinds, *coded):
+        ends = []
+        for place in (device, torch.device("cpu")):
+            p = torch.nn.Parameter(start.to(place, dtype, copy=True))
+            optimizer = kind([p], lr=1e-2, weight_decay=0.1)
+            rows, columns = VectorClock(rank, 0), VectorClock(rank, 1)
+            for clock in (rows, columns):
+                clock.restart(-3, torch.arange(0, rank, 2))
+                clock.freeze(2, torch.tensor([rank - 1]))
+            first = Fragment(0, 0, rank * width, rows, width)
+            second = Fragment(0, rank * width, rank * width, columns, rank)
+            optimizer.fragments = {storage_key(p): [first, second]}
+            optimizer.roundings = {storage_key(p): Stream(1, "rounding", "p")}
+            for slope in slopes:
+                p.grad = slope.to(place, dtype)
+                optimizer.step()
+            state = optimizer.state[p].values()
+            ends.append([each.detach().cpu().view(-1) for each in (p, *state)])
+        if not launch.usable(device):
+            raise CaseSkippedError("kernels in Triton do not run here; a line of the log says why")
+        equal(ends[0], ends[1], f"{kind.__name__} of {dtype}:")
+    return {"elements": size}

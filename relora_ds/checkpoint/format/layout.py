@@ -5,7 +5,8 @@
       step_N/                       a checkpoint after N updates
         trainer.json                format number, step, phase, tokens, topology, method state
         run.yaml, model.json        the resolved run and its architecture
-        tokenizer.model             if the run has one
+        tokenizer.model             if the run has one; or tokenizer.json, tokenizer_config.json
+                                    and special_tokens_map.json
         method.safetensors          tensors of the method's state, if it has any
         side.safetensors            vector clocks and base-weight residuals
         side_rank_R.safetensors     residuals of rank R's slices, where ZeRO shards weights
@@ -37,7 +38,10 @@ LATEST = "latest"
 TRAINER = "trainer.json"
 RUN = "run.yaml"
 MODEL = "model.json"
-TOKENIZER = "tokenizer.model"
+TOKENIZER = frozenset(
+    ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+)
+"""Names of a tokenizer's files."""
 MANIFEST = "manifest.json"
 STATES = "state-*.safetensors"
 """Pattern of the files that `state` names."""

@@ -155,7 +155,7 @@ def _implied(
         )
     suffixes = [TensorParallel(rank, size).suffix for rank in range(size)]
     required = {layout.TRAINER, layout.RUN, layout.MODEL, *map(layout.side, suffixes)}
-    allowed = {layout.TOKENIZER, *map(layout.method, suffixes)}
+    allowed = {*layout.TOKENIZER, *map(layout.method, suffixes)}
     if state.method_shards:  # the method has tensors
         required |= set(map(layout.method, suffixes))
     if written:

@@ -14,6 +14,7 @@ from relora_ds.checkpoint.format.record import RECORD, RunRecord, encode_record
 from relora_ds.checkpoint.format.stamp import KEY as STAMP
 from relora_ds.checkpoint.format.stamp import Origin, stamp
 from relora_ds.checkpoint.restore import side_slices, side_tensors
+from relora_ds.data.tokenizer import tokenizer_files
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.files.durable import OutputFile
 from relora_ds.files.tensors import stream_safetensors
@@ -156,7 +157,8 @@ def contents_of_rank(
     if topology.is_main:
         contents |= {name: Described(record, name) for name in RECORD}
         if tokenizer is not None:
-            contents[layout.TOKENIZER] = Copied(tokenizer)
+            files = tokenizer_files(tokenizer)
+            contents |= {name: Copied(path) for name, path in files.items()}
     return contents
 
 

@@ -50,6 +50,8 @@ class TokenFileMetadata(BaseModel):
     """NumPy name of the type of one token."""
     tokenizer_sha256: str
     """Hash of the tokenizer's model file."""
+    eos_id: int | None = None
+    """Id that ends every document; None in files of earlier versions."""
     sources: tuple[SourceFile, ...]
     """Files that the tokens came from."""
     skipped: dict[str, int]
@@ -78,6 +80,8 @@ class TokenFileMetadata(BaseModel):
 
     def _digest(self) -> str:
         values = self.model_dump(mode="json", exclude={"record_sha256"})
+        if self.eos_id is None:  # as earlier versions hashed it
+            del values["eos_id"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,6 +112,9 @@ def read_metadata(prefix: str) -> TokenFileMetadata | None:
 
 
 def token_file_prefix(path: str | Path) -> str:
-    """The prefix itself, from a prefix or from the name of its `.bin` or `.idx` file."""
-    text = os.fspath(path)
+    """The prefix itself, from a prefix or from the name of its `.bin` or `.idx` file.
+
+    A slash at its end, as shells complete it where a directory has that name, means nothing.
+    """
+    text = os.fspath(path).rstrip("/")
     return text[:-4] if text.endswith((".bin", ".idx")) else text

@@ -73,8 +73,14 @@ class ReLoRASession(Session[ReLoRA]):
 
     def __init__(self, method: ReLoRA, state: TrainState, model: nn.Module) -> None:
         super().__init__(method, state, model)
-        self._merged_at = 0
-        """Updates that had been applied at the last merge."""
+        self._merged_at: int | None = 0
+        """Updates that had been applied at the last merge; None where a checkpoint of an earlier
+        version does not say."""
+
+    def before_step(self, step: int) -> Event | None:
+        # a run never merges after its last step, so one that goes on longer has that to make up for
+        known = self._merged_at is not None and self._merged_at != self.state.moments.updates
+        return self.after_step(step) if known and self.method.is_merge_step(step) else None
 
     def after_step(self, step: int) -> Event | None:
         if not self.method.is_merge_step(step):
@@ -97,7 +103,7 @@ class ReLoRASession(Session[ReLoRA]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # where it is not known some update was applied: a run went on only if all were
-        self._merged_at = state.get("merged_at", -1)
+        self._merged_at = state.get("merged_at")
 
     def _merge(self, step: int) -> Event:
         """Merge and restart every adapter, after `step` updates.

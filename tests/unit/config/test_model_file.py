@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from relora_ds.config.architecture import read_model_config
+from relora_ds.config.model import ModelConfig
 from relora_ds.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -180,6 +181,12 @@ def test_families_keep_their_own_defaults(write_model: Write) -> None:
 @pytest.mark.parametrize(("given", "kept"), [([2, 9], (2, 9)), ([7], 7), (None, None)])
 def test_several_ids_may_end_a_text(write_model: Write, given: object, kept: object) -> None:
     assert read_model_config(write_model(eos_token_id=given)).eos_token_id == kept
+
+
+def test_what_is_read_survives_a_file(write_model: Write) -> None:
+    changes = {"eos_token_id": [2, 9], "rope_scaling": {"rope_type": "llama3", **LLAMA3}}
+    config = read_model_config(write_model(**changes))
+    assert ModelConfig.model_validate(json.loads(config.model_dump_json())) == config
 
 
 def test_a_directory_stands_for_its_config(write_model: Write, tmp_path: Path) -> None:

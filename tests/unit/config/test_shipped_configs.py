@@ -94,7 +94,8 @@ def test_a_dry_run_passes(
 ) -> None:
     """As a command line, in this process: an import of the libraries for each takes a minute."""
     monkeypatch.chdir(ROOT)
-    assert main([str(path.relative_to(ROOT)), "--dry-run"]) == 0
+    # theirs are the user's to prepare
+    assert main([str(path.relative_to(ROOT)), "data={source: builtin}", "--dry-run"]) == 0
     assert "steps 1 to" in capsys.readouterr().out
 
 
@@ -116,7 +117,7 @@ def test_a_dry_run_on_any_number_of_processes_passes_or_says_what_to_set(
         """What it reports; nothing where the run is valid."""
         checked.clear()
         monkeypatch.setenv("WORLD_SIZE", started)
-        code = main([*arguments, "--dry-run"])
+        code = main([*arguments, "data={source: builtin}", "--dry-run"])
         assert code == (0 if checked else 2)
         return capsys.readouterr().err
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import tracemalloc
 from pathlib import Path
 
@@ -46,6 +48,13 @@ TWO_RECORDS = record("one\ntwo") + b"\n" + record("three")
         ("a.jsonl.gz", gzip.compress(TWO_RECORDS, mtime=0), ["one\ntwo", "three"]),
         ("a.jsonl.zst", zstandard.compress(TWO_RECORDS), ["one\ntwo", "three"]),
         ("frames.jsonl.zst", zstandard.compress(record("a")) * 2, ["a", "a"]),
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(TWO_RECORDS), ["one\ntwo", "three"]),
+        ("A.JSONL", TWO_RECORDS, ["one\ntwo", "three"]),
+        ("A.Txt.GZ", gzip.compress(b"one\n\ntwo"), ["one", "two"]),
+        ("a.json", TWO_RECORDS, ["one\ntwo", "three"]),
+        ("a.jsonl.xz", lzma.compress(TWO_RECORDS), ["one\ntwo", "three"]),
+        ("parts.txt.xz", lzma.compress(b"one\n") + lzma.compress(b"\ntwo"), ["one", "two"]),
+        ("a.ndjson.bz2", bz2.compress(TWO_RECORDS), ["one\ntwo", "three"]),
         ("empty.jsonl", record("") + record(" \n") + record("a"), ["a"]),
     ],
 )
@@ -140,8 +149,10 @@ def test_overlong_record_is_one_fault(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ([], "no input files"),
         (["missing.txt"], "does not exist"),
-        (["folder.txt"], "is not a file"),
-        (["a.csv"], "unknown format '.csv'"),
+        (["folder.txt"], "no file of a known format"),
+        (["a.csv"], r"unknown format '\.csv'; known are \.txt, \.jsonl or \.json"),
+        (["a.csv.gz"], r"unknown format '\.csv\.gz'"),
+        (["none/*.txt"], "no file matches"),
         (["a.parquet.gz"], "unknown format"),
         (["empty.txt", "blank.txt"], "no documents in"),
     ],
@@ -184,3 +195,62 @@ def test_memory_does_not_grow_with_a_document(tmp_path: Path, unit: str) -> None
     tracemalloc.stop()
     assert size >= (4 << 20) // 4 - 1
     assert peak < 3 << 20
+
+
+def test_directories_and_patterns_stand_for_their_files(tmp_path: Path) -> None:
+    names = ("b.txt", "a.jsonl", "deep/er/c.json.gz", "README.md", ".gitattributes")
+    for name in names:
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = record(name) if ".json" in name else name.encode()
+        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    whole = DocumentReader([tmp_path / "corpus"])
+    assert documents(whole) == ["a.jsonl", "b.txt", "deep/er/c.json.gz"]
+    for pattern in ("corpus/**/*.json.gz", "corpus/deep/*/c*", "corpus/d[e]ep"):
+        assert documents(DocumentReader([tmp_path / pattern])) == ["deep/er/c.json.gz"]
+    odd = tmp_path / "not [a] pattern.txt"
+    odd.write_text("text")
+    assert documents(DocumentReader([odd])) == ["text"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no file of a known format in this directory"):
+        DocumentReader([tmp_path / "empty"])
+
+
+def test_keys_within_keys(tmp_path: Path) -> None:
+    lines = [{"meta": {"text": "one"}}, {"meta.text": "two"}, {"meta": {"body": 1}}, {"meta": "x"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader = DocumentReader([path], "meta.text", "skip")
+    assert documents(reader) == ["one", "two"]
+    assert reader.skipped == {"missing text key": 2}
+    with pytest.raises(DataError, match=r"a\.jsonl:3:1: missing text key: no key 'text' in "):
+        documents(DocumentReader([path], "meta.text"))
+    table = pa.table({"id": [1, 2], "meta": [{"text": "one", "n": 1}, {"text": "two", "n": 2}]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert documents(DocumentReader([tmp_path / "a.parquet"], "meta.text")) == ["one", "two"]
+    for missing in ("meta.body", "data.text", "id.text"):
+        with pytest.raises(DataError, match="missing text key"):
+            documents(DocumentReader([tmp_path / "a.parquet"], missing))
+
+
+@pytest.mark.parametrize("cut", [200, 1])
+def test_cut_xz_is_reported(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(b"".join(record(f"{n} {n * n}") for n in range(3000)))[:-cut])
+    with pytest.raises(DataError, match="unreadable file: the file is damaged or cut short"):
+        documents(DocumentReader([path]))
+
+
+@pytest.mark.parametrize("before", range(formats.PIECE_LENGTH - 2, formats.PIECE_LENGTH + 3))
+@pytest.mark.parametrize("filler", ["x", "\u00e9"])
+def test_a_line_end_is_never_cut(tmp_path: Path, before: int, filler: str) -> None:
+    text = filler * before + "\r\n" + filler * 10 + "\r\nlast\r\n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert documents(DocumentReader([path])) == [text.replace("\r\n", "\n").removesuffix("\n")]
+
+
+def test_pieces_end_where_a_line_begins_with_a_word() -> None:
+    text = "a\n" * (formats.PIECE_LENGTH // 2 - 20) + "b\n\n   c" + "d" * 100
+    at = formats._cut_position(text)
+    assert text[at - 2 : at + 1] == "a\nb"

@@ -104,3 +104,10 @@ def test_output_that_cannot_be_written(
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         prepare([text_file], tokenizer.path, tmp_path / "file" / "prefix")
+
+
+def test_a_slash_at_the_end_means_nothing(
+    text_file: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prepare([text_file], tokenizer.path, f"{tmp_path}/corpus/")
+    assert TokenFile(f"{tmp_path}/corpus/").num_tokens == TokenFile(tmp_path / "corpus").num_tokens

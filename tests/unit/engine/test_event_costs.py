@@ -350,7 +350,8 @@ KERNELS, COPIES = 60, 2
 
 
 @pytest.mark.parametrize(
-    ("stage", "candidates", "layers"), [(1, "host", LARGE.num_hidden_layers), (3, "device", 2)]
+    ("stage", "candidates", "layers"),
+    [(1, "host", 2), (3, "device", 2), pytest.param(1, "host", 24, marks=pytest.mark.slow)],
 )
 def test_a_switch_of_a_large_model_is_a_few_launches_of_kernels(
     stage: int, candidates: str, layers: int, monkeypatch: pytest.MonkeyPatch

@@ -278,6 +278,27 @@ def test_a_first_cycle_without_an_applied_update_is_not_merged(relora: Build) ->
 
 
 @torch.no_grad()
+def test_a_run_that_goes_on_makes_up_for_the_merge_at_its_old_end(relora: Build) -> None:
+    method, model = relora()
+    state = memory_state(model, "working")
+    train(model, state)
+    ended = type(method)(method.config, method.seed, steps=10).start(state, model)
+    assert ended.after_step(10) is None, "the run ends here"
+    longer = method.start(state, model)
+    longer.load_state_dict(ended.state_dict())
+    event = longer.before_step(10)
+    assert event is not None
+    assert event.details["method/merges"] == 1.0
+    assert longer.before_step(10) is None, "once"
+    resumed = method.start(state, model)
+    resumed.load_state_dict(longer.state_dict())
+    assert resumed.before_step(10) is None, "and not when what was saved after it is resumed"
+    unknown = method.start(state, model)
+    unknown.load_state_dict({})
+    assert unknown.before_step(10) is None
+
+
+@torch.no_grad()
 def test_a_checkpoint_that_does_not_count_updates_is_merged_as_ever(relora: Build) -> None:
     method, model = relora()
     state = memory_state(model, "working")

@@ -81,7 +81,7 @@ def test_the_kernel_and_the_operations_give_the_same_bits(
     values[5:900] = 0.0
     values[1000:1300] *= 1e-38
     values[2000:2010] = -0.0
-    tables = block_codes._tables(kind, torch.device("cpu"))
+    tables = block_codes.code_tables(kind, torch.device("cpu"))
     assert int(tables.nearby.int().diff().max()) == 1  # what the kernel relies on
     found = codes_of(values, kind)
     loaded = found.load()
@@ -95,6 +95,12 @@ def test_the_kernel_and_the_operations_give_the_same_bits(
         assert torch.equal(other.codes, expected.codes)
         assert torch.equal(other.scales, expected.scales)
     assert torch.equal(loaded, expected.load())
+
+
+def test_roots_are_those_of_ieee() -> None:
+    values = torch.rand(5 * BLOCK + 3, generator=torch.Generator().manual_seed(6)).mul_(60).exp_()
+    expected = values.double().sqrt().float()
+    assert torch.equal(block_codes.take_roots(values), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

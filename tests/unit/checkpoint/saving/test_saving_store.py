@@ -105,13 +105,13 @@ def test_what_a_checkpoint_consists_of(run: Run, tmp_path: Path) -> None:
     [result] = run.save(7, tokenizer=tokenizer)
     assert result.path == run.directory / "step_7"
     assert names(run.directory) == [layout.LATEST, "step_7"]
-    expected = [SHARD, layout.TRAINER, layout.RUN, layout.MODEL, layout.TOKENIZER]
+    expected = [SHARD, layout.TRAINER, layout.RUN, layout.MODEL, "tokenizer.model"]
     expected += [layout.MANIFEST, layout.side(""), layout.method("")]
     assert names(result.path) == sorted(expected)
     verify_manifest(result.path)
     assert read_record(result.path) == run.after(7)
     assert torch.equal(read_tensors(result.path / layout.method(""))["pairs"], TENSORS["pairs"])
-    assert (result.path / layout.TOKENIZER).read_bytes() == b"pieces"
+    assert (result.path / "tokenizer.model").read_bytes() == b"pieces"
     module = torch.load(result.path / SHARD, weights_only=True)["module"]
     assert torch.equal(module["tail"], run.engine.weight[1000:])
     assert module["tail"].untyped_storage().nbytes() == 8000  # shared with the head, written once

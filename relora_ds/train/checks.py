@@ -1,0 +1,126 @@
+"""What is looked at before a run starts, and in a dry run: what it reads, and where it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from relora_ds.checkpoint.export import DenseModel, with_ids_of
+from relora_ds.checkpoint.resume import check_resume, choose_checkpoint
+from relora_ds.checkpoint.saved_run import open_saved_run
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
+from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.verify import verify_contents
+from relora_ds.errors import CheckpointError, ConfigError
+from relora_ds.model.hf.tokenizer import export_obstacle
+from relora_ds.train.results import check_export_target
+
+_NO_WEIGHTS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+)
+"""Keys of a model that say nothing about what its weights compute."""
+
+
+def check_start(config: RunConfig, architecture: ModelConfig) -> list[str]:
+    """Look at everything that a start of one process would, and change nothing.
+
+    Args:
+        config: the run.
+        architecture: its model.
+
+    Returns:
+        What a user should know of it.
+
+    Raises:
+        ConfigError: there is no place for what the run writes.
+        DataError: a file cannot be used, or files, tokenizer and model do not belong together.
+        CheckpointError: the checkpoint to go on from, or the weights to start from, cannot be read,
+            or are of another run or model.
+    """
+    _check_output_dir(Path(config.output_dir))
+    check_export_target(config)
+    checkpoint = choose_checkpoint(config)
+    if config.data.source == "builtin":  # a start would build it, and it fits by construction
+        return []
+    corpus = open_corpus(config.data)
+    verify_contents(corpus.files, whole=config.data.verify == "whole")
+    corpus.check_vocabulary(architecture.vocab_size)
+    corpus.check_length(config.train.seq_length)
+    if checkpoint is None:
+        initial_model(config, architecture, corpus)
+    else:
+        saved = open_saved_run(checkpoint)
+        fingerprints = corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
+        check_resume(saved, config, architecture, fingerprints)
+    return list(doubts_about_the_export(architecture, corpus))
+
+
+def _check_output_dir(path: Path) -> None:
+    """Make sure that a directory can be made, or written to."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        state = "cannot be written to" if there.is_dir() else "is not a directory"
+        raise ConfigError(f"output_dir: {there} {state}; choose one that can be written")
+
+
+def initial_model(
+    config: RunConfig, architecture: ModelConfig, corpus: Corpus
+) -> DenseModel | None:
+    """The model that a run starts from, of which the headers alone are read; None for none.
+
+    Raises:
+        CheckpointError: it cannot be read, or its weights compute something else than the run's.
+        DataError: it was trained with another tokenizer.
+    """
+    if config.train.init_from is None:
+        return None
+    model = DenseModel(Path(config.train.init_from))
+    ours, theirs = architecture.model_dump(), model.architecture.model_dump()
+    different = [key for key in ours if ours[key] != theirs[key] and key not in _NO_WEIGHTS]
+    if different:
+        found = ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in different)
+        raise CheckpointError(
+            f"train.init_from: the model in {model.path} is another one than {config.model}: "
+            f"{found}; set model={model.path} if it has a config.json, or use the same values"
+        )
+    corpus.check_tokenizer_of(model.directory)
+    return model
+
+
+def doubts_about_the_export(architecture: ModelConfig, corpus: Corpus) -> Iterator[str]:
+    """What a user should know of the model that the run will leave, in sentences."""
+    for prefix in sorted({file.prefix for file in corpus.files if file.metadata is None}):
+        yield (
+            f"{prefix}.json is missing, as beside any token file that was made elsewhere: its ids "
+            "are held against the vocabulary, but nothing says which tokenizer they are of"
+        )
+    if corpus.tokenizer is None:
+        yield "data.tokenizer is not set: the export comes without a tokenizer"
+        ends = architecture.eos_token_id
+        known = ends if isinstance(ends, tuple) else (ends,)
+        if corpus.eos_id is not None and corpus.eos_id not in known:
+            yield (
+                f"the model file says eos_token_id {ends}, but the documents of the data end with "
+                f"{corpus.eos_id}: generation with the exported model will not end; set "
+                f"eos_token_id to {corpus.eos_id}, or name data.tokenizer"
+            )
+        return
+    if (obstacle := export_obstacle(corpus.tokenizer)) is not None:
+        yield obstacle
+    exported = with_ids_of(corpus.tokenizer, architecture)
+    for kind in ("bos", "eos", "pad"):
+        key = f"{kind}_token_id"
+        ours, theirs = getattr(exported, key), getattr(architecture, key)
+        if ours != theirs and kind != "pad":
+            yield (
+                f"the model file says {key} {theirs}, but {corpus.tokenizer} says {ours}: the "
+                "export says what the tokenizer does"
+            )
