@@ -75,6 +75,12 @@ VARIANTS: dict[str, Variant] = {
     "read at the support": Variant(
         "support", "read_row", _SPARSE | {"width": "i32"}, {"block": 128}, warps=1
     ),
+    "fingerprints, bf16": Variant(
+        "fingerprints",
+        "add_up",
+        _TABLE | {"sums": "*i64"},
+        {"kind": "i16", "per_word": 4, "width": 4096, "block": 1024},
+    ),
     "factors of vectors": Variant(
         "adamw",
         "vector_factors",
@@ -136,7 +142,7 @@ def compiled(names: Sequence[str], targets: Sequence[int]) -> Iterator[tuple[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    named = {"fp32": tl.float32, "bf16": tl.bfloat16}
+    named = {"fp32": tl.float32, "bf16": tl.bfloat16, "i16": tl.int16}
     for name in names:
         variant = VARIANTS[name]
         function = getattr(
