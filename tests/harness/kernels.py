@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-REASON = "triton is not installed: pip install triton, as launch/test.sh does in its .venv"
+REASON = "triton is not installed: pip install triton==3.9.0, as launch/test.sh does in its .venv"
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels compute on the CPU during the test, under the interpreter; see `tests.conftest`."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("this session has a GPU, for which kernels are compiled")
-    pytest.importorskip("triton", reason=REASON)
+    # the interpreter of 3.6 fails with today's NumPy; what it compiles for GPUs is the same
+    pytest.importorskip("triton", minversion="3.9", reason=f"an old Triton, or none: {REASON}")
     monkeypatch.setenv("RELORA_DS_TRITON", "cpu")
 
 
