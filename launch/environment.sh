@@ -14,12 +14,26 @@
 #   DS_ACCELERATOR   `cpu`: leave GPUs alone
 #   OMP_NUM_THREADS  threads of each rank; default 1 on CPUs, an equal share of the cores with GPUs
 #
+# A run file that a caller names from where it is, is found there; paths in it start at the project's root.
+#
 # Afterwards `gpus` is the number of GPUs that torch sees, 0 where DS_ACCELERATOR is cpu, and
 # `slots N` makes `launcher_slots` the launcher's arguments for N ranks on this machine.
 # shellcheck shell=bash
 
+caller_dir="$PWD"
 project_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$project_root" || exit
+
+named_by_caller() { # WORD...: sets `arguments` to them, files that lie where the caller is by their whole name
+  local word
+  arguments=()
+  for word in "$@"; do
+    if [[ $word != [/-]* && $word != *=* && ! -e $word && -e $caller_dir/$word ]]; then
+      word="$caller_dir/$word"
+    fi
+    arguments+=("$word")
+  done
+}
 
 environment_error() {
   echo "error: $*" >&2

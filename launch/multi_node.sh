@@ -26,12 +26,14 @@ secret='(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)'
 ssh_options='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4'
 
 [ "$#" -ge 2 ] || fail "usage: bash launch/multi_node.sh HOSTFILE RUN.yaml [key=value ...]"
+named_by_caller "$@"
+set -- "${arguments[@]}"
 hostfile="$1"
 shift
 [ -f "$hostfile" ] || fail "there is no hostfile $hostfile"
 awk '!/^[[:space:]]*(#|$)/ && !/^[[:space:]]*[A-Za-z0-9._-]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$/ \
   { print FILENAME ":" FNR ": not `name slots=N`: " $0; bad = 1 } END { exit bad }' "$hostfile" >&2 ||
-  fail "the hostfile must have one line \`name slots=N\` per node"
+  fail "the hostfile must have one line \`name slots=N\` per node; users and ports go into ~/.ssh/config"
 nodes="$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile" | paste -sd ,)"
 [ -n "$nodes" ] || fail "$hostfile: names no node"
 

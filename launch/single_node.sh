@@ -13,6 +13,9 @@ set -euo pipefail
 
 [ "$#" -gt 0 ] || fail "usage: bash launch/single_node.sh RUN.yaml [key=value ...]"
 
+named_by_caller "$@"
+set -- "${arguments[@]}"
+
 if [ "$gpus" -gt 0 ]; then processes="${PROCESSES:-$gpus}"; else processes="${PROCESSES:-2}"; fi
 
 # called by supervise

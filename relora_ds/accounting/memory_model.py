@@ -164,7 +164,8 @@ def _gradients(
 
     Stage 0 casts all gradients before it updates the first master. Later stages cast group by
     group; the figure is exact for one process and an upper bound for more, because what a process
-    frees early depends on where its slice of a group begins.
+    frees early depends on where its slice of a group begins. One process updates from fp32
+    gradients where they lie, and at stage 1 so do more.
     """
     if plan.per_layer:
         largest = max(p.numel() for group in groups for p in group)
@@ -174,6 +175,9 @@ def _gradients(
         return working
     if plan.stage == 0:
         return working + plan.master * sum(sizes)
+    flat = plan.stage == 1 or (plan.stage == 2 and plan.dp_size == 1)
+    if flat and plan.working == plan.master:
+        return working
     return working + plan.master * max(sizes) // plan.dp_size
 
 

@@ -13,7 +13,7 @@ from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, write_rec
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
-from relora_ds.config.checks import batch_divides_over_processes, heads_divide_over_tensor
+from relora_ds.config.checks import heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.durable import describe, remedy, staged
@@ -83,11 +83,16 @@ def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
 def _problems(record: RunRecord) -> Iterator[str]:
     """What speaks against continuing a run with the processes and the stage of its record."""
     state = record.trainer
-    for _, message in batch_divides_over_processes(record.config.train, state.dp_size):
-        yield message
+    total = record.config.train.global_batch_size
+    if state.dp_size > 0 and total % state.dp_size:  # a smaller micro-batch may be set at resume
+        fitting = [size for size in range(1, state.dp_size) if total % size == 0]
+        yield (
+            f"--data-parallel is {state.dp_size}, but must divide the run's "
+            f"train.global_batch_size ({total}), which a resume keeps: take {fitting[-1]}"
+        )
     parallel = ParallelConfig(tensor=max(1, state.tp_size))
     for _, message in heads_divide_over_tensor(parallel, record.architecture):
-        yield message
+        yield f"--tensor {message}"
     if state.dp_size < 1 or state.tp_size < 1 or state.zero_stage not in range(4):
         yield (
             f"{state.dp_size} x {state.tp_size} processes at ZeRO stage {state.zero_stage}: take "

@@ -21,6 +21,7 @@ from relora_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
     GuardsConfig,
+    LogConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
@@ -70,6 +71,19 @@ def sequence_fits_model(train: TrainConfig, architecture: ModelConfig) -> Iterat
             ("train", "seq_length"),
             f"is {train.seq_length}, but the model's max_position_embeddings is {longest}: "
             "shorten the sequence or raise it in the model file",
+        )
+
+
+def traced_steps_are_trained(log: LogConfig, train: TrainConfig) -> Iterator[Finding]:
+    if log.profile is None:
+        return
+    first, last = log.profile
+    if first > last:
+        yield Finding(("log", "profile"), f"is [{first}, {last}]: write the earlier step first")
+    elif first > train.steps:
+        yield Finding(
+            ("log", "profile"),
+            f"is [{first}, {last}], but train.steps is {train.steps}: trace earlier steps",
         )
 
 
@@ -366,6 +380,7 @@ RULES: tuple[Rule, ...] = (
     rank_fits_projections,
     rank_divides_over_tensor,
     sequence_fits_model,
+    traced_steps_are_trained,
     micro_batch_divides_batch,
     warmup_ends,
     per_layer_update_has_optimizer,

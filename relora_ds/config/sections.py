@@ -154,7 +154,7 @@ class OptimizerConfig(Section):
     `torch_adamw`: torch.optim.AdamW. `fused_adam`, `cpu_adam`: DeepSpeed's kernels (compiled on
     first use)."""
     lr: PositiveFloat = 1.0e-3
-    """Peak learning rate of embeddings, head, norms and everything else that is dense."""
+    """Peak learning rate of embeddings, head, norms and whatever else is not in a projection."""
     matrix: Literal["muon", "scale"] | None = None
     """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
     a warm start alone. `scale`: projections, embedding and head."""
@@ -167,8 +167,8 @@ class OptimizerConfig(Section):
     spectral: SpectralConfig = SpectralConfig()
     """Settings of `adapter: spectral`."""
     adapter_lr: PositiveFloat | None = None
-    """Peak learning rate of the adapters (of the dense projections in full-rank runs). Default:
-    `lr`."""
+    """Peak learning rate of the adapters (of the dense projections in full-rank runs), and of the
+    projections' biases where the model has them. Default: `lr`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
@@ -311,3 +311,7 @@ class LogConfig(Section):
     """Weights & Biases."""
     tensorboard: bool = False
     """Also write TensorBoard events to `output_dir/tensorboard`."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step, such as [11, 13], of which every process writes a trace to
+    `output_dir/traces`: what the host and the device do, for Perfetto or chrome://tracing. Traced
+    steps are slower."""

@@ -1,7 +1,7 @@
 """Causal grouped-query attention.
 
 Shape suffixes: B batch, S sequence, D model, N query heads, K key/value heads,
-H head dim.
+H head dim, R = H / 2.
 """
 
 # ruff: noqa: N803, N806 - capital suffixes are tensor shapes
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.o_proj = linear(LinearSpec(f"{name}.o_proj", query, width, bias, "row", tp))
 
     def forward(
-        self, x_BSD: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor
+        self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
     ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D); the tables come from `rope.rotary_tables`.
 
@@ -67,8 +67,8 @@ class Attention(nn.Module):
         # -1: a column-parallel projection returns only the heads of this process
         heads = (-1, self.head_dim)
         x_BSD = self.tp.enter(x_BSD)
-        q_BSNH = rotate(self.q_proj(x_BSD).unflatten(-1, heads), cos_SH, sin_SH)
-        k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SH, sin_SH)
+        q_BSNH = rotate(self.q_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
+        k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         v_BSKH = self.v_proj(x_BSD).unflatten(-1, heads)
         grouped = q_BSNH.shape[2] != k_BSKH.shape[2]
         kernel = select_kernel(self.backend, q_BSNH.device, q_BSNH.dtype, self.head_dim, grouped)

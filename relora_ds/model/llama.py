@@ -3,7 +3,7 @@
 Every projection is built by a factory, so what a projection is (dense, adapted, cut over processes)
 is decided when the model is built and nothing in this file changes.
 
-Shape suffixes: B batch, S sequence, D model, V vocab, H head dim.
+Shape suffixes: B batch, S sequence, D model, V vocab, R half a head.
 """
 
 # ruff: noqa: N803, N806 - capital suffixes are tensor shapes
@@ -46,10 +46,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
-        self, x_BSD: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor
+        self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
     ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SH, sin_SH)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SR, sin_SR)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         """int64 (B, S) -> (B, S, D)."""
         config = self.config
         x_BSD = self.embed_tokens(ids_BS)
-        cos_SH, sin_SH = rotary_tables(
+        cos_SR, sin_SR = rotary_tables(
             config.head_dim,
             config.rope_theta,
             ids_BS.shape[1],
@@ -95,10 +95,10 @@ class Decoder(nn.Module):
                 # Nothing in a layer draws from a global generator; saving its state would copy it
                 # from the device and wait for it, once per layer.
                 x_BSD = checkpoint(
-                    layer, x_BSD, cos_SH, sin_SH, use_reentrant=False, preserve_rng_state=False
+                    layer, x_BSD, cos_SR, sin_SR, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BSD = layer(x_BSD, cos_SH, sin_SH)
+                x_BSD = layer(x_BSD, cos_SR, sin_SR)
         return self.norm(x_BSD)
 
 

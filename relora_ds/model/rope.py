@@ -24,10 +24,7 @@ def rotary_tables(
     device: torch.device,
     scaling: RopeScaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, H) on `device`.
-
-    Both halves of a row belong to the same R angles. The first half of the sines is negative: it is
-    the factor of what the second half of a head adds to the first.
+    """Cosines and sines of positions 0 .. length - 1: two fp32 tensors (S, R) on `device`.
 
     A memoised function, not a module buffer: DeepSpeed calls `module.bfloat16()`, which casts float
     buffers as well, and bf16 cannot tell neighbouring positions apart beyond 256. The tables are
@@ -45,23 +42,21 @@ def rotary_tables(
         frequency_R, factor = rotary_frequencies(head_dim, theta, scaling)
         angle_SR = torch.outer(torch.arange(length, dtype=torch.float32), frequency_R)
         cos_SR, sin_SR = angle_SR.cos() * factor, angle_SR.sin() * factor
-        cos_SH = torch.cat((cos_SR, cos_SR), dim=-1)
-        sin_SH = torch.cat((-sin_SR, sin_SR), dim=-1)
-        return cos_SH.to(device), sin_SH.to(device)
+        return cos_SR.to(device), sin_SR.to(device)
 
 
-def rotate(x_BSNH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor) -> torch.Tensor:
+def rotate(x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x[i], x[i + R]) of every head by its position's angle.
 
     Args:
         x_BSNH: queries or keys, any float dtype.
-        cos_SH: fp32, from `rotary_tables`.
-        sin_SH: fp32, from `rotary_tables`.
+        cos_SR: fp32, from `rotary_tables`.
+        sin_SR: fp32, from `rotary_tables`.
 
     Returns:
         (B, S, N, H) in x's dtype; the rotation itself is done in fp32. Not differentiable twice.
     """
-    turned = _Rotation.apply(x_BSNH, cos_SH, sin_SH)
+    turned = _Rotation.apply(x_BSNH, cos_SR, sin_SR)
     assert isinstance(turned, torch.Tensor)
     return turned
 
@@ -71,28 +66,28 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BSNH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor
+        ctx: Any, x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(cos_SH, sin_SH)
-        return _turn(x_BSNH, cos_SH, sin_SH, 1.0)
+        ctx.save_for_backward(cos_SR, sin_SR)
+        return _turn(x_BSNH, cos_SR, sin_SR, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_BSNH: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        cos_SH, sin_SH = ctx.saved_tensors
-        return _turn(grad_BSNH, cos_SH, sin_SH, -1.0), None, None
+        cos_SR, sin_SR = ctx.saved_tensors
+        return _turn(grad_BSNH, cos_SR, sin_SR, -1.0), None, None
 
 
 def _turn(
-    x_BSNH: torch.Tensor, cos_SH: torch.Tensor, sin_SH: torch.Tensor, direction: float
+    x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor, direction: float
 ) -> torch.Tensor:
     """Rotate forwards (1.0) or backwards (-1.0), in three passes without copies of halves."""
-    cos_SNH, sin_SNH = cos_SH.unsqueeze(1), sin_SH.unsqueeze(1)
-    turned = x_BSNH * cos_SNH
-    half = x_BSNH.shape[-1] // 2
-    low, high = slice(None, half), slice(half, None)
-    for to, of in ((low, high), (high, low)):
-        turned[..., to].addcmul_(x_BSNH[..., of], sin_SNH[..., to], value=direction)
-    return turned.to(x_BSNH.dtype)
+    cos_S11R, sin_S1R = cos_SR[:, None, None, :], sin_SR.unsqueeze(1)
+    x_BSN2R = x_BSNH.unflatten(-1, (2, -1))
+    turned_BSN2R = x_BSN2R * cos_S11R
+    first_BSNR, second_BSNR = x_BSN2R.unbind(-2)
+    turned_BSN2R[..., 0, :].addcmul_(second_BSNR, sin_S1R, value=-direction)
+    turned_BSN2R[..., 1, :].addcmul_(first_BSNR, sin_S1R, value=direction)
+    return turned_BSN2R.flatten(-2).to(x_BSNH.dtype)

@@ -36,6 +36,7 @@ from relora_ds.train.lifetime.stop import StopSignal
 from relora_ds.train.telemetry.memory import max_allocated_bytes
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.telemetry import Telemetry
+from relora_ds.train.telemetry.trace import StepTrace
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Trainer:
     stop: StopSignal
     agreement: Agreement
     guard: StepGuard
+    trace: StepTrace
     final: dict[str, Any]
     """Last value of each metric, for the summary."""
     save_figures: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Trainer:
             return self._run_steps(phase, engine, session, meter, completed)
         finally:
             holding.remove()
+            self.trace.finish()
             self.checkpoints.hold()  # whoever comes next takes the model apart
 
     def _run_steps(
@@ -117,7 +120,8 @@ class Trainer:
         self._meet("start", completed, phase)
         for step in range(completed, phase.last_step):
             at_step(step + 1)
-            metrics = self._update(phase, engine, session, step, seen)
+            with self.trace.step(step + 1):
+                metrics = self._update(phase, engine, session, step, seen)
             if self.guard.found is not None:
                 return self.guard.rewind(step, engine.non_finite())
             done = step + 1

@@ -94,7 +94,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN.yaml", help="run description")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override any key, as method.rank=64"
+        "overrides",
+        nargs="*",
+        default=[],  # without it argparse says that one is needed
+        metavar="key=value",
+        help="override any key, as method.rank=64",
     )
     parser.add_argument(
         "--dry-run",

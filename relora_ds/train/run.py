@@ -55,6 +55,7 @@ from relora_ds.train.results import (
 from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.logs import configure_logging
 from relora_ds.train.telemetry.telemetry import Telemetry
+from relora_ds.train.telemetry.trace import TRACES, StepTrace
 
 _logger = logging.getLogger(__name__)
 
@@ -279,6 +280,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         stop=stop,
         agreement=Agreement(),
         guard=StepGuard(config.guards, guards, bad_batches.note),
+        trace=StepTrace(config.log.profile, output_dir / TRACES, topology.rank),
         final=earlier_figures(output_dir) if saved and topology.is_main else {},
     )
 

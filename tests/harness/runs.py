@@ -161,3 +161,15 @@ def train_eventful(run: Training, rates: dict[str, float]) -> dict[str, Any]:
         "measured": run.measured_memory,
         "expected": run.expected_memory(),
     }
+
+
+def state_elements(run: Training) -> dict[str, int]:
+    """Elements of optimizer state on this rank, its share if ranks had equal ones, and those of the
+    largest matrix."""
+    tensors = [t for state in run.engine.optimizer.state.values() for t in state.values()]
+    tensors += [t for m in run.engine.matrices.by_parameter.values() for t in m.state.values()]
+    own = sum(tensor.numel() for tensor in tensors if tensor.ndim)
+    total = int(distributed.sum_over_ranks(torch.tensor(own)))
+    trained = (p for p in run.named.values() if p.requires_grad)
+    largest = max(tp_local_shape(parameter).numel() for parameter in trained)
+    return {"own": own, "share": total // run.topology.world_size, "largest": largest}

@@ -38,6 +38,7 @@ def _launch(
         ("node-a slots=0\n", [RUN], {}, "hosts:1: not `name slots=N`: node-a slots=0"),
         ("# two\nnode-a slots=2\nnode-b\n", [RUN], {}, "hosts:3: not `name slots=N`: node-b"),
         ("node-a;reboot slots=1\n", [RUN], {}, "hosts:1"),
+        ("me@node-a slots=1\n", [RUN], {}, "users and ports go into ~/.ssh/config"),
         ("node-a slots=1\n", [], {}, "usage"),
         ("node-a slots=1\n", [RUN, "output_dir=$HOME/x"], {}, "write it into the run file"),
         ("node-a slots=1\n", [RUN, "log.wandb.name='a'"], {}, "write it into the run file"),
@@ -52,6 +53,21 @@ def test_mistakes_exit_2_before_anything_is_started(
     assert done.returncode == 2, done
     assert words in done.stderr
     assert "started anyway" not in done.stdout + done.stderr
+
+
+def test_files_are_found_where_the_caller_is(tmp_path: Path) -> None:
+    (tmp_path / "my hosts").write_text("node-a slots=0\n")
+    script = ROOT / "launch" / "multi_node.sh"
+    for name, words in (("my hosts", f"{tmp_path}/my hosts:1"), ("others", "no hostfile others")):
+        done = subprocess.run(
+            ["bash", str(script), name, RUN],
+            cwd=tmp_path,
+            env=os.environ | _CPU,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert words in done.stderr
 
 
 def test_a_missing_hostfile_is_an_error_and_no_local_run(tmp_path: Path) -> None:

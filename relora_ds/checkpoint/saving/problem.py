@@ -44,18 +44,19 @@ def explain(
     Args:
         step: of the checkpoint that was not saved.
         problems: at least one.
-        needed: bytes of the checkpoint.
+        needed: bytes of the checkpoint; 0 if it failed before they were counted.
         free: bytes that are free where it was to be; None if nobody knows.
         older: the newest complete checkpoint.
     """
     first = problems[0]
     advice = first.remedy
     if first.no_space:
-        found = "" if free is None else f" and {size(free)} are free"
-        advice = (
-            f"the checkpoint takes about {size(needed)}{found}: free the difference, or keep fewer "
-            "with checkpoint.keep"
-        )
+        # a quota may be full, and files take more than their tensors
+        takes = f"the checkpoint takes about {size(needed)}" if needed else "the disk is full"
+        advised = ": free some space there, raise the quota"
+        if free is not None and free < needed:
+            advised = f" and {size(free)} are free: free the difference"
+        advice = f"{takes}{advised}, or keep fewer with checkpoint.keep"
     left = "there is no complete checkpoint yet" if older is None else f"{older} is complete"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from relora_ds.engine.deepspeed.checkpoint_engine import TensorFiles
+from relora_ds.engine.deepspeed.flat_gradients import use_flat_gradients
 from relora_ds.engine.deepspeed.layouts import build_layout
 from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
 from relora_ds.engine.distributed import barrier, lost_peers
@@ -54,6 +55,7 @@ class DeepSpeedBackend:
         self._files = self._engine.checkpoint_engine = TensorFiles()
         # it would copy scripts beside the checkpoint, which omit frozen weights at stage 1
         self._engine._copy_recovery_script = lambda save_path: None
+        use_flat_gradients(self._engine.optimizer)
         # bf16 stage 0 took an update on zero gradients; it must not count as a step
         optimizer.state.clear()
         self._gather_when_all_have_read()

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from relora_ds.engine.deepspeed.flat_gradients import FlatGradientOptimizer
 from relora_ds.engine.zero.layout import Layout, MasterCopies, Placement, WholeParameters
 from relora_ds.errors import ConfigError
 from relora_ds.optim.vector_clock import Stretch
@@ -163,6 +164,14 @@ class FlatPartitions(_Flat[_FlatWrapper]):
         yield from _listed(self._wrapper.all_grad_tensors)
 
 
+class FlatGradientPartitions(FlatPartitions):
+    """Stages 1 and 2 with gradients that lie in flat tensors as long as the engine lives."""
+
+    def gradient_storages(self) -> Iterator[torch.Tensor]:
+        yield from super().gradient_storages()
+        yield from cast(FlatGradientOptimizer, self._wrapper).flats
+
+
 class Bf16Partitions(_Flat[_Bf16Wrapper]):
     """Stage 1 with gradients added up in fp32, which lie whole beside the flat tensors."""
 
@@ -297,9 +306,10 @@ def build_layout(
     name = type(wrapper).__name__
     if name == "FP16_UnfusedOptimizer":
         return MasterCopies(groups, optimizer, None)
-    if name == "DeepSpeedZeroOptimizer":
+    if name in ("DeepSpeedZeroOptimizer", "FlatGradientOptimizer"):
         flat = cast(_FlatWrapper, wrapper)
-        return FlatPartitions(groups, optimizer, data_parallel_group, flat)
+        kind = FlatPartitions if name == "DeepSpeedZeroOptimizer" else FlatGradientPartitions
+        return kind(groups, optimizer, data_parallel_group, flat)
     if name == "BF16_Optimizer":
         bf16 = cast(_Bf16Wrapper, wrapper)
         return Bf16Partitions(groups, optimizer, data_parallel_group, bf16)

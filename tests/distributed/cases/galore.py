@@ -12,17 +12,17 @@ from torch.nn import functional as F
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine import distributed
 from relora_ds.engine.assemble import AwaitedState
 from relora_ds.methods.build import build_model
 from relora_ds.methods.galore.galore import galore_layers
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.parallel.shape import shard_of, tp_local_shape
+from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config
 from tests.harness.resume import load, save
+from tests.harness.runs import state_elements
 from tests.harness.traffic import record, uneven
 
 STEPS, EVERY, RANK, EPS = 40, 15, 3, 1e-3
@@ -148,18 +148,6 @@ def dense_weights(run: Training) -> dict[nn.Parameter, torch.Tensor]:
         left, right = layer.factors(projected, basis)
         found[layer.weight] = weight + left @ right
     return found
-
-
-def state_elements(run: Training) -> dict[str, int]:
-    """Elements of optimizer state on this rank, its share if ranks had equal ones, and those of the
-    largest matrix."""
-    tensors = [t for state in run.engine.optimizer.state.values() for t in state.values()]
-    tensors += [t for m in run.engine.matrices.by_parameter.values() for t in m.state.values()]
-    own = sum(tensor.numel() for tensor in tensors if tensor.ndim)
-    total = int(distributed.sum_over_ranks(torch.tensor(own)))
-    trained = (p for p in run.named.values() if p.requires_grad)
-    largest = max(tp_local_shape(parameter).numel() for parameter in trained)
-    return {"own": own, "share": total // run.topology.world_size, "largest": largest}
 
 
 def subspaces(topology: Topology) -> dict[str, Any]:

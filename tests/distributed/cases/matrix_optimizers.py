@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from relora_ds.accounting.matrix_traffic import MatrixTraffic, Place, matrix_traffic
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
+from relora_ds.engine.assemble import AwaitedState
 from relora_ds.methods.build import build_model, sharded_meta_model
 from relora_ds.methods.interface import matrix_rules, optimizer_groups, projection_layers
 from relora_ds.methods.registry import plan_phases
@@ -21,8 +23,10 @@ from relora_ds.optim.polar import KELLER, POLAR_EXPRESS, Coefficients
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config
+from tests.harness.resume import load, save
+from tests.harness.runs import state_elements
 
-STEPS, EPS, CLIP, DECAY = 20, 1e-3, 0.3, 0.1
+EPS, CLIP, DECAY = 1e-3, 0.3, 0.1
 MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
 """Slices cut matrices at every stage, and shards differ in size."""
 
@@ -85,8 +89,9 @@ RULES = {
 }
 
 
-def plain(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of dense autograd, torch's AdamW and the formula of the rule."""
+def plain(rule: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of so many updates and final weights of dense autograd, torch's AdamW and the formula
+    of the rule."""
     config, rates = run_config({"name": "full"}), RULES[rule].rates
     train, device = config.train, torch.device("cpu")
     method = plan_phases(config)[-1].method
@@ -105,7 +110,7 @@ def plain(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         eps=EPS,
     )
     updates, losses = {name: RULES[rule].plain(name) for name in moved}, []
-    for tokens in batches(STEPS):
+    for tokens in batches(steps):
         model.zero_grad()
         logits = model.logits(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -123,17 +128,22 @@ def plain(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: p.detach() for name, p in named.items()}
 
 
-def check(topology: Topology, tensor: int, rule: str) -> dict[str, dict[str, Any]]:
-    """By stage: largest relative difference of a loss, largest difference of a weight, bytes that
-    matrices moved in a step, and the same in closed form."""
-    expected, weights = plain(rule)
-    found: dict[str, dict[str, Any]] = {}
-    config = run_config(
+def config_of(rule: str, tensor: int = 1) -> RunConfig:
+    """A run of full rank at a constant rate that is clipped at every step."""
+    return run_config(
         {"name": "full"},
         optimizer={"eps": EPS, "clip": CLIP, "weight_decay": DECAY, **RULES[rule].settings},
         schedule={"name": "constant"},
         parallel={"tensor": tensor},
     )
+
+
+def check(topology: Topology, tensor: int, rule: str, steps: int) -> dict[str, dict[str, Any]]:
+    """By stage: largest relative difference of a loss, largest difference of a weight, bytes that
+    matrices moved in a step, and the same in closed form."""
+    expected, weights = plain(rule, steps)
+    found: dict[str, dict[str, Any]] = {}
+    config = config_of(rule, tensor)
     place = share_models(topology, config)
     for name, group in (("tp", place.tp.group), ("dp", place.tp.data_group)):
         if group is not None:
@@ -141,7 +151,7 @@ def check(topology: Topology, tensor: int, rule: str) -> dict[str, dict[str, Any
     for stage in range(4):
         run = Training(config, place, {"stage": stage}, MODEL)
         losses = []
-        for step, tokens in enumerate(batches(STEPS)):
+        for step, tokens in enumerate(batches(steps)):
             with recorder:
                 recorder.begin_step()
                 losses.append(run.update(step, tokens, RULES[rule].rates).loss)
@@ -163,8 +173,35 @@ def check(topology: Topology, tensor: int, rule: str) -> dict[str, dict[str, Any
             "weight": worst,
             "moved": moved,
             "expected": closed_form(config, run, place),
+            "states": state_elements(run),
         }
         run.destroy()
+    return found
+
+
+def resumed(topology: Topology, directory: str) -> dict[str, bool]:
+    """Whether a run that goes on from a break ends with the same bits as one that was not
+    interrupted, by rule and stage."""
+    first, last, tokens, found = 3, 6, batches(6), {}
+    for rule in ("muon", "scale"):
+        for stage in (0, 1, 3):
+            config, rates = config_of(rule), RULES[rule].rates
+            run = Training(config, topology, {"stage": stage}, MODEL)
+            for step in range(first):
+                run.update(step, tokens[step], rates)
+            saved = save(run, Path(directory) / f"{rule}_{stage}")
+            for step in range(first, last):
+                run.update(step, tokens[step], rates)
+            expected = [value.clone() for value in run.gather(list(run.named.values()))]
+            run.destroy()
+            run = Training(config, topology, {"stage": stage}, MODEL, weights=AwaitedState())
+            load(run, saved)
+            for step in range(first, last):
+                run.update(step, tokens[step], rates)
+            again = run.gather(list(run.named.values()))
+            same = all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+            found[f"{rule}/{stage}"] = same
+            run.destroy()
     return found
 
 

@@ -114,3 +114,12 @@ def test_a_verb_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[
     trained, prepared = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert prepared["tokenizer_sha256"] == trained["sha256"]
     assert (tmp_path / "tokens.bin").stat().st_size > 0
+
+
+def test_a_run_needs_its_file_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    from relora_ds.train.main import main as train
+
+    with pytest.raises(SystemExit) as ended:
+        train([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: RUN.yaml\n")

@@ -19,6 +19,8 @@ ProblemsOf = Callable[..., list[str]]
     ("overrides", "key", "parts"),
     [
         (["train.seq_length=257"], "train.seq_length", ("257", "max_position_embeddings is 256")),
+        (["log.profile=[4, 3]"], "log.profile", ("[4, 3]", "the earlier step first")),
+        (["log.profile=[1000000000, 1000000001]"], "log.profile", ("train.steps is",)),
         (["train.micro_batch_size=5"], "train.global_batch_size", ("is 16", "(5)", "15 or 20")),
         (["method.warm_start_steps=1000"], "method.warm_start_steps", ("train.steps (1000)",)),
         (["train.steps=70"], "schedule.warmup_steps", ("is 20", "the 20 steps after")),

@@ -18,6 +18,7 @@ from relora_ds.accounting.memory_model import expected_memory
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
 from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun, load_run_config
+from relora_ds.config.model import projection_shapes
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model, sharded_meta_model
@@ -70,6 +71,25 @@ def test_the_published_saving_at_1b_and_what_stage_3_makes_of_it() -> None:
     hpz = switch["3 hpZ 8"].traffic.between_nodes
     assert hpz < 0.6 * switch["3"].traffic.between_nodes
     assert hpz < 0.6 * full["3 hpZ 8"].traffic.between_nodes
+
+
+def test_galore_reduces_its_projections_share_of_the_gradient_and_the_rest() -> None:
+    settings = ("train.micro_batch_size=32", "train.global_batch_size=512")
+    moved, trained = {}, {}
+    for name in ("full", "galore"):
+        loaded = load_run_config(f"configs/run/llama_60m_{name}.yaml", settings)
+        phase = own_size(loaded, Cluster(gpus=4)).phases[name]
+        moved[name] = phase.stages["1"].traffic.gradient_payload
+        trained[name] = phase.trained
+    layers = loaded.architecture.num_hidden_layers
+    shapes = layers * [*projection_shapes(loaded.architecture).values()]
+    dense = sum(m * n for m, n in shapes)
+    rest = trained["full"] - dense
+    rank = loaded.config.method.low_rank
+    assert rank is not None
+    share = sum(m * n * rank / min(m, n) for m, n in shapes)
+    assert trained["galore"] == share + rest
+    assert moved["galore"] / moved["full"] == pytest.approx((share + rest) / (dense + rest))
 
 
 def test_a_refresh_is_counted_where_it_takes_more_than_the_gradients() -> None:
