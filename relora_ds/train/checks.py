@@ -47,6 +47,8 @@ def check_start(config: RunConfig, architecture: ModelConfig) -> list[str]:
     check_export_target(config)
     checkpoint = choose_checkpoint(config)
     if config.data.source == "builtin":  # a start would build it, and it fits by construction
+        if checkpoint is None:
+            initial_model(config, architecture, None)
         return []
     corpus = open_corpus(config.data)
     verify_contents(corpus.files, whole=config.data.verify == "whole")
@@ -72,9 +74,14 @@ def _check_output_dir(path: Path) -> None:
 
 
 def initial_model(
-    config: RunConfig, architecture: ModelConfig, corpus: Corpus
+    config: RunConfig, architecture: ModelConfig, corpus: Corpus | None
 ) -> DenseModel | None:
     """The model that a run starts from, of which the headers alone are read; None for none.
+
+    Args:
+        config: the run.
+        architecture: its model.
+        corpus: its data; None where they are not there yet.
 
     Raises:
         CheckpointError: it cannot be read, or its weights compute something else than the run's.
@@ -91,7 +98,8 @@ def initial_model(
             f"train.init_from: the model in {model.path} is another one than {config.model}: "
             f"{found}; set model={model.path} if it has a config.json, or use the same values"
         )
-    corpus.check_tokenizer_of(model.directory)
+    if corpus is not None:
+        corpus.check_tokenizer_of(model.directory)
     return model
 
 

@@ -73,11 +73,14 @@ def stages(device: torch.device, sizes: Sizes, method: str, precision: str) -> F
 
 
 def _chosen(sizes: Sizes, method: str, precision: str) -> list[int]:
-    """All stages; tiny runs share them out between precisions and methods."""
+    """All stages; tiny runs share them out between methods and precisions."""
     if not sizes.tiny:
         return list(_STAGES)
-    half = [stage for stage in _STAGES if stage % 2 == (precision == "bf16")]
-    return half if method in _EVENTFUL else half[-1:]
+    turn = list(METHODS).index(method) % len(_STAGES)
+    shares = [_STAGES[(turn + more) % len(_STAGES)] for more in (0, 1, 3)]
+    if precision == "bf16":
+        return shares[:1]
+    return sorted(shares[1:]) if method in _EVENTFUL else shares[1:2]
 
 
 def _check_same(

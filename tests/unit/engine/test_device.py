@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import resource
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +15,13 @@ from torch import nn
 
 from relora_ds.config.sections import TrainConfig
 from relora_ds.engine import device
-from relora_ds.engine.device import check_places, communication_backend, set_arithmetic, take_device
+from relora_ds.engine.device import (
+    check_places,
+    communication_backend,
+    keep_freed_memory,
+    set_arithmetic,
+    take_device,
+)
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.errors import ConfigError
 
@@ -129,3 +137,18 @@ def test_weights_on_the_host_are_not_edited_from_a_gpu() -> None:
     check_places("adamw", _layout("cpu", "cpu"), [])
     with pytest.raises(ConfigError, match="offload_param"):
         check_places("adamw", _layout("cpu", "cpu"), [weight])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_a_host_keeps_what_a_step_frees() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            blocks = [torch.ones(3 << 20) for _ in range(4)]
+            del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    faults()
+    pages = 3 * 4 * (12 << 20) // resource.getpagesize()
+    assert faults() < pages / 10

@@ -99,3 +99,13 @@ def test_a_dry_run_refuses_what_a_start_would(
     wrong = load_run_config("configs/run/quickstart.yaml", [*described, change])
     with pytest.raises(error, match=words):
         check_start(wrong.config, wrong.architecture)
+
+
+def test_a_dry_run_on_builtin_data_looks_at_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    output = f"output_dir={tmp_path}/run"
+    run = load_run_config("configs/run/quickstart.yaml", [output, "train.init_from=nope"])
+    with pytest.raises(CheckpointError, match="nope"):
+        check_start(run.config, run.architecture)
