@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.gpu.case import Case, Figures, Sizes
 from benchmarks.gpu.cases import own_kernels
-from relora_ds.engine.zero.digest import fingerprint
 from relora_ds.model.init import InitialWeights, dense_shapes
 from relora_ds.model.loss import linear_cross_entropy
 from relora_ds.model.mlp import MLP
 from relora_ds.model.rope import rotary_tables, rotate
 from relora_ds.numerics.base_weight import Residual, apply_product
+from relora_ds.numerics.batched.fingerprints import fingerprint
 from relora_ds.numerics.block_codes import BLOCK, Codes
 from relora_ds.numerics.rounding import round_at_random
 from relora_ds.optim.vector_adamw import VectorAdamW

@@ -14,6 +14,7 @@ from relora_ds.methods.sltrain.support import draw_support, support_size
 from relora_ds.numerics.base_weight import KINDS, Precision
 from relora_ds.numerics.batched.draws import RowDraw, UniformRows, draw_rows
 from relora_ds.numerics.batched.exchange import Exchange, WeightSlice, absorb
+from relora_ds.numerics.batched.fingerprints import fingerprints
 from relora_ds.numerics.batched.rows import Rows, clear_rows, copy_rows
 from relora_ds.numerics.gpu import launch
 from relora_ds.optim.block_adamw import BlockAdamW
@@ -29,6 +30,7 @@ def cases() -> list[Case]:
         exchanged,
         sparse,
         updated,
+        digested,
     ]
     named = [(function.__name__.replace("_", " "), function) for function in functions]
     return [Case("B", f"Triton, {name}", each, expected_s=8, value=9) for name, each in named]
@@ -195,3 +197,19 @@ def updated(device: torch.device, sizes: Sizes) -> Figures:
             raise CaseSkippedError("kernels in Triton do not run here; a line of the log says why")
         equal(ends[0], ends[1], f"{kind.__name__} of {dtype}:")
     return {"elements": size}
+
+
+def digested(device: torch.device, sizes: Sizes) -> Figures:
+    """The digest of many tensors, against torch's operations."""
+    generator = torch.Generator().manual_seed(6)
+    tensors = []
+    for count in (1, 255, 4099, sizes.pick(1 << 15, 1 << 24) + 3):
+        values = torch.randn(count, generator=generator)
+        for kind in (torch.float32, torch.bfloat16, torch.int8):
+            tensors.append(values.to(kind).to(device))
+
+    def compute(place: torch.device) -> list[torch.Tensor]:
+        return [torch.stack(fingerprints(tensors))]
+
+    equal(*both(device, compute), "digests")
+    return {}

@@ -19,14 +19,12 @@ from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
 from relora_ds.errors import DesyncError
 from relora_ds.numerics.base_weight import BaseWeight
+from relora_ds.numerics.batched.fingerprints import fingerprints
 from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
-
-_WIDTH = 4096
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaDigest:
@@ -66,9 +64,8 @@ class ReplicaDigest:
     def seal(self, parameters: Iterable[nn.Parameter]) -> None:
         """Remember frozen slices as they are now: no other rank has them to compare with."""
         if self._layout.weights_sharded:
-            for parameter in parameters:
-                if parameter not in self._layout.placements:
-                    self._seals[parameter] = self._fingerprint_of_slice(parameter)
+            frozen = [p for p in parameters if p not in self._layout.placements]
+            self._seals |= self._fingerprints_of_slices(frozen)
 
     @torch.no_grad()
     def check(self, more: Mapping[str, torch.Tensor], event: str | None) -> None:
@@ -81,11 +78,11 @@ class ReplicaDigest:
         Raises:
             DesyncError: on every rank, with the first tensor that differs and the ranks concerned.
         """
-        further = [(name, fingerprint(tensor)) for name, tensor in more.items()]
-        entries = [*self._replicated(), *further, *self._local()]
+        alike = _fingerprinted([*self._replicated(), *more.items()])
+        entries = [*alike, *self._local()]
         problem = self._compare(entries, self._group, event)
         if self._tp.group is not None:
-            within = self._compare([*self._shared()], self._tp.group, event)
+            within = self._compare(_fingerprinted([*self._shared()]), self._tp.group, event)
             problem = self._agree(problem or within)
         if problem is not None:
             raise DesyncError(problem)
@@ -136,59 +133,67 @@ class ReplicaDigest:
         return torch.cat([*parts, sent[0]])[sent[2]], sent[1]
 
     def _shared(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Fingerprints of what the ranks of a tensor-parallel group hold alike: the same slices of
-        uncut parameters, of their moments, and all clocks."""
+        """What the ranks of a tensor-parallel group hold alike: the same slices of parameters that
+        are not cut, and of their moments, and all clocks."""
         for name, parameter in self._names.items():
             if shard_of(parameter) is None:
-                yield name, fingerprint(self._layout.working(parameter)[1])
+                yield name, self._layout.working(parameter)[1]
                 if parameter in self._layout.placements:
                     for key in MOMENTS:
                         moment = self._layout.optimizer_state(parameter, key)
                         if moment is not None and moment.dtype.itemsize > 1:
-                            yield f"{name} ({key})", fingerprint(moment)
+                            yield f"{name} ({key})", moment
             if parameter in self._clocks:
                 for key, tensor in self._clocks[parameter].tensors().items():
-                    yield f"{name} ({key})", fingerprint(tensor)
-        for name, tensor in self._matrices.shared():
-            yield name, fingerprint(tensor)
+                    yield f"{name} ({key})", tensor
+        yield from self._matrices.shared()
 
     def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Fingerprints of what every rank must hold alike."""
+        """What every rank must hold alike."""
         for name, parameter in self._names.items():
             # under stage 3 a gathered copy where there is one; whether there is agrees on all ranks
-            yield name, fingerprint(parameter.data)
+            yield name, parameter.data
             if not self._layout.weights_sharded and parameter in self._bases:
                 for key, tensor in self._bases[parameter].tensors().items():
-                    yield f"{name} ({key})", fingerprint(tensor)
+                    yield f"{name} ({key})", tensor
             if self._layout.partition_group is None and parameter in self._layout.placements:
                 for key in MOMENTS:
                     moment = self._layout.optimizer_state(parameter, key)
                     if moment is not None:
-                        yield f"{name} ({key})", fingerprint(moment)
+                        yield f"{name} ({key})", moment
             if parameter in self._clocks:
                 for key, tensor in self._clocks[parameter].tensors().items():
-                    yield f"{name} ({key})", fingerprint(tensor)
-        for name, tensor in self._matrices.replicated():
-            yield name, fingerprint(tensor)
+                    yield f"{name} ({key})", tensor
+        yield from self._matrices.replicated()
 
     def _local(self) -> Iterator[tuple[str, torch.Tensor]]:
         """1 where this rank disagrees with itself, 0 elsewhere."""
+        sealed = self._fingerprints_of_slices(list(self._seals))
         for name, parameter in self._names.items():
             if parameter in self._layout.placements:
                 broken = self._layout.mismatch(parameter)
             elif parameter in self._seals:
-                broken = self._fingerprint_of_slice(parameter) != self._seals[parameter]
+                broken = sealed[parameter] != self._seals[parameter]
             else:
                 continue
             yield name + _LOCAL, broken.to(torch.int64)
 
-    def _fingerprint_of_slice(self, parameter: nn.Parameter) -> torch.Tensor:
-        _, working = self._layout.working(parameter)
-        value = fingerprint(working)
-        if parameter in self._bases:
-            for tensor in self._bases[parameter].tensors().values():
-                value = value * 31 + fingerprint(tensor).to(value.device)
-        return value
+    def _fingerprints_of_slices(
+        self, parameters: Sequence[nn.Parameter]
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        """Of the slices of frozen weights that this rank stores, with what lies beside them."""
+        slices = []
+        for parameter in parameters:
+            beside = self._bases[parameter].tensors() if parameter in self._bases else {}
+            slices.append([self._layout.working(parameter)[1], *beside.values()])
+        values = iter(fingerprints([tensor for parts in slices for tensor in parts]))
+        found = {}
+        for parameter, parts in zip(parameters, slices, strict=True):
+            value = next(values)
+            for _ in parts[1:]:
+                value = value * 31 + next(values).to(value.device)
+            found[parameter] = value
+        return found
 
     def _device(self) -> torch.device:
         return next(iter(self._names.values())).device
@@ -197,30 +202,11 @@ class ReplicaDigest:
 _LOCAL = " (its masters, or the last edit of it)"
 
 
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """64 bits of a tensor's content, as an int64 scalar on its device, without waiting for it.
-
-    Two sums over rows and columns of 64-bit words, each with weights of its own, modulo 2^64: a
-    change of any one word always shows.
-    """
-    flat = tensor.detach().contiguous().view(-1)
-    words = flat.view(_INTEGERS[flat.element_size()])
-    per_word = 8 // words.element_size()
-    body = words.numel() // (_WIDTH * per_word) * _WIDTH * per_word
-    total = _weighted(words[body:].to(torch.int64))
-    if body:
-        aligned = words[:body]
-        if aligned.data_ptr() % 8 or aligned.storage_offset() % per_word:
-            aligned = aligned.clone()
-        table = aligned.view(torch.int64).view(-1, _WIDTH)
-        total = total * 31 + _weighted(table.sum(0)) * 17 + _weighted(table.sum(1))
-    return total
-
-
-def _weighted(values: torch.Tensor) -> torch.Tensor:
-    # odd weights: a single change is never lost modulo 2^64
-    weights = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
-    return (values * (weights * -7046029254386353131 | 1)).sum()
+def _fingerprinted(
+    named: Sequence[tuple[str, torch.Tensor]],
+) -> list[tuple[str, torch.Tensor]]:
+    values = fingerprints([tensor for _, tensor in named])
+    return [(name, value) for (name, _), value in zip(named, values, strict=True)]
 
 
 def _report(

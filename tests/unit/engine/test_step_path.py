@@ -25,12 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from relora_ds.config.methods.catalogue import MethodConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
-from relora_ds.engine.zero.digest import fingerprint
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import METHODS
 from relora_ds.model.rope import rotary_tables
 from relora_ds.numerics.base_weight import KINDS, apply_product, weight_times
+from relora_ds.numerics.batched.fingerprints import fingerprint
 from relora_ds.numerics.draws import draw_normal, draw_uniform
 from relora_ds.numerics.rounding import round_at_random
 from relora_ds.parallel.footprint import Formulation, UpdateSize

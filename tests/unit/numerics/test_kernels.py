@@ -17,6 +17,7 @@ from relora_ds.methods.sltrain.sparse_linear import SparseComposition
 from relora_ds.numerics.base_weight import KINDS, Precision
 from relora_ds.numerics.batched.draws import RowDraw, UniformRows, draw_rows
 from relora_ds.numerics.batched.exchange import Exchange, WeightSlice, absorb
+from relora_ds.numerics.batched.fingerprints import fingerprints
 from relora_ds.numerics.batched.rows import Rows, clear_rows, copy_rows
 from relora_ds.randomness import Stream
 from tests.harness.kernels import REASON, VARIANTS, interpreted
@@ -252,17 +253,46 @@ def test_a_sparse_part_is_added_and_its_gradient_read(
     assert by_kernel[0].ne(0.3 * lora_b @ lora_a).any()
 
 
+def test_fingerprints_are_the_same_64_bits(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of all widths together: empty, shorter than a row, of several, and misaligned."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = []
+    for kind, count in (
+        (torch.bfloat16, 2 * 4 * 4096 + 77),
+        (torch.int8, 8 * 4096 + 3),
+        (torch.float32, 4097 * 2),
+        (torch.int64, 4096),
+        (torch.bfloat16, 5),
+        (torch.uint8, 0),
+        (torch.bool, 9),
+        (torch.int16, 4 * 4096),
+    ):
+        drawn = torch.randint(-128, 128, (8 * count + 8,), generator=generator, dtype=torch.int8)
+        words = drawn[: kind.itemsize * count].view(kind) if kind != torch.bool else drawn[:9] > 0
+        tensors.append(words)
+    tensors += [tensors[0][1:], tensors[2].view(2, -1).t()]
+    by_torch, by_kernel = by_torch_and_by_kernel(monkeypatch, lambda: fingerprints(tensors))
+    assert [int(value) for value in by_kernel] == [int(value) for value in by_torch]
+    assert len({int(value) for value in by_kernel}) == len(tensors)
+    changed = tensors[0].clone()
+    changed.view(torch.int16)[20000] ^= 1
+    assert int(fingerprints([changed])[0]) != int(by_torch[0])
+
+
 LIMITS: dict[str, tuple[int, int]] = {
     "copy rows": (40, 0),
     "clear rows": (32, 0),
     "draw rows": (32, 0),
     "add at the support": (40, 0),
     "read at the support": (40, 0),
+    "fingerprints, bf16": (64, 512),
     "factors of vectors": (32, 0),
-    "adamw, fp32": (80, 0),
-    "adamw, bf16": (80, 0),
-    "adamw, codes, fp32": (96, 64),
-    "adamw, codes, bf16": (96, 64),
+    "adamw, fp32": (80, 4096),
+    "adamw, bf16": (80, 4096),
+    "adamw, codes, fp32": (96, 4096),
+    "adamw, codes, bf16": (96, 4096),
     "absorb, fp32": (128, 8192),
     "absorb, bf16 and residual": (128, 8192),
     "absorb, bf16 and fp32": (128, 8192),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relora_ds.engine.zero.digest import fingerprint
+from relora_ds.numerics.batched.fingerprints import fingerprint
 
 SIZES = (1, 7, 8192, 20_001)
 
