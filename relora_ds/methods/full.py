@@ -9,9 +9,9 @@ from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import Method
 from relora_ds.model.init import EMBEDDING, HEAD
 from relora_ds.optim.matrix import MatrixOptimizer
-from relora_ds.optim.muon import Muon
-from relora_ds.optim.polar import KELLER, POLAR_EXPRESS
-from relora_ds.optim.scale import Scale
+from relora_ds.optim.matrix_wise.muon import Muon
+from relora_ds.optim.matrix_wise.polar import KELLER, POLAR_EXPRESS
+from relora_ds.optim.matrix_wise.scale import Scale
 from relora_ds.parallel.shape import global_shape
 
 _STEPS = {"polar_express": POLAR_EXPRESS, "keller": KELLER}

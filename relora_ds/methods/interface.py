@@ -22,7 +22,7 @@ from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
 from relora_ds.optim.matrix import PAIR, MatrixOptimizer
-from relora_ds.optim.spectral import SpectralPair
+from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
 

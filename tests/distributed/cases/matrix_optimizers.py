@@ -19,7 +19,7 @@ from relora_ds.methods.build import build_model, sharded_meta_model
 from relora_ds.methods.interface import matrix_rules, optimizer_groups, projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import EMBEDDING, HEAD, InitialWeights
-from relora_ds.optim.polar import KELLER, POLAR_EXPRESS, Coefficients
+from relora_ds.optim.matrix_wise.polar import KELLER, POLAR_EXPRESS, Coefficients
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config

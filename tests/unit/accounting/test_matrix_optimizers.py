@@ -36,8 +36,8 @@ from relora_ds.optim.matrix import (
     StateTensor,
     Steps,
 )
-from relora_ds.optim.muon import Muon
-from relora_ds.optim.spectral import SpectralPair
+from relora_ds.optim.matrix_wise.muon import Muon
+from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.shape import TPShard, apply_shard, global_shape
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.parallel.zero import ZeroSettings

@@ -34,9 +34,9 @@ from relora_ds.numerics.gpu import launch
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.grouped import GroupedOptimizer, PlacedMatrix
 from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, OfWhole, Unit
-from relora_ds.optim.muon import Muon
+from relora_ds.optim.matrix_wise.muon import Muon
+from relora_ds.optim.matrix_wise.scale import Scale
 from relora_ds.optim.rectangles import Rectangle
-from relora_ds.optim.scale import Scale
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.optim.vector_clock import Fragment, VectorClock
 from relora_ds.parallel.tensor import SINGLE

@@ -14,7 +14,7 @@ from relora_ds.methods.full import Full
 from relora_ds.methods.interface import Method, matrix_rules
 from relora_ds.methods.registry import METHODS, plan_phases, register, registered
 from relora_ds.methods.relora.relora import ReLoRA
-from relora_ds.optim.muon import Muon
+from relora_ds.optim.matrix_wise.muon import Muon
 from tests.harness.build import TINY, run_config
 
 

@@ -18,7 +18,7 @@ from relora_ds.optim.matrix import (
     StateTensor,
     Steps,
 )
-from relora_ds.optim.polar import POLAR_EXPRESS, Coefficients, polar
+from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, Coefficients, polar
 
 ShapeFactor = Literal["spectral", "original", "match_rms_adamw"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from relora_ds.optim.matrix import MatrixSlice, MatrixUpdate, OfWhole
-from relora_ds.optim.muon import Muon, ShapeFactor
-from relora_ds.optim.polar import KELLER, POLAR_EXPRESS, polar
+from relora_ds.optim.matrix_wise.muon import Muon, ShapeFactor
+from relora_ds.optim.matrix_wise.polar import KELLER, POLAR_EXPRESS, polar
 from relora_ds.optim.rectangles import rectangles
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]

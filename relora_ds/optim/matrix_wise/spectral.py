@@ -23,7 +23,7 @@ from relora_ds.optim.matrix import (
     StateTensor,
     Steps,
 )
-from relora_ds.optim.polar import POLAR_EXPRESS, Coefficients, polar
+from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, Coefficients, polar
 
 _RIDGE = 1e-12
 """Added to the diagonal of ones of a Gram matrix, which may have less than full rank."""

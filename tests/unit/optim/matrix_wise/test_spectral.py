@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from relora_ds.optim.matrix import MatrixSlice, MatrixUpdate, OfWhole
-from relora_ds.optim.polar import POLAR_EXPRESS, polar
+from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, polar
+from relora_ds.optim.matrix_wise.spectral import SpectralPair, largest_eigenvalue
 from relora_ds.optim.rectangles import rectangles
-from relora_ds.optim.spectral import SpectralPair, largest_eigenvalue
 
 SHAPES = [(12, 9, 3), (9, 12, 4), (7, 7, 1), (30, 8, 6)]
 """m, n, r; the last one with 2 r > n."""

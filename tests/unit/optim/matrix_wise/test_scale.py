@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from relora_ds.optim.matrix import MatrixSlice, MatrixUpdate, Steps, Sum
+from relora_ds.optim.matrix_wise.scale import Scale
 from relora_ds.optim.rectangles import rectangles
-from relora_ds.optim.scale import Scale
 
 ROWS, COLS, LR, DECAY = 5, 3, 0.1, 0.2
 

@@ -1,0 +1,1 @@
+"""Optimizers that update whole matrices, one file each, and what they share."""
