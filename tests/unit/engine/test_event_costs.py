@@ -276,10 +276,11 @@ EVENTS: dict[str, tuple[Limits, Limits]] = {
     "relora, random": (Limits(250, 1, 0), Limits(0, 0, 0)),
     "relora, magnitude": (Limits(330, 1, 1), Limits(0, 0, 0)),
     "relora, trained scaling": (Limits(185, 1, 0), Limits(0, 0, 0)),
-    "switchlora": (Limits(235, 1, 2), Limits(106, 0, 1)),
+    "switchlora": (Limits(240, 1, 2), Limits(106, 0, 1)),
     "sltrain": (Limits(0, 0, 0), Limits(0, 0, 0)),
 }
-"""All hooks around one update: where an event is due and measured, and one update later.
+"""All hooks around one update: where an event is due and measured, and one update later. The first
+switch of a process also draws the signs by which ranks are estimated.
 
 Every merge is measured, and a switch where a line of the log has to say something. What the host
 learns of it is one read, and what it drew for it one copy; the first switch brings the numbers of
