@@ -8,7 +8,7 @@ from __future__ import annotations
 _BUILTIN = "unit/data/test_builtin.py::"
 _ENDS = "distributed/test_ends.py::"
 _GUARDED = "distributed/test_guarded_run.py::"
-_HF = "unit/model/test_hf.py::"
+_HF = "unit/model/hf/test_directory.py::"
 _HOSTILE = "unit/config/test_hostile_input.py::"
 _KILLS = "faults/test_kills.py::"
 _METRICS = "unit/train/telemetry/test_metrics_file.py::"

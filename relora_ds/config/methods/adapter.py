@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from relora_ds.config.base import PositiveFloat
-from relora_ds.config.methods.base import LowRank
+from relora_ds.config.methods.base import WithFactors
 
 
-class AdapterConfig(LowRank):
+class AdapterConfig(WithFactors):
     """Trained adapters on a frozen base weight: every projection is W + scale * B @ A."""
 
     alpha: PositiveFloat | None = None

@@ -75,7 +75,7 @@ class MethodSettings(Section):
         return ()
 
 
-class LowRank(MethodSettings):
+class WithFactors(MethodSettings):
     """Key of a method whose projections have factors."""
 
     rank: PositiveInt = 128

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Literal
 
 from relora_ds.config.base import PositiveFloat, PositiveInt
-from relora_ds.config.methods.base import LowRank, WarmStarted
+from relora_ds.config.methods.base import WarmStarted, WithFactors
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.sections import OptimizerConfig, ParallelConfig
 
 
 @register_settings
-class GaLoreConfig(WarmStarted, LowRank):
+class GaLoreConfig(WarmStarted, WithFactors):
     """GaLore: Adam on gradients that are projected to a subspace of rank r, which is chosen anew
     every few hundred updates (Zhao et al., arXiv 2403.03507)."""
 

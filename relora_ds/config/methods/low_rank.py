@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from relora_ds.config.methods.base import LowRank
+from relora_ds.config.methods.base import WithFactors
 from relora_ds.config.methods.catalogue import register_settings
 
 
 @register_settings
-class LowRankConfig(LowRank):
+class LowRankConfig(WithFactors):
     """Factorised training from scratch: the projection *is* B @ A, there is no dense weight."""
 
     name: Literal["low_rank"]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from relora_ds.config.base import PositiveFloat
-from relora_ds.config.methods.base import LowRank
+from relora_ds.config.methods.base import WithFactors
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.config.reading.document import Finding, Rule
@@ -16,7 +16,7 @@ from relora_ds.config.sections import TrainConfig
 
 
 @register_settings
-class SLTrainConfig(LowRank):
+class SLTrainConfig(WithFactors):
     """SLTrain: every projection is scale * B @ A plus a sparse matrix on a fixed random support,
     and no dense weight is kept (Han et al., 2024)."""
 
