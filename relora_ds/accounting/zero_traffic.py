@@ -178,6 +178,8 @@ def step_payloads(
             moved[Traffic(operation, group, dp_size, dtype, phase)] = payload
 
     reductions = zero.accumulation if stage == 2 and not zero.reduces_once else 1
+    if stage and dp_size == 1 and not zero.offloads_optimizer:  # they lie where they are read
+        reductions = 0
     payload = reductions * sum(group_elements) * zero.gradient_dtype.itemsize
     add(_reduction(zero), dtype_name(zero.gradient_dtype), "backward", payload)
     if stage == 0:
@@ -186,7 +188,7 @@ def step_payloads(
     add("all_reduce", "float32", "step", _NORM_BYTES * len(group_elements))
     if bf16 and zero.checks_overflow:
         add("all_reduce", "uint8", "step", _FLAG_BYTES)
-    if dp_size > 1:  # DeepSpeed skips it for one rank, but not the reductions
+    if dp_size > 1:
         weights = sum(padded(elements, dp_size) for elements in group_elements)
         add("all_gather", dtype_name(zero.dtype), "step", weights * zero.element_size)
     return moved
