@@ -68,7 +68,6 @@ SWITCH_BEGINS = Moment("switch begins", Doing("switch"))
 IN_SWITCH = Moment(
     "half of the vectors switched",
     Call("relora_ds.engine.zero.vectors:ZeroVectors.reset"),
-    nth=3,
 )
 AFTER_SWITCH = Moment("after a switch", Doing("switch", "after"))
 

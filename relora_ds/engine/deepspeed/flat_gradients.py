@@ -19,8 +19,8 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import nn
 
-_ROW = 1024
-"""Elements of which a host adds up squares in one go; sums of many more lose digits in fp32."""
+_STRETCH = 1 << 14
+"""Elements of which a host adds up squares in one go."""
 
 
 def use_flat_gradients(wrapper: object) -> None:
@@ -101,7 +101,9 @@ class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
         if len(counted) == len(params) and params:
             counted = [cast(GradPartitionBufferGroup, gradients).flat_partition]
         squares = [flat_norm(piece).square() for piece in counted]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
+        total = (
+            torch.stack(squares).sum().float() if squares else torch.zeros((), device=self.device)
+        )
         torch.distributed.all_reduce(total, group=self.dp_process_group)
         self._model_parallel_all_reduce(total, torch.distributed.ReduceOp.SUM)
         norm = total.sqrt()
@@ -167,9 +169,14 @@ def _span(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def flat_norm(flat: torch.Tensor) -> torch.Tensor:
-    """Norm of a 1-D tensor, fp32, as exact for many elements as for few."""
-    whole = flat.numel() - flat.numel() % _ROW
-    rows, rest = flat[:whole].view(-1, _ROW), flat[whole:]
-    parts = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    last = torch.linalg.vector_norm(rest, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.cat([parts, last.view(1)]))
+    """Norm of a 1-D tensor, summed up and returned in fp64, as DeepSpeed sums it.
+
+    A host works on a stretch at a time: a copy of all of it in fp64 would leave its caches.
+    """
+    if flat.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64)
+    for part in flat.split(_STRETCH):
+        wide = part.double()
+        squares += torch.dot(wide, wide)
+    return squares.sqrt()
