@@ -15,7 +15,7 @@ from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.layouts import Bf16Partitions
 from relora_ds.engine.precision import base_precision
 from relora_ds.parallel.topology import Topology
-from tests.harness.build import Training, batches
+from tests.harness.build import Training, batches, changed
 from tests.harness.resume import load, save
 from tests.harness.runs import RATES, relora
 
@@ -24,8 +24,9 @@ _FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def start(topology: Topology, **deepspeed: object) -> Training:
-    """A run in bf16 at stage 1."""
-    return Training(relora("zero", "bf16"), topology, {"stage": 1}, deepspeed=deepspeed)
+    """A run in bf16 at stage 1, of which every process adds up two micro-batches."""
+    config = changed(relora("zero", "bf16"), "train", micro_batch_size=1)
+    return Training(config, topology, {"stage": 1}, deepspeed=deepspeed)
 
 
 def train(run: Training, first: int, last: int) -> list[float]:
