@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.config.checks import multiples_near
 from relora_ds.config.load import check_processes, load_run_config
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.rules.training import multiples_near
 from relora_ds.errors import ConfigError
 
 ProblemsOf = Callable[..., list[str]]
