@@ -8,10 +8,10 @@ from pathlib import Path
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
+from relora_ds.checkpoint.changes import check_resume
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
-    check_resume,
     find_saved_run,
     set_aside_earlier_run,
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import export_hf
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
