@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.free import covers, flat_settings, free_keys
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import CheckpointError
+from relora_ds.methods.registry import plan_phases
 
 _TOKEN_FILES = "token files"
+_COURSE = frozenset({"train.steps", "schedule"})
 _VALUE = 60  # characters of a value in a message
 
 
@@ -21,7 +24,9 @@ def check_resume(
     """Make sure that a checkpoint belongs to a run.
 
     Settings are compared with defaults filled in: one that was added after the checkpoint was
-    written counts as its default there.
+    written counts as its default there. The length of the run and its schedule may change as long
+    as every update so far would have been the same: a run goes on from its stable phase as if it
+    had been longer from the beginning.
 
     Args:
         fingerprints: of the run's token files.
@@ -39,14 +44,45 @@ def check_resume(
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not covers(allowed, key)
     ]
+    if _is_longer_run(differing) and _same_so_far(record.config, config, record.trainer.step):
+        differing = [found for found in differing if not covers(_COURSE, found[0])]
     if differing:
         keys = ", ".join(key for key, _, _ in differing if key in before and key != _TOKEN_FILES)
         raise CheckpointError(
             f"{saved.checkpoint}: belongs to a run that differs in\n"
             + _table(differing)
-            + "\nrestore these values, start anew with checkpoint.resume=false, or allow "
-            f"this with checkpoint.allow_change=[{keys}]"
+            + f"\n{_stable_phase(saved, differing)}restore these values, start anew with "
+            f"checkpoint.resume=false, or allow this with checkpoint.allow_change=[{keys}]"
         )
+
+
+def _is_longer_run(differing: Sequence[tuple[str, Any, Any]]) -> bool:
+    return any(covers(_COURSE, key) for key, _, _ in differing)
+
+
+def _same_so_far(before: RunConfig, now: RunConfig, step: int) -> bool:
+    """Whether the first `step` updates of two runs have the same learning rates and events."""
+    if before.method.name != now.method.name or before.method.warm_start != now.method.warm_start:
+        return False
+    same_length = before.train.steps == now.train.steps
+    for one, other in zip(plan_phases(before), plan_phases(now), strict=True):
+        taken = min(step - one.first_step, one.steps)
+        if taken > 0 and other.method.events_depend_on_steps and not same_length:
+            return False
+        for update in range(taken):
+            rate = one.method.lr_multiplier(update, one.schedule)
+            if rate != other.method.lr_multiplier(update, other.schedule):
+                return False
+    return True
+
+
+def _stable_phase(saved: SavedRun, differing: Sequence[tuple[str, Any, Any]]) -> str:
+    """Where a run whose rate has begun to decay can go on from, if that may be what is meant."""
+    step = plan_phases(saved.record.config)[-1].last_stable_step
+    if step is None or step >= saved.record.trainer.step or not _is_longer_run(differing):
+        return ""
+    stable = saved.checkpoint.with_name(layout.checkpoint(step))
+    return f"go on from the stable phase with checkpoint.resume={stable}, " * stable.is_dir()
 
 
 def _table(differing: Sequence[tuple[str, Any, Any]]) -> str:

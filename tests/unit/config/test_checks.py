@@ -29,6 +29,11 @@ ProblemsOf = Callable[..., list[str]]
             "schedule.warmup_steps",
             ("is 20", "less than train.steps (20)"),
         ),
+        (
+            ["schedule.name=wsd", "schedule.decay_steps=930"],
+            "schedule.decay_steps",
+            ("is 930", "(20)", "the 950 steps after"),
+        ),
         (["method.restart_warmup_steps=100"], "method.restart_warmup_steps", ("is 100", "(100)")),
         (["method.adjust_step=81"], "method.adjust_step", ("is 81", "(20)", "(100)")),
         (["method.rank=64"], "method.rank", ("is 64", "q_proj is 64 x 64", "less than 64")),
