@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
-from relora_ds.checkpoint.saved_state import WorkingValues
+from relora_ds.checkpoint.saved_state import AsSaved, WorkingValues
 from relora_ds.config.methods.full import FullConfig
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
@@ -63,6 +63,16 @@ class DenseModel:
             )
         values = WorkingValues(saved.state())
         return dense_weights(self.architecture, saved.method, saved.record.config.train, values)
+
+    def stored_weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by its Hugging Face name on the CPU, read when it is asked for.
+
+        In the dtype that it is kept in where the model was made elsewhere, otherwise in fp32.
+        """
+        saved = self._source
+        if not isinstance(saved, SavedRun):
+            return saved
+        return AsSaved(saved.state()) if saved.is_import else self.weights()
 
     def model(self, train: TrainConfig, device: torch.device) -> Llama:
         """The model to compute with, in fp32: the dense one where there is one, else the
@@ -126,14 +136,15 @@ class FiniteWeights(Mapping[str, torch.Tensor]):
 
 
 def export_hf(
-    checkpoint: Path, output: Path, dtype: torch.dtype, *, with_tokenizer: bool = True
+    checkpoint: Path, output: Path, dtype: torch.dtype | None, *, with_tokenizer: bool = True
 ) -> None:
     """Write the dense model of a checkpoint as a Hugging Face directory.
 
     Args:
         checkpoint: anything that `DenseModel` reads.
         output: directory to write.
-        dtype: what the tensors are stored in.
+        dtype: what the tensors are stored in; None for fp32 of a run's, and for what a model that
+            was made elsewhere is kept in.
         with_tokenizer: whether the checkpoint's tokenizer goes with them.
 
     Raises:
@@ -146,7 +157,8 @@ def export_hf(
     architecture = model.architecture
     if tokenizer is not None:
         architecture = with_ids_of(tokenizer, architecture)
-    write_hf(output, architecture, model.weights().items(), tokenizer, dtype)
+    weights = model.weights() if dtype is not None else model.stored_weights()
+    write_hf(output, architecture, weights.items(), tokenizer, dtype)
 
 
 def with_ids_of(tokenizer: Path, architecture: ModelConfig) -> ModelConfig:

@@ -20,8 +20,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="float32 keeps merged weights exact; bfloat16 halves the size",
+        help="default: float32, which keeps merged weights exact; of an imported model its own",
     )
     parser.add_argument(
         "--no-tokenizer", action="store_true", help="write the weights without the tokenizer"
@@ -35,5 +34,5 @@ def _export(parsed: argparse.Namespace) -> None:
 
     from relora_ds.checkpoint.export import export_hf
 
-    dtype = getattr(torch, parsed.dtype)
+    dtype = None if parsed.dtype is None else getattr(torch, parsed.dtype)
     export_hf(parsed.checkpoint, parsed.output, dtype, with_tokenizer=not parsed.no_tokenizer)

@@ -33,7 +33,8 @@ from relora_ds.model.init import dense_shapes
 _SHARD_BYTES = 5_000_000_000
 # "format" is what transformers looks for; "producer" tells our exports from a model of the user's
 _METADATA = {"format": "pt", "producer": "relora_ds"}
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""What weights may be stored in, by the name that `config.json` has for it."""
 _NEW, _OLD = "new", "old"  # in the scratch folder: the export, and the one that it replaces
 
 
@@ -42,7 +43,7 @@ def write_hf(
     config: ModelConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
     tokenizer_path: Path | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Write a model that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads.
@@ -55,7 +56,7 @@ def write_hf(
         weights: every (name, tensor) of the dense model, any order, device and float dtype.
             Consumed one by one; at most one shard is held in memory.
         tokenizer_path: SentencePiece model to go with it, or None.
-        dtype: fp32, bf16 or fp16; what the tensors are stored in.
+        dtype: fp32, bf16 or fp16; what the tensors are stored in. None keeps each tensor's own.
         shard_bytes: largest size of one file, unless a single tensor is larger.
 
     Raises:
@@ -65,7 +66,7 @@ def write_hf(
         DataError: the tokenizer cannot be exported.
     """
     target = Path(directory).resolve()
-    if dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"an export cannot be stored as {dtype}; use fp32, bf16 or fp16")
     check_target(target)
     try:
@@ -74,11 +75,12 @@ def write_hf(
         with scratch_folder(target.parent, f".{target.name}.") as scratch:
             work = scratch / _NEW
             work.mkdir()
-            _dump(_config_json(config, dtype), work / "config.json")
             _dump(_generation_json(config), work / "generation_config.json")
             if tokenizer_path is not None:
                 write_tokenizer(Path(tokenizer_path), work)
-            _write_weights(work, _checked(weights, dense_shapes(config)), dtype, shard_bytes)
+            checked = _checked(weights, dense_shapes(config))
+            stored = _write_weights(work, checked, dtype, shard_bytes)
+            _dump(_config_json(config, stored), work / "config.json")
             sync_tree(work)
             _publish(work, target)
     except OSError as error:
@@ -102,8 +104,8 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_parameters": rope,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "torch_dtype": _DTYPES[dtype],
-        "dtype": _DTYPES[dtype],
+        "torch_dtype": DTYPES[dtype],
+        "dtype": DTYPES[dtype],
     }
 
 
@@ -149,10 +151,15 @@ def _raise_unless_same(
 def _write_weights(
     directory: Path,
     weights: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
-) -> None:
-    """One file, or numbered shards with an index as soon as one file would exceed `shard_bytes`."""
+) -> torch.dtype:
+    """One file, or numbered shards with an index as soon as one file would exceed `shard_bytes`.
+
+    Returns:
+        The narrowest dtype that holds every tensor as it is stored.
+    """
+    widest: torch.dtype | None = None
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = size = 0
@@ -164,12 +171,14 @@ def _write_weights(
         pending.clear()
 
     for name, tensor in weights:
-        grown = tensor.numel() * dtype.itemsize
+        stored = dtype or tensor.dtype
+        widest = stored if widest is None else torch.promote_types(widest, stored)
+        grown = tensor.numel() * stored.itemsize
         if pending and size + grown > shard_bytes:
             flush()
             size = 0
         # a copy of its own: the caller may fill the same buffer with the next tensor
-        pending[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+        pending[name] = torch.empty(tensor.shape, dtype=stored).copy_(tensor.detach())
         total, size = total + grown, size + grown
     flush()
 
@@ -184,6 +193,8 @@ def _write_weights(
             name: file for file, names in zip(files, shards, strict=True) for name in names
         }
         _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX)
+    assert widest is not None  # a model has weights
+    return widest
 
 
 def check_target(target: Path) -> None:
