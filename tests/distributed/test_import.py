@@ -52,7 +52,7 @@ def test_a_run_begins_with_an_import(tiny_corpus: TinyCorpus, tmp_path: Path) ->
     assert code == 0, said
     assert "is complete after 4 steps" in said
 
-    sltrain = "method={{name: sltrain, rank: 4, sparsity: 0.1}}"
+    sltrain = "method={name: sltrain, rank: 4, sparsity: 0.1}"
     again = [str(tmp_path / "begun.yaml"), f"checkpoint.resume={imported}", sltrain]
     for arguments in (again, [*again, "--dry-run"]):
         code, said = run(arguments)

@@ -1,1 +1,1 @@
-"""Checkpoints written from what lies on disk: for other processes, or from a model made elsewhere."""
+"""Checkpoints written anew: for other processes, or from a model that was made elsewhere."""
