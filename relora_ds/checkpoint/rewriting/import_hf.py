@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.checkpoint.export import FiniteWeights
+from relora_ds.checkpoint.export.dense import FiniteWeights
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.format.record import RunRecord, TrainerState, write_record

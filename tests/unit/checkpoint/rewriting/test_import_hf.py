@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.rewriting.import_hf import import_hf
