@@ -13,7 +13,7 @@ from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, write_rec
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
-from relora_ds.config.checks import heads_divide_over_tensor
+from relora_ds.config.rules.tensors import heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.durable import describe, remedy, staged

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
 def _export(parsed: argparse.Namespace) -> None:
     import torch
 
-    from relora_ds.checkpoint.export import export_hf
+    from relora_ds.checkpoint.export.hf import export_hf
 
     dtype = getattr(torch, parsed.dtype)
     export_hf(parsed.checkpoint, parsed.output, dtype, with_tokenizer=not parsed.no_tokenizer)

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from relora_ds.checkpoint.export import DenseModel, with_ids_of
-from relora_ds.checkpoint.resume import check_resume, choose_checkpoint
+from relora_ds.checkpoint.changes import check_resume
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import with_ids_of
+from relora_ds.checkpoint.resume import choose_checkpoint
 from relora_ds.checkpoint.saved_run import open_saved_run
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig

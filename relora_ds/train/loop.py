@@ -129,7 +129,8 @@ class Trainer:
             stopping = self._meet("end of step", done, phase, self.stop.requested())
             self._ask_for_saves(done)
             last = done == self.config.train.steps
-            saves = stopping or last or _is_due(done, self.config.checkpoint.every)
+            due = _is_due(done, self.config.checkpoint.every) or self._goes_on_from(phase, done)
+            saves = stopping or last or due
             if metrics or saves or last or _is_due(done, self.config.log.every):
                 metrics |= self._method_metrics(session, metrics)
                 metrics |= self._step_metrics(seen, self._learning_rates(phase, step), meter)
@@ -229,6 +230,10 @@ class Trainer:
         if problem is None:
             return None
         return f"step {done}: not finite after the update: {problem}; {self._remedy()}"
+
+    def _goes_on_from(self, phase: Phase, done: int) -> bool:
+        """Whether a longer run may go on from here: the end of a stable phase is saved."""
+        return self.config.checkpoint.every > 0 and done == phase.last_stable_step
 
     def _remedy(self) -> str:
         return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from relora_ds.activity import doing
-from relora_ds.checkpoint.export import export_hf
+from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import ValidationBatches, unigram_perplexity

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
+from relora_ds.checkpoint.changes import check_resume
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
-    check_resume,
     find_saved_run,
     set_aside_earlier_run,
 )
@@ -32,7 +32,7 @@ from relora_ds.errors import (
     PreemptedError,
     ReloraError,
 )
-from relora_ds.methods.registry import check_requirements
+from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import share_models
 from relora_ds.train.checks import doubts_about_the_export, initial_model
@@ -272,6 +272,12 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         output_dir / "logs" / "bad_batches.jsonl", train_data, topology.is_main
     )
     guards = state.guards if state else GuardState()
+    checkpoints = CheckpointStore(
+        output_dir / layout.CHECKPOINTS,
+        config.checkpoint,
+        topology,
+        plan_phases(config)[-1].last_stable_step,
+    )
     return Trainer(
         config=config,
         architecture=prepared.architecture,
@@ -281,7 +287,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=_valid_data(prepared),
         telemetry=telemetry,
-        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
+        checkpoints=checkpoints,
         stop=stop,
         agreement=Agreement(),
         guard=StepGuard(config.guards, guards, bad_batches.note),

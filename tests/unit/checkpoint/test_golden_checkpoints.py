@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.upgrade import FORMAT, KEY
 from relora_ds.checkpoint.reshape import reshape_checkpoint

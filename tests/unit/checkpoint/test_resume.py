@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from relora_ds.checkpoint import resume
+from relora_ds.checkpoint.changes import check_resume
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.checkpoint.resume import (
-    check_resume,
     choose_checkpoint,
     find_saved_run,
     phases_left,

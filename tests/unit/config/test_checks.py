@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.config.checks import multiples_near
 from relora_ds.config.load import check_processes, load_run_config
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.rules.training import multiples_near
 from relora_ds.errors import ConfigError
 
 ProblemsOf = Callable[..., list[str]]
@@ -28,6 +28,11 @@ ProblemsOf = Callable[..., list[str]]
             ["method={name: lora, rank: 8}", "train.steps=20"],
             "schedule.warmup_steps",
             ("is 20", "less than train.steps (20)"),
+        ),
+        (
+            ["schedule.name=wsd", "schedule.decay_steps=930"],
+            "schedule.decay_steps",
+            ("is 930", "(20)", "the 950 steps after"),
         ),
         (["method.restart_warmup_steps=100"], "method.restart_warmup_steps", ("is 100", "(100)")),
         (["method.adjust_step=81"], "method.adjust_step", ("is 81", "(20)", "(100)")),
