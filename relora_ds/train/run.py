@@ -263,7 +263,12 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
     output_dir = Path(config.output_dir)
     place = (train.micro_batch_size, topology.dp_rank, topology.dp_size)
     train_data = TrainingBatches(
-        corpus.train, corpus.weights, train.seq_length, train.global_batch_size, *place, train.seed
+        corpus.training,
+        corpus.weights,
+        train.seq_length,
+        train.global_batch_size,
+        *place,
+        train.seed,
     )
     telemetry = Telemetry(
         config,
@@ -303,10 +308,10 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
 
 def _valid_data(prepared: Prepared) -> ValidationBatches | None:
     """This process's share of the validation set, if the run has one."""
-    config, topology, file = prepared.config, prepared.topology, prepared.corpus.valid
-    if file is None:
+    config, topology, samples = prepared.config, prepared.topology, prepared.corpus.validation
+    if samples is None:
         return None
     train, batches = config.train, config.eval.batches
     limit = None if batches is None else batches * train.global_batch_size
     place = train.micro_batch_size, topology.dp_rank, topology.dp_size
-    return ValidationBatches(file, train.seq_length, *place, limit)
+    return ValidationBatches(samples, train.seq_length, *place, limit)
