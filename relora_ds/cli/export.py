@@ -26,8 +26,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=[*_DTYPES, *_DTYPES.values()],
-        default="fp32",
-        help="fp32 keeps merged weights exact; bf16 and fp16 halve the size",
+        help="default: fp32, which keeps merged weights exact; of an imported model its own",
     )
     parser.add_argument(
         "--no-tokenizer", action="store_true", help="write the weights without the tokenizer"
@@ -58,10 +57,11 @@ def _export(parsed: argparse.Namespace) -> None:
     if parsed.push is not None:
         check_repo(parsed.push)
     write = export_peft if parsed.peft else export_hf
+    name = _DTYPES.get(parsed.dtype, parsed.dtype)
     write(
         parsed.checkpoint,
         parsed.output,
-        getattr(torch, _DTYPES.get(parsed.dtype) or parsed.dtype),
+        None if name is None else getattr(torch, name),
         with_tokenizer=not parsed.no_tokenizer,
         shard_bytes=int(parsed.max_shard_size),
     )

@@ -29,6 +29,10 @@ class DataConfig(Section):
     are normalised."""
     valid: Free[FilePath | None] = None
     """Token file prefix of the validation set."""
+    valid_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In place of `valid`: share of the tokens of every training file that is held out of training
+    and is the validation set. Whole documents from all over the file, the same ones in every run; a
+    blend is validated in the proportions of its weights."""
     tokenizer: Free[FilePath | None] = None
     """Tokenizer that produced the token files: a SentencePiece model, a `tokenizer.json` of Hugging
     Face's, or a directory with one of them; copied into checkpoints and exports."""

@@ -304,7 +304,8 @@ class Trainer:
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
     def _report(self, done: int, metrics: dict[str, Any]) -> None:
-        line = {"tokens": done * self.tokens_per_step, **metrics, **self.save_figures}
+        tokens = {"tokens": done * self.tokens_per_step, **self.train_data.figures(done)}
+        line = {**tokens, **metrics, **self.save_figures}
         self.save_figures = {}
         self.final |= {"step": done, **line}
         self.telemetry.log(done, line)

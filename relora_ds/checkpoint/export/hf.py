@@ -16,7 +16,7 @@ from relora_ds.model.hf.directory import SHARD_BYTES, write_hf
 def export_hf(
     checkpoint: Path,
     output: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     *,
     with_tokenizer: bool = True,
     shard_bytes: int = SHARD_BYTES,
@@ -24,10 +24,11 @@ def export_hf(
     """Write the dense model of a checkpoint as a Hugging Face directory, with a model card.
 
     Args:
-        checkpoint: anything that `DenseModel` reads; of a Hugging Face directory nothing is known
-            that a card could say.
+        checkpoint: anything that `DenseModel` reads; of a model that was made elsewhere nothing is
+            known that a card could say.
         output: directory to write.
-        dtype: what the tensors are stored in.
+        dtype: what the tensors are stored in; None for fp32 of a run's, and for what a model that
+            was made elsewhere is kept in.
         with_tokenizer: whether the checkpoint's tokenizer goes with them.
         shard_bytes: largest size of one file.
 
@@ -38,9 +39,9 @@ def export_hf(
     """
     model = DenseModel(checkpoint)
     tokenizer, architecture = described(model, with_tokenizer)
-    texts = card_of(model, dtype)
-    weights = model.weights().items()
-    write_hf(output, architecture, weights, tokenizer, dtype, shard_bytes, texts)
+    texts = card_of(model, dtype or torch.float32)
+    weights = model.weights() if dtype is not None else model.stored_weights()
+    write_hf(output, architecture, weights.items(), tokenizer, dtype, shard_bytes, texts)
 
 
 def described(model: DenseModel, with_tokenizer: bool) -> tuple[Path | None, ModelConfig]:
@@ -52,8 +53,8 @@ def described(model: DenseModel, with_tokenizer: bool) -> tuple[Path | None, Mod
 
 
 def card_of(model: DenseModel, dtype: torch.dtype) -> dict[str, str]:
-    """Files of the model card by name; none of a model whose run is not known."""
-    if model.saved is None:
+    """Files of the model card by name; none of a model that was made elsewhere."""
+    if model.saved is None or model.saved.is_import:
         return {}
     results = results_of(model.saved.checkpoint, model.saved.record.trainer.step)
     return card_files(model.saved.record, results, str(dtype).removeprefix("torch."))

@@ -34,7 +34,7 @@ _PREFIX = "base_model.model."
 def export_peft(
     checkpoint: Path,
     output: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     *,
     with_tokenizer: bool = True,
     shard_bytes: int = SHARD_BYTES,
@@ -46,7 +46,7 @@ def export_peft(
     Args:
         checkpoint: of a method whose projections are a frozen weight with an adapter.
         output: directory to write.
-        dtype: what all tensors are stored in.
+        dtype: what all tensors are stored in; None for fp32.
         with_tokenizer: whether the checkpoint's tokenizer goes with the base.
         shard_bytes: largest size of one file of the base.
 
@@ -55,7 +55,7 @@ def export_peft(
         ConfigError: the output directory is taken.
         DataError: the tokenizer cannot be read.
     """
-    model = DenseModel(checkpoint)
+    model, dtype = DenseModel(checkpoint), dtype or torch.float32
     weights = model.weights()
     if not isinstance(weights, DenseWeights):
         raise CheckpointError(

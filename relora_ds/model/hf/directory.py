@@ -36,7 +36,8 @@ SHARD_BYTES = 5_000_000_000
 METADATA = {"format": "pt", "producer": "relora_ds"}
 """Of every file of tensors: `format` is what transformers looks for, `producer` tells our exports
 from a model of the user's."""
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""What weights may be stored in, by the name that `config.json` has for it."""
 _NEW, _OLD = "new", "old"  # in the scratch folder: the export, and the one that it replaces
 
 
@@ -45,7 +46,7 @@ def write_hf(
     config: ModelConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
     tokenizer_path: Path | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int = SHARD_BYTES,
     texts: Mapping[str, str] | None = None,
 ) -> None:
@@ -59,7 +60,7 @@ def write_hf(
         weights: every (name, tensor) of the dense model, any order, device and float dtype.
             Consumed one by one; at most one shard is held in memory.
         tokenizer_path: SentencePiece model to go with it, or None.
-        dtype: fp32, bf16 or fp16; what the tensors are stored in.
+        dtype: fp32, bf16 or fp16; what the tensors are stored in. None keeps each tensor's own.
         shard_bytes: largest size of one file, unless a single tensor is larger.
         texts: contents of further files by name, a model card's for example.
 
@@ -69,7 +70,7 @@ def write_hf(
             finite; or the directory cannot be written.
         DataError: the tokenizer cannot be exported.
     """
-    if dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"an export cannot be stored as {dtype}; use fp32, bf16 or fp16")
     with new_export(Path(directory)) as work:
         fill_hf(work, config, weights, tokenizer_path, dtype, shard_bytes)
@@ -106,15 +107,16 @@ def fill_hf(
     config: ModelConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
     tokenizer_path: Path | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write configuration, weights and tokenizer into an empty folder; see `write_hf`."""
-    _dump(_config_json(config, dtype), folder / "config.json")
     _dump(_generation_json(config), folder / "generation_config.json")
     if tokenizer_path is not None:
         write_tokenizer(Path(tokenizer_path), folder)
-    _write_weights(folder, _checked(weights, dense_shapes(config)), dtype, shard_bytes)
+    checked = _checked(weights, dense_shapes(config))
+    stored = _write_weights(folder, checked, dtype, shard_bytes)
+    _dump(_config_json(config, stored), folder / "config.json")
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
@@ -138,8 +140,8 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_parameters": rope,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "torch_dtype": _DTYPES[dtype],
-        "dtype": _DTYPES[dtype],
+        "torch_dtype": DTYPES[dtype],
+        "dtype": DTYPES[dtype],
     }
 
 
@@ -185,10 +187,15 @@ def _raise_unless_same(
 def _write_weights(
     directory: Path,
     weights: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
-) -> None:
-    """One file, or numbered shards with an index as soon as one file would exceed `shard_bytes`."""
+) -> torch.dtype:
+    """One file, or numbered shards with an index as soon as one file would exceed `shard_bytes`.
+
+    Returns:
+        The narrowest dtype that holds every tensor as it is stored.
+    """
+    widest: torch.dtype | None = None
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = size = 0
@@ -200,12 +207,14 @@ def _write_weights(
         pending.clear()
 
     for name, tensor in weights:
-        grown = tensor.numel() * dtype.itemsize
+        stored = dtype or tensor.dtype
+        widest = stored if widest is None else torch.promote_types(widest, stored)
+        grown = tensor.numel() * stored.itemsize
         if pending and size + grown > shard_bytes:
             flush()
             size = 0
         # a copy of its own: the caller may fill the same buffer with the next tensor
-        pending[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+        pending[name] = torch.empty(tensor.shape, dtype=stored).copy_(tensor.detach())
         total, size = total + grown, size + grown
     flush()
 
@@ -220,6 +229,8 @@ def _write_weights(
             name: file for file, names in zip(files, shards, strict=True) for name in names
         }
         _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX)
+    assert widest is not None  # a model has weights
+    return widest
 
 
 def check_target(target: Path) -> None:

@@ -102,6 +102,15 @@ ProblemsOf = Callable[..., list[str]]
             ("is fused_adam", "use adamw"),
         ),
         (["data.valid=null"], "data.valid", ("needed with data.source files", "prepare_data")),
+        (["data.valid=null"], "data.valid", ("or valid_share for a part of data.train",)),
+        (["data.valid_share=0.01"], "data.valid_share", ("beside data.valid", "remove one")),
+        (["data.valid_share=1"], "data.valid_share", ("less than 1",)),
+        (["data.valid_share=0"], "data.valid_share", ("greater than 0",)),
+        (
+            ["data={source: builtin, valid_share: 0.1}"],
+            "data.valid_share",
+            ("ignored with data.source builtin",),
+        ),
         (["data.train=[]"], "data.train", ("needed with data.source files",)),
         (["data.cache_dir=x"], "data.cache_dir", ("ignored with data.source files",)),
         (
