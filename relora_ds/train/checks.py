@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from relora_ds.checkpoint.changes import check_resume
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.export.hf import with_ids_of
@@ -16,6 +18,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.verify import verify_contents
+from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.model.hf.tokenizer import export_obstacle
 from relora_ds.train.results import check_export_target
@@ -120,6 +123,22 @@ def initial_model(
     if corpus is not None:
         corpus.check_tokenizer_of(model.directory)
     return model
+
+
+def doubt_about_the_resume(saved: SavedRun, device: torch.device) -> str | None:
+    """Why a resumed run is not bit for bit the one that was interrupted; None if nothing is known.
+
+    Args:
+        saved: the checkpoint to go on from.
+        device: what this process computes on.
+    """
+    before, now = saved.record.trainer.arithmetic, describe_arithmetic(device)
+    if before in (None, now):
+        return None
+    return (
+        f"{saved.checkpoint} was computed by {before}, and goes on by {now}: the same run to the "
+        "rounding of its arithmetic, not bit for bit"
+    )
 
 
 def doubts_about_the_export(architecture: ModelConfig, corpus: Corpus) -> Iterator[str]:

@@ -36,7 +36,12 @@ from relora_ds.errors import (
 from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import share_models
-from relora_ds.train.checks import begun_with, doubts_about_the_export, initial_model
+from relora_ds.train.checks import (
+    begun_with,
+    doubt_about_the_resume,
+    doubts_about_the_export,
+    initial_model,
+)
 from relora_ds.train.guards.agreement import Agreement
 from relora_ds.train.guards.bad_batches import BadBatches
 from relora_ds.train.guards.steps import StepGuard
@@ -220,6 +225,9 @@ def _find_start(prepared: Prepared) -> tuple[Prepared, SavedRun | None]:
         fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
+        doubt = doubt_about_the_resume(saved, topology.device) if topology.is_main else None
+        if doubt is not None:
+            _logger.warning(doubt)
         return prepared, saved
     # before results of an earlier run make way for a start that fails
     initial_model(config, prepared.architecture, prepared.corpus)
