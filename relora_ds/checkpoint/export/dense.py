@@ -48,6 +48,11 @@ class DenseModel:
         """Where its files lie."""
         self.tokenizer = next(iter(tokenizers_in(directory)), None)
 
+    @property
+    def saved(self) -> SavedRun | None:
+        """The checkpoint; None of a Hugging Face directory."""
+        return self._source if isinstance(self._source, SavedRun) else None
+
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
         saved = self._source
