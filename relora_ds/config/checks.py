@@ -24,6 +24,8 @@ from relora_ds.config.rules.optimizers import (
     scaled_head_is_free,
 )
 from relora_ds.config.rules.schedules import (
+    decay_is_of_wsd,
+    decay_leaves_a_stable_phase,
     warmup_ends,
 )
 from relora_ds.config.rules.tensors import (
@@ -81,6 +83,7 @@ RULES: tuple[Rule, ...] = (
     traced_steps_are_trained,
     micro_batch_divides_batch,
     warmup_ends,
+    decay_leaves_a_stable_phase,
     per_layer_update_has_optimizer,
     guards_can_decide_before_the_update,
     masters_can_be_left_out,
@@ -95,4 +98,4 @@ RULES: tuple[Rule, ...] = (
     pairs_are_cut_alike,
     scaled_head_is_free,
 )
-WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use,)
+WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd)

@@ -10,22 +10,23 @@ from relora_ds.config.sections import DataConfig
 
 
 def data_keys_match_source(data: DataConfig) -> Iterator[Finding]:
-    files = ("train", "valid", "tokenizer")
     if data.source == "builtin":
-        for key in files:
+        for key in ("train", "valid", "valid_share", "tokenizer"):
             if getattr(data, key) is not None:
                 yield Finding(
                     ("data", key),
                     "is ignored with data.source builtin: remove it, or write source: files",
                 )
         return
-    for key in files[:2]:
-        if not getattr(data, key):
+    for key, other in (("train", ""), ("valid", ", or valid_share for a part of data.train")):
+        if not getattr(data, key) and (key == "train" or data.valid_share is None):
             yield Finding(
                 ("data", key),
                 "is needed with data.source files: give the prefix that tools/prepare_data.py "
-                "wrote, or write source: builtin to try things out",
+                f"wrote{other}, or write source: builtin to try things out",
             )
+    if data.valid and data.valid_share:
+        yield Finding(("data", "valid_share"), "is given beside data.valid: remove one of them")
     for key in ("builtin_vocab_size", "cache_dir"):
         # a default that is written out, as in a dumped run, does no harm
         if getattr(data, key) != DataConfig.model_fields[key].default:
