@@ -15,6 +15,7 @@ from relora_ds import __version__
 from relora_ds.cli import (
     evaluate,
     export,
+    import_hf,
     plan,
     plot,
     prepare_data,
@@ -48,6 +49,7 @@ VERBS = {
     "train-tokenizer": Verb(train_tokenizer.main, "train a SentencePiece tokenizer on text files"),
     "evaluate": Verb(evaluate.main, "perplexity of a checkpoint or a Hugging Face directory"),
     "export": Verb(export.main, "write a checkpoint's dense model as a Hugging Face directory"),
+    "import": Verb(import_hf.main, "write a Hugging Face directory as a checkpoint to begin with"),
     "reshape": Verb(reshape.main, "rewrite a checkpoint for other processes or ZeRO stages"),
     "plot": Verb(plot.main, "draw a run's loss curve"),
 }

@@ -85,6 +85,20 @@ class SavedTensor:
     """Dimension of the tensor that is sharded as the parameter's sharded dimension is."""
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A projection as a dense weight and what is added to it: base + scale * lora_b @ lora_a."""
+
+    base: torch.Tensor
+    """(out, in), fp32."""
+    lora_a: torch.Tensor
+    """(r, in), fp32."""
+    lora_b: torch.Tensor
+    """(out, r), fp32."""
+    scale: float
+    """The same for all projections."""
+
+
 MethodT = TypeVar("MethodT", bound="Method[Any]")
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -209,6 +223,14 @@ class Method(Generic[ConfigT]):
         """
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
+
+    def adapter(self, layer: Projection) -> Adapter | None:
+        """The projection's frozen weight and its factors, apart.
+
+        Returns:
+            None if it has no such two parts.
+        """
+        return None
 
     def lay_out(self, layer: Projection) -> None:
         """Fill what a projection needs to know how it is sharded, where its parameters have no

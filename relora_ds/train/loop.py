@@ -21,6 +21,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus
+from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DivergenceError, PreemptedError
 from relora_ds.methods.interface import Event, Session
@@ -338,6 +339,7 @@ class Trainer:
             telemetry=dict(self.telemetry.state_dict()),
             guards=self.guard.state(),
             data_fingerprints=list(self.corpus.fingerprints()),
+            arithmetic=describe_arithmetic(self.topology.device),
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)

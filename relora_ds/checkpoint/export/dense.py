@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
-from relora_ds.checkpoint.saved_state import WorkingValues
+from relora_ds.checkpoint.saved_state import AsSaved, WorkingValues
 from relora_ds.config.methods.full import FullConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.tokenizer import tokenizers_in
@@ -48,6 +48,11 @@ class DenseModel:
         """Where its files lie."""
         self.tokenizer = next(iter(tokenizers_in(directory)), None)
 
+    @property
+    def saved(self) -> SavedRun | None:
+        """The checkpoint; None of a Hugging Face directory."""
+        return self._source if isinstance(self._source, SavedRun) else None
+
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
         saved = self._source
@@ -61,6 +66,16 @@ class DenseModel:
             )
         values = WorkingValues(saved.state())
         return dense_weights(self.architecture, saved.method, saved.record.config.train, values)
+
+    def stored_weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by its Hugging Face name on the CPU, read when it is asked for.
+
+        In the dtype that it is kept in where the model was made elsewhere, otherwise in fp32.
+        """
+        saved = self._source
+        if not isinstance(saved, SavedRun):
+            return saved
+        return AsSaved(saved.state()) if saved.is_import else self.weights()
 
     def model(self, train: TrainConfig, device: torch.device) -> Llama:
         """The model to compute with, in fp32: the dense one where there is one, else the

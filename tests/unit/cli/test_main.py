@@ -21,6 +21,7 @@ SCRIPTS = {
     "train-tokenizer": "tools/train_tokenizer.py",
     "evaluate": "tools/evaluate.py",
     "export": "tools/export_hf.py",
+    "import": "tools/import_hf.py",
     "reshape": "tools/reshape_checkpoint.py",
     "plot": "tools/plot_run.py",
 }

@@ -83,6 +83,12 @@ def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
 def _problems(record: RunRecord) -> Iterator[str]:
     """What speaks against continuing a run with the processes and the stage of its record."""
     state = record.trainer
+    if state.imported_from is not None:
+        yield (
+            "--checkpoint is an import, which runs of any number of processes and any ZeRO stage "
+            "begin with as it is: name it in their checkpoint.resume"
+        )
+        return
     total = record.config.train.global_batch_size
     if state.dp_size > 0 and total % state.dp_size:  # a smaller micro-batch may be set at resume
         fitting = [size for size in range(1, state.dp_size) if total % size == 0]
