@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
 from relora_ds.methods.formulation.composed import ComposedProduct, Composition, Gradients
-from relora_ds.methods.interface import Adapter, Method, projection_layers
+from relora_ds.methods.interface import Adapter, Method, pair_rule, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
@@ -252,6 +254,11 @@ class AdapterMethod(Method[AdapterT]):
         """The frozen weight, with all merges so far, and the live adapter."""
         own = self.adapter(layer)
         return {"weight": own.base, "adapter": own.scale * own.lora_b @ own.lora_a}
+
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        return pair_rule(settings, name, self.config.scale)
 
     def adapter(self, layer: Projection) -> Adapter:
         assert isinstance(layer, AdapterLinear)
