@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,34 @@ def evaluate_checkpoint(
     batch_size: int,
     published_ranks: int | None = None,
 ) -> dict[str, Any]:
-    """Token-weighted mean loss over non-overlapping windows of a token file.
+    """A model's score on one token file; see `evaluate_sets`."""
+    return evaluate_sets(checkpoint, [data], seq_length, batch_size, published_ranks)[0]
+
+
+def evaluate_sets(
+    checkpoint: Path,
+    sets: Sequence[str],
+    seq_length: int | None,
+    batch_size: int,
+    published_ranks: int | None = None,
+) -> list[dict[str, Any]]:
+    """Token-weighted mean loss over non-overlapping windows of each of some token files.
+
+    All files are opened before the model is.
 
     Args:
         checkpoint: a checkpoint of ours or a Hugging Face directory.
-        data: token file prefix, or `builtin` for the builtin validation set whose vocabulary is the
-            model's.
+        sets: token file prefixes, or `builtin` for the builtin validation set whose vocabulary is
+            the model's.
         seq_length: tokens per window; default: that of the run, or the model's longest up to 2048.
         batch_size: windows per forward pass.
         published_ranks: evaluate by the protocol of GaLore's published tables in place of that,
             with rows of `seq_length` dealt out to so many processes.
 
     Returns:
-        `loss` in nats, `perplexity`, and `tokens`, the number of targets. By the published protocol
-        also its name, the micro-batches, and the mean over the tokens of the same rows.
+        Of every set `loss` in nats, `perplexity`, and `tokens`, the number of targets. By the
+        published protocol also its name, the micro-batches, and the mean over the tokens of the
+        same rows.
 
     Raises:
         ConfigError: the windows are longer than the model allows, or this machine has GPUs that
@@ -62,7 +77,7 @@ def evaluate_checkpoint(
         )
     if published_ranks is not None and published_ranks < 1:
         raise ConfigError(f"ranks {published_ranks}: rows are dealt out to 1 or more")
-    file = _open(data, dense)
+    files = [_open(data, dense) for data in sets]
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
@@ -70,9 +85,16 @@ def evaluate_checkpoint(
     set_arithmetic(train)
     device = torch.device(accelerator_type())
     model = dense.model(train, device)
+    sizes = seq_length, batch_size
     if published_ranks is not None:
-        return _published(model, file, (seq_length, batch_size), published_ranks, device)
-    batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
+        return [_published(model, file, sizes, published_ranks, device) for file in files]
+    return [_exact(model, file, sizes, device) for file in files]
+
+
+def _exact(
+    model: Llama, file: TokenFile, sizes: tuple[int, int], device: torch.device
+) -> dict[str, Any]:
+    batches = ValidationBatches(file, *sizes, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
 
