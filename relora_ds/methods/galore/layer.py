@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from relora_ds.numerics.products import matmul, place_of
 from relora_ds.parallel.linear import LinearSpec, Projection
 
 Sink = Callable[[torch.Tensor], None]
@@ -38,13 +39,13 @@ class _ProjectedProduct(torch.autograd.Function):
         sink: Sink | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, projected, basis)
-        ctx.tall, ctx.sink = tall, sink
+        ctx.tall, ctx.sink, ctx.place = tall, sink, place_of(projected)
         rows = x.reshape(-1, x.shape[-1])
-        out = rows @ weight.t()
+        out = matmul(rows, weight.t())
         if tall:
-            out.addmm_(rows @ basis.t(), projected.t())
+            out.addmm_(matmul(rows, basis.t()), projected.t())
         else:
-            out.addmm_(rows @ projected, basis)
+            out.addmm_(matmul(rows, projected), basis)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -53,15 +54,16 @@ class _ProjectedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         if ctx.sink is not None:
-            ctx.sink(grad.t() @ rows)
-        inner = grad @ (projected if ctx.tall else basis.t())
+            ctx.sink(matmul(grad.t(), rows))
+        inner = matmul(grad, projected if ctx.tall else basis.t())
         grad_x = grad_projected = None
         if ctx.needs_input_grad[0]:
             behind = basis if ctx.tall else projected.t()
-            grad_x = (grad @ weight).addmm_(inner, behind).view_as(x)
+            grad_x = matmul(grad, weight).addmm_(inner, behind).view_as(x)
         if ctx.needs_input_grad[2]:
             tall = ctx.tall
-            grad_projected = grad.t() @ (rows @ basis.t()) if tall else rows.t() @ inner
+            left, right = (grad, matmul(rows, basis.t())) if tall else (rows, inner)
+            grad_projected = matmul(left.t(), right, ctx.place)
         return grad_x, None, grad_projected, None, None, None
 
 
