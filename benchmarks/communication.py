@@ -36,9 +36,9 @@ from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_pa
 from relora_ds.accounting.zero_traffic import Payloads, bytes_of, expected_payloads
 from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.config.architecture import read_model_config
-from relora_ds.config.checks import heads_divide_over_tensor
 from relora_ds.config.methods.catalogue import method_models
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.rules.tensors import heads_divide_over_tensor
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.engine.assemble import build_engine

@@ -56,6 +56,11 @@ class SavedRun:
         parallel = self.record.config.parallel
         self._parallel = parallel.model_copy(update={"tensor": self._ranks})
 
+    @property
+    def is_import(self) -> bool:
+        """Whether it holds weights that were made elsewhere, for runs to begin with."""
+        return self.record.trainer.imported_from is not None
+
     def is_sharded_like(self, tp: TensorParallel) -> bool:
         """Whether the ranks of a tensor-parallel group hold the parts that the files do."""
         alike = tp.size == 1 or tp.plan == self._parallel.low_rank_plan

@@ -8,7 +8,7 @@ directory that `write_state` wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -48,7 +48,8 @@ class SavedState:
         self._pieces = pieces
 
     def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
-        """A slice of a trained parameter's `master` or of a moment of it: fp32, 1-D.
+        """A slice of a trained parameter's `master` or of a moment of it: 1-D, fp32 but in an
+        import, which keeps the dtype of its source.
 
         Raises:
             CheckpointError: the optimizer that wrote it keeps its moments in another form.
@@ -147,6 +148,23 @@ class WorkingValues(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
+class AsSaved(Mapping[str, torch.Tensor]):
+    """Every trained parameter by name in the dtype that it was saved in, read on access."""
+
+    def __init__(self, state: SavedState) -> None:
+        self._state, self._shapes = state, state.inventory.trained
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        return self._state.read("master", name, 0, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def write_state(state: SavedState, directory: Path, origin: Origin) -> None:
     """Write a state so that any topology can read it; at most one file is held in memory.
 
@@ -156,14 +174,32 @@ def write_state(state: SavedState, directory: Path, origin: Origin) -> None:
     Raises:
         CheckpointError: a tensor of it is damaged, or holds values that are not finite.
     """
-    pending: dict[str, torch.Tensor] = {_STEP: torch.tensor(state.completed)}
-    size, number = 0, 0
-    for key, tensor in state.tensors():
+    write_parts(_finite(state.tensors()), state.completed, directory, origin)
+
+
+def _finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, tensor in tensors:
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{key} holds values that are not finite: the run diverged before this checkpoint "
                 "was saved, and nothing can go on from it; use an earlier one"
             )
+        yield key, tensor
+
+
+def write_parts(
+    tensors: Iterable[tuple[str, torch.Tensor]], completed: int, directory: Path, origin: Origin
+) -> None:
+    """Write flat tensors of a state by key; at most one file is held in memory.
+
+    Args:
+        tensors: as `SavedState.tensors` has them.
+        completed: updates of the phase that were done.
+        origin: of the checkpoint in `directory`.
+    """
+    pending: dict[str, torch.Tensor] = {_STEP: torch.tensor(completed)}
+    size, number = 0, 0
+    for key, tensor in tensors:
         grown = tensor.numel() * tensor.element_size()
         if pending and size + grown > _FILE_BYTES:
             write_tensors(pending, directory / layout.state(number), origin)

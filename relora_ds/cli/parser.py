@@ -16,6 +16,10 @@ from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.redaction import mask_urls
 
 _INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.json.gz'"
+_DATASET = (
+    "folder that save_to_disk wrote, or a data set on the Hugging Face hub, which is streamed"
+)
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SCRIPT = re.compile(r"python tools/\w+\.py")
 
 
@@ -60,9 +64,23 @@ def add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
-def add_texts(parser: argparse.ArgumentParser) -> None:
-    """`--input`, `--text-key` and `--on-error`: text files and how to read them."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=_INPUTS)
+def add_texts(parser: argparse.ArgumentParser, or_dataset: bool = False) -> None:
+    """`--input`, `--text-key` and `--on-error`: text files and how to read them.
+
+    Args:
+        parser: takes the options.
+        or_dataset: also take a data set in place of files, with its configuration and split.
+    """
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--input", nargs="+", metavar="FILE", help=_INPUTS)
+    if or_dataset:
+        texts.add_argument("--dataset", metavar="NAME", help=_DATASET)
+        parser.add_argument(
+            "--dataset-config", metavar="NAME", help="configuration of the data set"
+        )
+        parser.add_argument(
+            "--split", help="split of the data set; default: the only one, or train"
+        )
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text; meta.text is one in another"
     )
@@ -72,6 +90,14 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="stop at the first input that cannot be used, or count it and go on",
     )
+
+
+def amount(text: str) -> float:
+    """A number with a decimal unit: 80GB, 450GB/s, 989.4T."""
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(?:B|B/s|FLOP/s)?", text)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB or 450GB/s")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def run_tool(work: Callable[[], None]) -> int:

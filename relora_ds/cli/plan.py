@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 
-from relora_ds.cli.parser import add_run, run_tool, tool_parser
+from relora_ds.cli.parser import add_run, amount, run_tool, tool_parser
 
 _EXAMPLE = """
 example:
   python tools/plan.py configs/run/llama_1b_switchlora.yaml --gpus 64 --gpu-memory 80GB
 """
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def main(arguments: Sequence[str], prog: str | None = None) -> int:
@@ -46,19 +44,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add_run(parser)
     parser.add_argument("--gpus", type=int, required=True, help="of the whole job")
     parser.add_argument("--gpus-per-node", type=int, help="default 8")
-    parser.add_argument("--gpu-memory", type=_amount, help="default 80GB")
-    parser.add_argument("--node-bandwidth", type=_amount, help="per GPU within a node, 450GB/s")
-    parser.add_argument("--bandwidth", type=_amount, help="per GPU between nodes, 50GB/s")
+    parser.add_argument("--gpu-memory", type=amount, help="default 80GB")
+    parser.add_argument("--node-bandwidth", type=amount, help="per GPU within a node, 450GB/s")
+    parser.add_argument("--bandwidth", type=amount, help="per GPU between nodes, 50GB/s")
     parser.add_argument("--latency", type=float, help="seconds of a collective per doubling, 1e-5")
-    parser.add_argument("--peak-flops", type=_amount, help="per GPU, 989.4T")
+    parser.add_argument("--peak-flops", type=amount, help="per GPU, 989.4T")
     parser.add_argument("--efficiency", type=float, help="share of the peak that is reached, 0.4")
     parser.add_argument("--json", action="store_true", help="everything, to be read by a program")
     return parser
-
-
-def _amount(text: str) -> float:
-    """A number with a decimal unit: 80GB, 450GB/s, 989.4T."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(?:B|B/s|FLOP/s)?", text)
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB or 450GB/s")
-    return float(match[1]) * _UNITS[match[2]]

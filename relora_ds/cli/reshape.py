@@ -28,7 +28,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
 
 
 def _reshape(parsed: argparse.Namespace) -> None:
-    from relora_ds.checkpoint.reshape import reshape_checkpoint
+    from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 
     sizes = parsed.data_parallel, parsed.zero_stage, parsed.tensor
     reshape_checkpoint(parsed.checkpoint, parsed.output, *sizes)

@@ -16,13 +16,14 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from relora_ds.config.architecture import model_file, read_model_config
-from relora_ds.config.checks import batch_divides_over_processes, find_doubts, find_problems
+from relora_ds.config.checks import find_doubts, find_problems
 from relora_ds.config.explain import explain, missing_key, unknown_key
 from relora_ds.config.keys import section_model
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.reading.document import Document, Finding
 from relora_ds.config.reading.override import apply_overrides
 from relora_ds.config.reading.source import dump_yaml, read_text, read_yaml
+from relora_ds.config.rules.training import batch_divides_over_processes
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import ConfigError
 from relora_ds.redaction import mask_urls

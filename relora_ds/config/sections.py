@@ -29,6 +29,10 @@ class DataConfig(Section):
     are normalised."""
     valid: Free[FilePath | None] = None
     """Token file prefix of the validation set."""
+    valid_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In place of `valid`: share of the tokens of every training file that is held out of training
+    and is the validation set. Whole documents from all over the file, the same ones in every run; a
+    blend is validated in the proportions of its weights."""
     tokenizer: Free[FilePath | None] = None
     """Tokenizer that produced the token files: a SentencePiece model, a `tokenizer.json` of Hugging
     Face's, or a directory with one of them; copied into checkpoints and exports."""
@@ -196,12 +200,27 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the run; a method multiplies its own factor in."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Course of the learning rate after the warm-up. `cosine`, `linear`: it falls until the last
+    step. `constant`: it stays. `wsd` (warm-up, stable, decay): it stays until the last
+    `decay_steps`, so that a run can go on from its stable phase as if it had been longer."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up from zero; the first update then has a learning rate of zero."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the peak learning rate that is left at the end of a decay."""
+    decay_steps: PositiveInt | None = None
+    """Length of the decay of `wsd`. Default: a tenth of the steps."""
+    decay_shape: Literal["cosine", "linear", "sqrt"] = "linear"
+    """How the rate of `wsd` falls. `sqrt`: by the square root of the share of the decay that is
+    over, steeply first."""
+
+    def decay_length(self, steps: int) -> int:
+        """Steps of the decay at the end of `wsd`, of `steps` in all."""
+        return max(1, steps // 10) if self.decay_steps is None else self.decay_steps
+
+    def stable_steps(self, steps: int) -> int | None:
+        """Updates, of `steps`, before the decay of `wsd`; None with another course."""
+        return steps - self.decay_length(steps) if self.name == "wsd" else None
 
 
 class ParallelConfig(Section):

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from relora_ds.data.sampler import SampleOrder, num_samples, rank_positions
-from relora_ds.data.tokens import TokenFile
+from relora_ds.data.sampler import SampleOrder, rank_positions
+from relora_ds.data.token_files.samples import Samples, TokenStream
 from relora_ds.errors import ConfigError, DataError
 
 _CHUNK = 1 << 22  # tokens counted at once
-
-
-def checked_num_samples(file: TokenFile, seq_length: int) -> int:
-    """Samples of `seq_length + 1` tokens in a token file.
-
-    Raises:
-        DataError: there is not even one.
-    """
-    count = num_samples(file.num_tokens, seq_length)
-    if count == 0:
-        raise DataError(
-            f"{file.prefix}.bin: {file.num_tokens} tokens, but one sample of train.seq_length "
-            f"{seq_length} takes {seq_length + 1}; use a larger corpus or shorter sequences"
-        )
-    return count
 
 
 class TrainingBatches:
     """The training data of one data-parallel rank: a pure function of the step.
 
     Args:
-        files: token files of the blend.
+        files: token files of the blend, or the parts of them that are trained on.
         weights: one positive weight per file, any scale.
         seq_length: tokens S that the model reads; samples hold S + 1.
         global_batch_size: samples per optimizer step over all ranks.
@@ -49,7 +35,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        files: Sequence[TokenFile],
+        files: Sequence[TokenStream],
         weights: Sequence[float],
         seq_length: int,
         global_batch_size: int,
@@ -66,7 +52,7 @@ class TrainingBatches:
             )
         if len(files) != len(weights):
             raise DataError(f"{len(files)} token files, but {len(weights)} blend weights")
-        sizes = tuple(checked_num_samples(file, seq_length) for file in files)
+        sizes = tuple(file.num_samples(seq_length) for file in files)
         self.order = SampleOrder(sizes, tuple(weights), seed)
         self._files = files
         self._seq_length = seq_length
@@ -92,7 +78,7 @@ class TrainingBatches:
         datasets, samples = self.order.locate(positions)
         for row_datasets, row_samples in zip(datasets, samples, strict=True):
             rows = [
-                _window(self._files[dataset], int(sample), self._seq_length)
+                self._files[dataset].sample(int(sample), self._seq_length)
                 for dataset, sample in zip(row_datasets, row_samples, strict=True)
             ]
             yield torch.from_numpy(np.stack(rows))
@@ -115,19 +101,35 @@ class TrainingBatches:
 
     def epochs(self, steps: int) -> tuple[float, ...]:
         """Passes over each file that the first `steps` optimizer steps make."""
-        uses = self.order.blend.uses(steps * self._global_batch_size)
-        return tuple(int(n) / size for n, size in zip(uses, self.order.sizes, strict=True))
+        return tuple(n / size for n, size in zip(self._uses(steps), self.order.sizes, strict=True))
+
+    def tokens(self, steps: int) -> tuple[int, ...]:
+        """Tokens of each file that the first `steps` optimizer steps are given as targets."""
+        return tuple(n * self._seq_length for n in self._uses(steps))
+
+    def figures(self, steps: int) -> dict[str, float]:
+        """Tokens and epochs of each source by metric name, after so many optimizer steps."""
+        names = source_names([file.prefix for file in self._files])
+        tokens, epochs = self.tokens(steps), self.epochs(steps)
+        figures: dict[str, float] = {}
+        for name, count, passes in zip(names, tokens, epochs, strict=True):
+            figures |= {f"data/tokens/{name}": count, f"data/epochs/{name}": passes}
+        return figures
+
+    def _uses(self, steps: int) -> list[int]:
+        """Samples of each file that the first `steps` optimizer steps take."""
+        return self.order.blend.uses(steps * self._global_batch_size).tolist()
 
 
 class ValidationBatches:
-    """Windows 0, 1, 2, ... of one token file, spread over the data-parallel ranks.
+    """Windows 0, 1, 2, ... of the validation set, spread over the data-parallel ranks.
 
     Every rank gets the same number of micro-batches, since each is a collective operation; rows
     that are missing at the end are zeros that the mask excludes. The tokens after the last whole
     window are not used.
 
     Args:
-        file: token file of the validation set.
+        samples: the validation set.
         seq_length: tokens S that the model reads; windows hold S + 1.
         micro_batch_size: rows M per rank and forward pass.
         dp_rank: this rank among the data-parallel ranks.
@@ -135,22 +137,22 @@ class ValidationBatches:
         max_sequences: windows to use at most; None takes all.
 
     Raises:
-        DataError: the file is shorter than one window.
+        DataError: the set is shorter than one window.
     """
 
     def __init__(
         self,
-        file: TokenFile,
+        samples: Samples,
         seq_length: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
         max_sequences: int | None = None,
     ) -> None:
-        available = checked_num_samples(file, seq_length)
+        available = samples.num_samples(seq_length)
         self.num_sequences = available if max_sequences is None else min(available, max_sequences)
         """Windows over all ranks; each has S targets."""
-        self._file = file
+        self._samples = samples
         self._seq_length = seq_length
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
@@ -165,7 +167,7 @@ class ValidationBatches:
 
         Yields:
             Tokens, int64 of shape (M, S + 1), and a bool mask of shape (M,) that is True where the
-            row is a window of the file.
+            row is a window of the set.
         """
         rows = self._micro_batch_size
         for number in range(len(self)):
@@ -173,30 +175,47 @@ class ValidationBatches:
             windows = range(first, min(first + rows, self.num_sequences))
             tokens = torch.zeros(rows, self._seq_length + 1, dtype=torch.int64)
             for row, window in enumerate(windows):
-                tokens[row] = torch.from_numpy(_window(self._file, window, self._seq_length))
+                tokens[row] = torch.from_numpy(self._samples.sample(window, self._seq_length))
             yield tokens, torch.arange(rows) < len(windows)
 
 
-def unigram_perplexity(file: TokenFile, seq_length: int, max_sequences: int | None = None) -> float:
+def unigram_perplexity(
+    samples: Samples, seq_length: int, max_sequences: int | None = None
+) -> float:
     """Perplexity of the best model without context on the targets that `ValidationBatches` covers.
 
     That is exp of the entropy of the targets' empirical distribution: a trained model must stay
     below.
 
     Raises:
-        DataError: the file is shorter than one window.
+        DataError: the set is shorter than one window.
     """
-    available = checked_num_samples(file, seq_length)
+    available = samples.num_samples(seq_length)
     sequences = available if max_sequences is None else min(available, max_sequences)
-    num_targets = sequences * seq_length
-    counts = np.zeros(file.max_token_id + 1, dtype=np.int64)
-    for start in range(0, num_targets, _CHUNK):
-        # the first token of the file is nobody's target
-        targets = file.window(1 + start, min(_CHUNK, num_targets - start))
+    counts = np.zeros(samples.max_token_id + 1, dtype=np.int64)
+    at_once = max(1, _CHUNK // seq_length)
+    for first in range(0, sequences, at_once):
+        windows = range(first, min(first + at_once, sequences))
+        # the first token of a window is no target of its own
+        targets = np.concatenate([samples.sample(each, seq_length)[1:] for each in windows])
         counts += np.bincount(targets, minlength=len(counts))
-    shares = counts[counts > 0] / num_targets
+    shares = counts[counts > 0] / counts.sum()
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-def _window(file: TokenFile, sample: int, seq_length: int) -> np.ndarray:
-    return file.window(sample * seq_length, seq_length + 1)
+def source_names(prefixes: Sequence[str]) -> list[str]:
+    """A short name for each token file: as many last parts of its path as tell it from the others.
+
+    Files that are named twice are told apart by their place.
+    """
+    parts = [Path(prefix).parts for prefix in prefixes]
+    names = []
+    for number, own in enumerate(parts):
+        others = [each for each in parts if each != own]
+        count = next(
+            (n for n in range(1, len(own)) if all(each[-n:] != own[-n:] for each in others)),
+            len(own),
+        )
+        name = str(Path(*own[-count:]))
+        names.append(f"{name}#{number + 1}" if parts.count(own) > 1 else name)
+    return names

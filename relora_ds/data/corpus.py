@@ -6,13 +6,21 @@ import contextlib
 import glob
 import lzma
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from relora_ds.data.formats import Faults, OnError, Piece, read_jsonl, read_parquet, read_text
+from relora_ds.data.formats import (
+    Faults,
+    OnError,
+    Piece,
+    read_jsonl,
+    read_parquet,
+    read_text,
+    without_empty,
+)
 from relora_ds.errors import DataError
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -54,7 +62,7 @@ class DocumentReader:
         """Bytes of each file."""
         self.documents = 0
         """Documents read so far."""
-        self.bytes_read = 0
+        self.position = 0
         """Bytes of the files consumed so far, out of `sum(sizes)`."""
         self._text_key = text_key
         self._faults = Faults(on_error)
@@ -71,18 +79,25 @@ class DocumentReader:
             DataError: an input cannot be used and `on_error` is "fail", or there is no document at
                 all.
         """
+        yield from self.pieces()
+        if not self.documents:
+            raise no_documents([str(path) for path in self.paths], self.skipped)
+
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces of all documents, of which there may be none. One pass, as above.
+
+        Raises:
+            DataError: an input cannot be used and `on_error` is "fail".
+        """
         finished = 0
         for path, size in zip(self.paths, self.sizes, strict=True):
             with self._open(path) as stream:
-                for piece in self._without_empty(self._pieces(path, stream)):
-                    self.bytes_read = finished + min(stream.tell(), size)
+                for piece in without_empty(self._pieces(path, stream), self._faults):
+                    self.position = finished + min(stream.tell(), size)
+                    self.documents += piece.last
                     yield piece
             finished += size
-            self.bytes_read = finished
-        if not self.documents:
-            names = ", ".join(str(path) for path in self.paths)
-            skipped = f"; left out: {self.skipped}" if self.skipped else ""
-            raise DataError(f"no documents in {names}{skipped}")
+            self.position = finished
 
     @contextlib.contextmanager
     def _open(self, path: Path) -> Iterator[BinaryIO]:
@@ -103,13 +118,16 @@ class DocumentReader:
             return read_jsonl(stream, str(path), self._text_key, self._faults)
         return read_text(stream, str(path), self._faults)
 
-    def _without_empty(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            if piece.first and piece.last and not piece.text.strip():
-                self._faults.counts["empty document"] += 1
-                continue
-            self.documents += piece.last
-            yield piece
+
+def no_documents(names: Sequence[str], skipped: Mapping[str, int]) -> DataError:
+    """What is to be said of inputs without a document.
+
+    Args:
+        names: of the inputs.
+        skipped: how many were left out, by reason.
+    """
+    left_out = f"; left out: {skipped}" if skipped else ""
+    return DataError(f"no documents in {', '.join(names)}{left_out}")
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:

@@ -133,11 +133,11 @@ def read_jsonl(stream: BinaryIO, name: str, key: str, faults: Faults) -> Iterato
             faults.report("invalid JSON", f"{where}:{at}", str(error))
             continue
         try:
-            value = _under(record, key)
+            value = under(record, key)
         except KeyError as error:
             faults.report("missing text key", f"{where}:1", str(error.args[0]))
         else:
-            yield from _value_pieces(value, f"{where}:1", key, faults)
+            yield from value_pieces(value, f"{where}:1", key, faults)
 
 
 def read_parquet(stream: BinaryIO, name: str, key: str, faults: Faults) -> Iterator[Piece]:
@@ -165,20 +165,29 @@ def read_parquet(stream: BinaryIO, name: str, key: str, faults: Faults) -> Itera
                 row += 1
                 where = f"{name}:row {row}"
                 try:
-                    text = value.as_py() if within is None else _under(value.as_py(), within)
+                    text = value.as_py() if within is None else under(value.as_py(), within)
                 except UnicodeDecodeError as error:
                     faults.report("not UTF-8", f"{where}:{error.start + 1}", str(error))
                     continue
                 except KeyError as error:
                     faults.report("missing text key", where, str(error.args[0]))
                     continue
-                yield from _value_pieces(text, where, key, faults)
+                yield from value_pieces(text, where, key, faults)
     except (OSError, pa.ArrowException) as error:
         detail = f"not a complete Parquet file: {error}; write it again"
         faults.report("unreadable file", f"{name}:row {row + 1}", detail)
 
 
-def _under(record: object, key: str) -> object:
+def without_empty(pieces: Iterator[Piece], faults: Faults) -> Iterator[Piece]:
+    """The pieces without documents of nothing but blanks, which are counted."""
+    for piece in pieces:
+        if piece.first and piece.last and not piece.text.strip():
+            faults.counts["empty document"] += 1
+            continue
+        yield piece
+
+
+def under(record: object, key: str) -> object:
     """What a record holds under a key, or under the dotted path of one within another.
 
     Raises:
@@ -188,7 +197,7 @@ def _under(record: object, key: str) -> object:
         return record[key]
     first, dot, rest = key.partition(".")
     if dot and isinstance(record, dict) and first in record:
-        return _under(record[first], rest)
+        return under(record[first], rest)
     found = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise KeyError(f"no key {key!r} in {found}")
 
@@ -243,7 +252,7 @@ def _decode(fragment: _Fragment, name: str, faults: Faults) -> str | None:
     return None
 
 
-def _value_pieces(value: object, where: str, key: str, faults: Faults) -> Iterator[Piece]:
+def value_pieces(value: object, where: str, key: str, faults: Faults) -> Iterator[Piece]:
     """The pieces of a document that came as one value of any type."""
     if not isinstance(value, str):
         found = type(value).__name__

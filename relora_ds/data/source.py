@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relora_ds.config.sections import DataConfig
-from relora_ds.data.batches import checked_num_samples
 from relora_ds.data.builtin import builtin_corpus, default_cache_dir
 from relora_ds.data.token_files.contents import covers_everything
+from relora_ds.data.token_files.samples import Samples, TokenStream
+from relora_ds.data.token_files.split import (
+    BlendedSamples,
+    TokenPart,
+    hold_out,
+    split_fingerprint,
+)
 from relora_ds.data.tokenizer import (
     open_tokenizer,
     special_ids,
@@ -22,6 +28,16 @@ from relora_ds.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
+class Split:
+    """The training files of a run, shared between training and validation."""
+
+    kept: tuple[TokenPart, ...]
+    """What is trained on, by training file."""
+    held: tuple[TokenPart, ...]
+    """What is held out for validation, by training file."""
+
+
+@dataclass(frozen=True)
 class Corpus:
     """The token files of a run."""
 
@@ -30,28 +46,43 @@ class Corpus:
     weights: tuple[float, ...]
     """Share of each training file; they sum to 1."""
     valid: TokenFile | None
-    """Validation data."""
+    """Validation data that have a file of their own."""
     tokenizer: Path | None
     """File of the tokenizer that produced the tokens."""
+    split: Split | None = None
+    """How the training files are shared with validation, where it has no file of its own."""
 
     @property
     def files(self) -> tuple[TokenFile, ...]:
         """Every token file, training first."""
         return self.train if self.valid is None else (*self.train, self.valid)
 
+    @property
+    def training(self) -> tuple[TokenStream, ...]:
+        """What is trained on, one stream per training file."""
+        return self.train if self.split is None else self.split.kept
+
+    @property
+    def validation(self) -> Samples | None:
+        """What validation reads, if the run has any."""
+        if self.split is None:
+            return self.valid
+        return BlendedSamples(self.split.held, self.weights)
+
     def fingerprints(self, like: Sequence[str] = ()) -> tuple[str, ...]:
-        """Identity of every token file, for a check at resume.
+        """Identity of every token file and of a split, for a check at resume.
 
         Args:
             like: what a checkpoint recorded; a file is named as it is there, where an earlier
                 version took the ends of files for their identity.
         """
-        return tuple(
+        files = tuple(
             file.ends_fingerprint()
             if number < len(like) and not covers_everything(like[number])
             else file.fingerprint
             for number, file in enumerate(self.files)
         )
+        return files if self.split is None else (*files, split_fingerprint(self.split.held))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check that a model with `vocab_size` ids can read every token.
@@ -112,13 +143,16 @@ class Corpus:
         )
 
     def check_length(self, seq_length: int) -> None:
-        """Check that every file holds at least one sample of `seq_length + 1` tokens.
+        """Check that every file, or part of one, holds at least one sample of `seq_length + 1`
+        tokens.
 
         Raises:
-            DataError: a file is shorter.
+            DataError: one is shorter.
         """
-        for file in self.files:
-            checked_num_samples(file, seq_length)
+        for stream in self.training:
+            stream.num_samples(seq_length)
+        if self.validation is not None:
+            self.validation.num_samples(seq_length)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -137,14 +171,21 @@ def open_corpus(config: DataConfig) -> Corpus:
         raise ConfigError("data.train is missing: name a token file, or set data.source to builtin")
     blend = [(1.0, config.train)] if isinstance(config.train, str) else config.train
     total = sum(weight for weight, _ in blend)
+    train = tuple(TokenFile(prefix) for _, prefix in blend)
     corpus = Corpus(
-        train=tuple(TokenFile(prefix) for _, prefix in blend),
+        train=train,
         weights=tuple(weight / total for weight, _ in blend),
         valid=TokenFile(config.valid) if config.valid else None,
         tokenizer=tokenizer_file(config.tokenizer) if config.tokenizer else None,
+        split=_split(train, config.valid_share) if config.valid_share else None,
     )
     _check_tokenizers(corpus)
     return corpus
+
+
+def _split(train: Sequence[TokenFile], share: float) -> Split:
+    parts = [hold_out(file, share) for file in train]
+    return Split(tuple(kept for kept, _ in parts), tuple(held for _, held in parts))
 
 
 def _check_tokenizers(corpus: Corpus) -> None:

@@ -48,12 +48,13 @@ class Tokenizer:
 
     Args:
         path: the model file.
+        threads: that share the texts of a batch; -1 for one per core.
 
     Raises:
         DataError: the file is missing, is no SentencePiece model, or has no end-of-sequence id.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, threads: int = -1) -> None:
         model = _read_model(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -64,6 +65,7 @@ class Tokenizer:
                 "tools/train_tokenizer.py, or name the tokenizer.json that comes with a model"
             ) from error
         self.path = Path(path)
+        self._threads = threads
         self.sha256 = hashlib.sha256(model).hexdigest()
         """Hash of the model file; token files record it."""
         self.vocab_size: int = self._processor.vocab_size()
@@ -83,7 +85,7 @@ class Tokenizer:
         return self._processor.encode(text, out_type=int)
 
     def encode_batch(self, texts: Sequence[str], continued: bool = False) -> list[list[int]]:
-        """Ids of each text; the texts are spread over the machine's cores.
+        """Ids of each text; the texts are spread over threads.
 
         Args:
             texts: any number of texts.
@@ -91,7 +93,7 @@ class Tokenizer:
                 LLaMA's kind begins a text is not put before them.
         """
         processor = self._continuing if continued else self._processor
-        return processor.encode(list(texts), out_type=int, num_threads=-1)
+        return processor.encode(list(texts), out_type=int, num_threads=self._threads)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that form no character become U+FFFD."""
@@ -160,14 +162,19 @@ def special_ids(file: Path) -> SpecialIds:
     return SpecialIds(*ids)
 
 
-def open_tokenizer(path: str | Path) -> AnyTokenizer:
+def open_tokenizer(path: str | Path, threads: int = -1) -> AnyTokenizer:
     """The tokenizer in a file or a model's directory: SentencePiece's, or a `tokenizer.json`.
+
+    Args:
+        path: the file or the directory.
+        threads: that share the texts of a batch, -1 for one per core; the package tokenizers goes
+            by `RAYON_NUM_THREADS`.
 
     Raises:
         DataError: it cannot be read or used.
     """
     file = tokenizer_file(path)
-    return JsonTokenizer(file) if file.suffix.lower() == ".json" else Tokenizer(file)
+    return JsonTokenizer(file) if file.suffix.lower() == ".json" else Tokenizer(file, threads)
 
 
 def tokenizer_hash(path: str | Path) -> str:

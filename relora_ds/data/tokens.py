@@ -26,13 +26,14 @@ from relora_ds.data.token_files.metadata import (
     read_metadata,
     token_file_prefix,
 )
+from relora_ds.data.token_files.samples import TokenStream
 from relora_ds.errors import DataError
 
 _CHUNK = 1 << 22  # tokens scanned at once
 _MAX_THREADS = 8
 
 
-class TokenFile:
+class TokenFile(TokenStream):
     """Tokens of `PREFIX.bin` and `PREFIX.idx`, memory-mapped; documents follow each other directly.
 
     Opening it checks the index and what `PREFIX.json` says of it. The contents are read once, from
@@ -140,6 +141,14 @@ class TokenFile:
         self._check_ends(self.metadata)
         self._contents = Contents(self.metadata.contents, 0, self.metadata.max_token_id)
         return True
+
+    def document_start(self, number: int) -> int:
+        """First token of a document; for `num_documents`, the end of the last."""
+        index = self._indexed.index
+        sequence = int(index.document_indices[number])
+        if sequence == len(index.sequence_pointers):
+            return self.num_tokens
+        return int(index.sequence_pointers[sequence]) // self._dtype.itemsize
 
     def first_outside(self, lower: int, upper: int) -> int | None:
         """Position of the first id that is not in [lower, upper), or None; reads up to there."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from relora_ds.errors import ConfigError
+from relora_ds.numerics.gpu import launch
 
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _PATIENCE_S = 20  # nvidia-smi takes seconds where the driver must be loaded first
@@ -60,6 +61,17 @@ def describe_machine(device: torch.device) -> str:
     if torch.version.cuda:
         line += f", CUDA {torch.version.cuda}, driver {driver_version() or 'none'}"
     return line
+
+
+def describe_arithmetic(device: torch.device) -> str:
+    """What the last bits of a result depend on: torch, the processor, and whose kernels compute.
+
+    Kernels in C and what stands in for them on a host have the same bits, and are not named.
+    """
+    if device.type != "cuda":
+        return f"torch {torch.__version__} on a CPU with {torch.backends.cpu.get_cpu_capability()}"
+    kernels = "kernels in Triton" if launch.usable(device) else "torch's operations"
+    return f"torch {torch.__version__} on {torch.cuda.get_device_name(device)} with {kernels}"
 
 
 def _why_none() -> str:

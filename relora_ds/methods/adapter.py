@@ -17,7 +17,7 @@ from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
 from relora_ds.methods.formulation.composed import ComposedProduct, Composition, Gradients
-from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.methods.interface import Adapter, Method, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
 from relora_ds.numerics.products import matmul, place_of, scaled
@@ -249,6 +249,13 @@ class AdapterMethod(Method[AdapterT]):
         assert isinstance(layer, AdapterLinear)
         product = layer.lora_B.float() @ layer.lora_A.float()
         return layer.weight.float() + layer.merge_scale() * product
+
+    def adapter(self, layer: Projection) -> Adapter:
+        assert isinstance(layer, AdapterLinear)
+        lora_b = layer.lora_B.float()
+        if layer.scaling is not None:  # of each projection; the fixed scale is 1
+            lora_b = lora_b * layer.merge_scale()
+        return Adapter(layer.weight.float(), layer.lora_A.float(), lora_b, layer.scale)
 
 
 def refuse_lost_edits(kind: str, edits: Mapping[str, WeightEdit], dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import CheckpointError
-from relora_ds.methods.interface import Method, projection_layers
+from relora_ds.methods.interface import Adapter, Method, projection_layers
 from relora_ds.model.embedding import VocabularyPart
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import Projection
@@ -249,17 +249,40 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._layers:
             return self._value(name).float()
-        layer = copy.deepcopy(self._layers[name])  # without memory, so that nothing stays behind
-        prefix = name.removesuffix("weight")
-        own = {key: self._value(prefix + key) for key, _ in layer.named_parameters()}
-        layer.load_state_dict(own, strict=False, assign=True)
-        dense = self._method.dense_weight(layer)
+        dense = self._method.dense_weight(self._filled(name))
         if dense is None:
             raise CheckpointError(
                 f"{name}: method {self._method.config.name} has no dense weight that computes the "
                 "same: its checkpoints can be resumed and evaluated, but not exported"
             )
         return dense.detach()
+
+    def is_projection(self, name: str) -> bool:
+        """Whether a method's own module stands for this weight."""
+        return name in self._layers
+
+    @torch.no_grad()
+    def adapter(self, name: str) -> Adapter:
+        """The two parts of a projection's dense weight.
+
+        Raises:
+            CheckpointError: the method's projections are not made of a weight and an adapter.
+        """
+        found = self._method.adapter(self._filled(name))
+        if found is None:
+            raise CheckpointError(
+                f"method {self._method.config.name} has no frozen weight with an adapter beside "
+                "it: export the dense model instead"
+            )
+        return found
+
+    def _filled(self, name: str) -> Projection:
+        """The projection behind a dense weight."""
+        layer = copy.deepcopy(self._layers[name])  # without memory, so that nothing stays behind
+        prefix = name.removesuffix("weight")
+        own = {key: self._value(prefix + key) for key, _ in layer.named_parameters()}
+        layer.load_state_dict(own, strict=False, assign=True)
+        return layer
 
     def _value(self, name: str) -> torch.Tensor:
         value = self._values[name].detach()

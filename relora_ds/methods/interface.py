@@ -85,6 +85,20 @@ class SavedTensor:
     """Dimension of the tensor that is sharded as the parameter's sharded dimension is."""
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A projection as a dense weight and what is added to it: base + scale * lora_b @ lora_a."""
+
+    base: torch.Tensor
+    """(out, in), fp32."""
+    lora_a: torch.Tensor
+    """(r, in), fp32."""
+    lora_b: torch.Tensor
+    """(out, r), fp32."""
+    scale: float
+    """The same for all projections."""
+
+
 MethodT = TypeVar("MethodT", bound="Method[Any]")
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -142,20 +156,31 @@ class Method(Generic[ConfigT]):
         seed: the run's seed.
         steps: optimizer steps for which this method is in charge; `step` below counts within them.
         dtype: what the model computes in; it is initialised in fp32 and cast afterwards.
+        stable_steps: updates before the learning rate begins its final decay; None where it falls
+            from the warm-up on, or never.
     """
 
     requirements = Requirements()
     """What a run must offer; checked once, before anything is built."""
     has_dense_weight = True
     """Whether `dense_weight` has an answer. Without one a run ends without an export."""
+    events_depend_on_steps = False
+    """Whether what happens at a step depends on how many steps there are, beside the learning rate:
+    a longer run is then another run from its first step on."""
 
     def __init__(
-        self, config: ConfigT, seed: int, steps: int, dtype: torch.dtype = torch.float32
+        self,
+        config: ConfigT,
+        seed: int,
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+        stable_steps: int | None = None,
     ) -> None:
         self.config = config
         self.seed = seed
         self.steps = steps
         self.dtype = dtype
+        self.stable_steps = stable_steps
 
     def start(self, state: TrainState, model: nn.Module) -> Session[Any]:
         """The method at work on a live engine, before a state is restored or a step is taken."""
@@ -198,6 +223,14 @@ class Method(Generic[ConfigT]):
         """
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
+
+    def adapter(self, layer: Projection) -> Adapter | None:
+        """The projection's frozen weight and its factors, apart.
+
+        Returns:
+            None if it has no such two parts.
+        """
+        return None
 
     def lay_out(self, layer: Projection) -> None:
         """Fill what a projection needs to know how it is sharded, where its parameters have no

@@ -84,6 +84,13 @@ class Phase:
         """Updates completed when the phase is over."""
         return self.first_step + self.steps
 
+    @property
+    def last_stable_step(self) -> int | None:
+        """Updates completed when the learning rate begins its final decay; None if it has none
+        within the phase, or falls from the warm-up on."""
+        stable = self.schedule.stable_steps
+        return self.first_step + stable if stable is not None and stable < self.steps else None
+
 
 def plan_phases(config: RunConfig) -> list[Phase]:
     """The run's phases in order: a warm start if the method has one, then the method."""
@@ -96,9 +103,10 @@ def plan_phases(config: RunConfig) -> list[Phase]:
         rate = warm.lr or config.optimizer.lr
         phases.append(Phase(full, "full", 0, first, _schedule(config, total), rate))
     name, steps = config.method.name, total - first
-    method = METHODS[name](config.method, seed, steps, DTYPES[config.train.precision])
+    schedule, dtype = _schedule(config, steps), DTYPES[config.train.precision]
+    method = METHODS[name](config.method, seed, steps, dtype, schedule.stable_steps)
     rate = config.optimizer.resolved_adapter_lr * config.method.rate_factor
-    phases.append(Phase(method, name, first, steps, _schedule(config, steps), rate))
+    phases.append(Phase(method, name, first, steps, schedule, rate))
     return phases
 
 
@@ -129,5 +137,6 @@ def _rules(method: Method[Any], run: LoadedRun) -> list[tuple[torch.Size, Matrix
 
 
 def _schedule(config: RunConfig, steps: int) -> Schedule:
-    schedule = config.schedule
-    return Schedule(schedule.name, steps, schedule.warmup_steps, schedule.min_lr_ratio)
+    chosen = config.schedule
+    rates = chosen.name, steps, chosen.warmup_steps, chosen.min_lr_ratio
+    return Schedule(*rates, chosen.decay_length(steps), chosen.decay_shape)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from relora_ds.numerics.host.kernels import in_parts, load_kernels
+from relora_ds.numerics.host.kernels import ieee_roots, in_parts, load_kernels
 
 BLOCK = 256
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -98,11 +98,12 @@ class Codes:
 
 
 def take_roots(values: torch.Tensor) -> torch.Tensor:
-    """Roots of fp32 values, 1-D and contiguous, in place: as IEEE 754 rounds them, like a GPU's,
-    where there is a C compiler; torch's own on CPUs may miss by a unit in the last place."""
-    library = load_kernels(_SOURCE) if values.device.type == "cpu" else None
-    if library is None:
+    """Roots of fp32 values, 1-D and contiguous, in place: as IEEE 754 rounds them on any device."""
+    if values.device.type != "cpu":
         return values.sqrt_()
+    library = load_kernels(_SOURCE)
+    if library is None:
+        return ieee_roots(values)
     assert values.is_contiguous()
     kernel, start = _typed(library).roots, values.data_ptr()
     in_parts(

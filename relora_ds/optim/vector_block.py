@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from relora_ds.numerics.gpu import launch
-from relora_ds.numerics.host.kernels import in_parts, load_kernels
+from relora_ds.numerics.host.kernels import ieee_roots, in_parts, load_kernels
 from relora_ds.numerics.transfers import upload
 from relora_ds.optim.vector_clock import Fragment
 from relora_ds.randomness import Stream
@@ -72,16 +72,18 @@ def update_blocks(
         betas: decay rates of m and v.
     """
     p = tensors.p
-    if p.device.type == "cpu" and p.dtype == tensors.grad.dtype == torch.float32:
-        library = load_kernels(_SOURCE)
-        if library is not None:
-            return _run(library, tensors, blocks, factors, betas)
+    on_host = p.device.type == "cpu"
+    has_kernel = on_host and p.dtype == tensors.grad.dtype == torch.float32
+    library = load_kernels(_SOURCE) if has_kernel else None
+    if library is not None:
+        return _run(library, tensors, blocks, factors, betas)
+    plain = _step_as_in_c if has_kernel else _step
     for at, rows, cols, axis, first in blocks:
         matrices = [t[at : at + rows * cols].view(rows, cols) for t in tensors]
         along = factors[:, first : first + (rows, cols)[axis]].unsqueeze(2 - axis).unbind()
         # a vector that is one element high has another kernel: not worth it either
-        large = p.device.type != "cpu" and rows * cols >= _COMPILED_FROM and min(rows, cols) > 1
-        step: Callable[..., None] = _compiled() if large else _step
+        large = not on_host and rows * cols >= _COMPILED_FROM and min(rows, cols) > 1
+        step: Callable[..., None] = _compiled() if large else plain
         step(*matrices, *along, *betas)
 
 
@@ -145,6 +147,27 @@ def _step(
     exp_avg.lerp_(grad, 1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
     p.mul_(decay).sub_(exp_avg / (exp_avg_sq.sqrt() * slope + shift))
+
+
+def _step_as_in_c(
+    p: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    live: torch.Tensor,
+    decay: torch.Tensor,
+    slope: torch.Tensor,
+    shift: torch.Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """`_step` in fp32 on the host with every rounding of the C kernel: a run that goes on without a
+    compiler is the same run bit for bit. `lerp_` and `addcmul_` may fuse a product and a sum."""
+    grad = grad * live
+    exp_avg.add_((grad - exp_avg).mul_(1.0 - beta1))
+    exp_avg_sq.mul_(beta2).add_((grad * (1.0 - beta2)).mul_(grad))
+    root = ieee_roots(exp_avg_sq.clone())
+    p.mul_(decay).sub_(exp_avg / root.mul_(slope).add_(shift))
 
 
 @functools.cache

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from relora_ds.config.checks import (
+from relora_ds.config.load import LoadedRun, check_processes
+from relora_ds.config.reading.source import read_json
+from relora_ds.config.rules.tensors import (
     heads_divide_over_tensor,
     rank_divides_over_tensor,
     tensor_parallelism_is_supported,
 )
-from relora_ds.config.load import LoadedRun, check_processes
-from relora_ds.config.reading.source import read_json
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import ParallelConfig
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config

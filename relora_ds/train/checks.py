@@ -6,13 +6,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from relora_ds.checkpoint.export import DenseModel, with_ids_of
-from relora_ds.checkpoint.resume import check_resume, choose_checkpoint
-from relora_ds.checkpoint.saved_run import open_saved_run
+import torch
+
+from relora_ds.checkpoint.changes import check_resume
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import with_ids_of
+from relora_ds.checkpoint.resume import choose_checkpoint
+from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
+from relora_ds.config.checks import find_problems
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.verify import verify_contents
+from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.model.hf.tokenizer import export_obstacle
 from relora_ds.train.results import check_export_target
@@ -46,18 +52,20 @@ def check_start(config: RunConfig, architecture: ModelConfig) -> list[str]:
     _check_output_dir(Path(config.output_dir))
     check_export_target(config)
     checkpoint = choose_checkpoint(config)
+    saved = None if checkpoint is None else open_saved_run(checkpoint)
+    if saved is not None and saved.is_import:
+        config, saved = begun_with(saved, config, architecture), None
     if config.data.source == "builtin":  # a start would build it, and it fits by construction
-        if checkpoint is None:
+        if saved is None:
             initial_model(config, architecture, None)
         return []
     corpus = open_corpus(config.data)
     verify_contents(corpus.files, whole=config.data.verify == "whole")
     corpus.check_vocabulary(architecture.vocab_size)
     corpus.check_length(config.train.seq_length)
-    if checkpoint is None:
+    if saved is None:
         initial_model(config, architecture, corpus)
     else:
-        saved = open_saved_run(checkpoint)
         fingerprints = corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, architecture, fingerprints)
     return list(doubts_about_the_export(architecture, corpus))
@@ -71,6 +79,20 @@ def _check_output_dir(path: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         state = "cannot be written to" if there.is_dir() else "is not a directory"
         raise ConfigError(f"output_dir: {there} {state}; choose one that can be written")
+
+
+def begun_with(imported: SavedRun, config: RunConfig, architecture: ModelConfig) -> RunConfig:
+    """A run whose `checkpoint.resume` names an import, as one that begins with its weights.
+
+    Raises:
+        ConfigError: its method does not begin with weights.
+    """
+    train = config.train.model_copy(update={"init_from": str(imported.checkpoint)})
+    config = config.model_copy(update={"train": train})
+    findings = find_problems({**dict(config), "architecture": architecture})
+    if findings:
+        raise ConfigError([f"checkpoint.resume {finding.message}" for finding in findings])
+    return config
 
 
 def initial_model(
@@ -95,12 +117,28 @@ def initial_model(
     if different:
         found = ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in different)
         raise CheckpointError(
-            f"train.init_from: the model in {model.path} is another one than {config.model}: "
+            f"the model to start from, {model.path}, is another one than {config.model}: "
             f"{found}; set model={model.path} if it has a config.json, or use the same values"
         )
     if corpus is not None:
         corpus.check_tokenizer_of(model.directory)
     return model
+
+
+def doubt_about_the_resume(saved: SavedRun, device: torch.device) -> str | None:
+    """Why a resumed run is not bit for bit the one that was interrupted; None if nothing is known.
+
+    Args:
+        saved: the checkpoint to go on from.
+        device: what this process computes on.
+    """
+    before, now = saved.record.trainer.arithmetic, describe_arithmetic(device)
+    if before in (None, now):
+        return None
+    return (
+        f"{saved.checkpoint} was computed by {before}, and goes on by {now}: the same run to the "
+        "rounding of its arithmetic, not bit for bit"
+    )
 
 
 def doubts_about_the_export(architecture: ModelConfig, corpus: Corpus) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus

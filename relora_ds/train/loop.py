@@ -21,6 +21,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus
+from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import DivergenceError, PreemptedError
 from relora_ds.methods.interface import Event, Session
@@ -129,7 +130,8 @@ class Trainer:
             stopping = self._meet("end of step", done, phase, self.stop.requested())
             self._ask_for_saves(done)
             last = done == self.config.train.steps
-            saves = stopping or last or _is_due(done, self.config.checkpoint.every)
+            due = _is_due(done, self.config.checkpoint.every) or self._goes_on_from(phase, done)
+            saves = stopping or last or due
             if metrics or saves or last or _is_due(done, self.config.log.every):
                 metrics |= self._method_metrics(session, metrics)
                 metrics |= self._step_metrics(seen, self._learning_rates(phase, step), meter)
@@ -230,6 +232,10 @@ class Trainer:
             return None
         return f"step {done}: not finite after the update: {problem}; {self._remedy()}"
 
+    def _goes_on_from(self, phase: Phase, done: int) -> bool:
+        """Whether a longer run may go on from here: the end of a stable phase is saved."""
+        return self.config.checkpoint.every > 0 and done == phase.last_stable_step
+
     def _remedy(self) -> str:
         return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (
             newest_good(self.checkpoints.directory)
@@ -299,7 +305,8 @@ class Trainer:
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
     def _report(self, done: int, metrics: dict[str, Any]) -> None:
-        line = {"tokens": done * self.tokens_per_step, **metrics, **self.save_figures}
+        tokens = {"tokens": done * self.tokens_per_step, **self.train_data.figures(done)}
+        line = {**tokens, **metrics, **self.save_figures}
         self.save_figures = {}
         self.final |= {"step": done, **line}
         self.telemetry.log(done, line)
@@ -332,6 +339,7 @@ class Trainer:
             telemetry=dict(self.telemetry.state_dict()),
             guards=self.guard.state(),
             data_fingerprints=list(self.corpus.fingerprints()),
+            arithmetic=describe_arithmetic(self.topology.device),
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)

@@ -13,7 +13,7 @@ import torch
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
-from relora_ds.checkpoint.export import FiniteWeights
+from relora_ds.checkpoint.export.dense import FiniteWeights
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
     find_earlier,

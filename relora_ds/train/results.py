@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from relora_ds.activity import doing
-from relora_ds.checkpoint.export import export_hf
+from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import ValidationBatches, unigram_perplexity
@@ -127,9 +127,9 @@ def _write_summary(
     valid_data: ValidationBatches | None,
 ) -> None:
     """Write `summary.json`; what is derived from the data is added to `final`."""
-    if valid_data is not None and corpus.valid is not None:
+    if valid_data is not None and corpus.validation is not None:
         final["data/unigram_perplexity"] = unigram_perplexity(
-            corpus.valid, config.train.seq_length, valid_data.num_sequences
+            corpus.validation, config.train.seq_length, valid_data.num_sequences
         )
     write_summary(
         Path(config.output_dir) / "summary.json",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
+from relora_ds.checkpoint.changes import check_resume
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
-    check_resume,
     find_saved_run,
     set_aside_earlier_run,
 )
@@ -32,10 +33,15 @@ from relora_ds.errors import (
     PreemptedError,
     ReloraError,
 )
-from relora_ds.methods.registry import check_requirements
+from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
 from relora_ds.parallel.topology import share_models
-from relora_ds.train.checks import doubts_about_the_export, initial_model
+from relora_ds.train.checks import (
+    begun_with,
+    doubt_about_the_resume,
+    doubts_about_the_export,
+    initial_model,
+)
 from relora_ds.train.guards.agreement import Agreement
 from relora_ds.train.guards.bad_batches import BadBatches
 from relora_ds.train.guards.steps import StepGuard
@@ -74,7 +80,7 @@ def run(loaded: LoadedRun, lifetime: Lifetime) -> None:
     with doing("start"):
         prepared = _prepare(loaded, lifetime)
     with doing("resume"):
-        saved = _find_start(prepared)
+        prepared, saved = _find_start(prepared)
     if saved is not None and saved.record.trainer.step >= loaded.config.train.steps:
         _finish_again(prepared, saved, started_at)
         return
@@ -201,18 +207,28 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
         ) from error
 
 
-def _find_start(prepared: Prepared) -> SavedRun | None:
-    """The checkpoint to resume from, which belongs to this run, or a clean output directory."""
+def _find_start(prepared: Prepared) -> tuple[Prepared, SavedRun | None]:
+    """The checkpoint to resume from, which belongs to this run, or a clean output directory.
+
+    Returns:
+        The run, which names what it begins with, and the checkpoint.
+    """
     config, topology = prepared.config, prepared.topology
     if topology.is_main:
         recover_results(config)  # before the results of an earlier run are moved aside
     saved = find_saved_run(config, topology.is_main)
+    if saved is not None and saved.is_import:
+        config, saved = begun_with(saved, config, prepared.architecture), None
+        prepared = replace(prepared, config=config)
     if saved is not None:
         _check_export_target(prepared)
         fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
-        return saved
+        doubt = doubt_about_the_resume(saved, topology.device) if topology.is_main else None
+        if doubt is not None:
+            _logger.warning(doubt)
+        return prepared, saved
     # before results of an earlier run make way for a start that fails
     initial_model(config, prepared.architecture, prepared.corpus)
     output_dir = Path(config.output_dir)
@@ -221,12 +237,14 @@ def _find_start(prepared: Prepared) -> SavedRun | None:
         configure_logging(output_dir, topology.rank)
         if moved is not None:
             _logger.info("moved the earlier run's results to %s", moved)
-        _logger.info("no checkpoint to resume from: starting at step 0")
+        source = config.train.init_from
+        what = "no checkpoint to resume from" if source is None else f"weights of {source}"
+        _logger.info("%s: starting at step 0", what)
     distributed.barrier()
     if not topology.is_main:
         configure_logging(output_dir, topology.rank)
     _check_export_target(prepared)
-    return None
+    return prepared, None
 
 
 def _check_export_target(prepared: Prepared) -> None:
@@ -253,7 +271,12 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
     output_dir = Path(config.output_dir)
     place = (train.micro_batch_size, topology.dp_rank, topology.dp_size)
     train_data = TrainingBatches(
-        corpus.train, corpus.weights, train.seq_length, train.global_batch_size, *place, train.seed
+        corpus.training,
+        corpus.weights,
+        train.seq_length,
+        train.global_batch_size,
+        *place,
+        train.seed,
     )
     telemetry = Telemetry(
         config,
@@ -267,6 +290,12 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         output_dir / "logs" / "bad_batches.jsonl", train_data, topology.is_main
     )
     guards = state.guards if state else GuardState()
+    checkpoints = CheckpointStore(
+        output_dir / layout.CHECKPOINTS,
+        config.checkpoint,
+        topology,
+        plan_phases(config)[-1].last_stable_step,
+    )
     return Trainer(
         config=config,
         architecture=prepared.architecture,
@@ -276,7 +305,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         train_data=train_data,
         valid_data=_valid_data(prepared),
         telemetry=telemetry,
-        checkpoints=CheckpointStore(output_dir / layout.CHECKPOINTS, config.checkpoint, topology),
+        checkpoints=checkpoints,
         stop=stop,
         agreement=Agreement(),
         guard=StepGuard(config.guards, guards, bad_batches.note),
@@ -287,10 +316,10 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
 
 def _valid_data(prepared: Prepared) -> ValidationBatches | None:
     """This process's share of the validation set, if the run has one."""
-    config, topology, file = prepared.config, prepared.topology, prepared.corpus.valid
-    if file is None:
+    config, topology, samples = prepared.config, prepared.topology, prepared.corpus.validation
+    if samples is None:
         return None
     train, batches = config.train, config.eval.batches
     limit = None if batches is None else batches * train.global_batch_size
     place = train.micro_batch_size, topology.dp_rank, topology.dp_size
-    return ValidationBatches(file, train.seq_length, *place, limit)
+    return ValidationBatches(samples, train.seq_length, *place, limit)

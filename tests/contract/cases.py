@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from relora_ds.checkpoint.export import export_hf
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.export.hf import export_hf
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.config.load import LoadedRun, load_run_config
 from relora_ds.errors import CheckpointError
 from relora_ds.parallel.topology import Topology

@@ -104,6 +104,18 @@ def test_groups_hold_everything_trained_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_bias_takes_the_rate_of_its_projection_and_never_decays(name: str) -> None:
+    biased = TINY.model_copy(update={"attention_bias": True, "mlp_bias": True})
+    method = method_of(name)
+    model = meta_model(biased, method, run_config(name).train)
+    groups = method.parameter_groups(model)
+    of = {id(p): (group.role, group.decays) for group in groups for p in group.parameters}
+    biases = [p for key, p in model.named_parameters() if key.endswith("_proj.bias")]
+    assert len(biases) == 7 * TINY.num_hidden_layers
+    assert {of[id(bias)] for bias in biases} == {("adapter", False)}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_description_needs_no_memory(name: str) -> None:
     """Planning asks a model on the meta device and gets the same answers."""
     method, model = build(name)

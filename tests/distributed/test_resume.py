@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import export_hf
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
@@ -44,7 +45,7 @@ def test_resume_is_bit_exact_around_a_merge_and_the_transition(
         for at, line in found.items():
             for figure in FIGURES:
                 assert line.get(figure) == expected[at].get(figure), (step, at, figure)
-        _assert_same_checkpoint(
+        assert_same_checkpoint(
             unbroken / "run" / "checkpoints" / "step_11", resumed / "checkpoints" / "step_11"
         )
 
@@ -75,7 +76,7 @@ def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def _assert_same_checkpoint(first: Path, second: Path) -> None:
+def assert_same_checkpoint(first: Path, second: Path) -> None:
     """Weights, masters, moments and clocks, bit for bit."""
     names = sorted(path.name for path in first.glob("*.pt"))
     assert names == sorted(path.name for path in second.glob("*.pt"))

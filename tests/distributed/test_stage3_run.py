@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.export.dense import DenseModel
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.format.record import read_record
 from tests.harness.run import metrics, run, write_run
 

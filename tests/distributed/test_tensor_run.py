@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export import DenseModel
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed

@@ -144,7 +144,7 @@ class PlainReLoRA:
             elif reset.mode == "random":
                 stream = Stream(self.seed, f"reset.{moment}", name, number)
                 uniform = stream.uniform(0, parameter.numel()).view_as(parameter)
-                keep[key] = uniform >= reset.fraction
+                keep[key] = uniform > reset.fraction
             else:
                 size = values.abs()
                 keep[key] = size > torch.quantile(size.flatten(), reset.fraction)

@@ -37,7 +37,7 @@ _STABLE = ("torch", "megatron.core.parallel_state", "megatron.core.tensor_parall
 _STABLE += ("matplotlib.pyplot", "safetensors.torch", "rich.progress", "pydantic", "yaml")
 _STABLE += ("megatron.core.datasets.indexed_dataset",)
 _PRODUCT = ("deepspeed", "relora_ds.train.main", "relora_ds.train.run")
-_PRODUCT += ("relora_ds.checkpoint.reshape", "relora_ds.planning.dry_run")
+_PRODUCT += ("relora_ds.checkpoint.rewriting.reshape", "relora_ds.planning.dry_run")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,12 @@ class TrainerState(Section):
     writer did not say, as in format 0."""
     guards: GuardState = GuardState()
     """What the guards remember."""
+    arithmetic: str | None = None
+    """What computed the last steps, as `describe_arithmetic` says it; null where the writer did not
+    say."""
+    imported_from: str | None = None
+    """Directory in Hugging Face's layout that the weights are from; null in a checkpoint of a run.
+    An import has step 0 and no optimizer state: runs begin with it."""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,13 @@ def _check_place(checkpoint: Path, record: RunRecord) -> None:
             f"{path}: tokens is {state.tokens}, which {state.step} updates of the run in "
             f"{layout.RUN} do not read: the file is damaged; use another checkpoint"
         )
+    if state.imported_from is not None:
+        if state.step:
+            raise CheckpointError(
+                f"{path}: step is {state.step}, but weights from {state.imported_from} have no "
+                "steps behind them: the file is damaged; import the model again"
+            )
+        return
     phase = {phase.name: phase for phase in plan_phases(record.config)}.get(state.phase)
     if phase is not None and not phase.first_step < state.step <= phase.last_step:
         raise CheckpointError(

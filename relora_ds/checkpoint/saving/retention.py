@@ -10,14 +10,18 @@ from relora_ds.checkpoint.saving.publish import discard, point_to
 from relora_ds.files.durable import sync_directory
 
 
-def prune(newest: Path, keep: int) -> None:
+def prune(newest: Path, keep: int, spared: int | None = None) -> None:
     """Remove complete checkpoints before `newest` until `keep` are left with it.
 
     What is no complete checkpoint neither counts nor is removed.
+
+    Args:
+        spared: step of a checkpoint that stays whatever its age, and is not counted.
     """
     step = layout.step_of(newest.name)
     assert step is not None, "it was just saved"
-    older = [p for p in list_checkpoints(newest.parent) if (layout.step_of(p.name) or 0) < step]
+    steps = {path: layout.step_of(path.name) or 0 for path in list_checkpoints(newest.parent)}
+    older = [path for path, own in steps.items() if own < step and own != spared]
     for path in older[: max(0, len(older) + 1 - keep)]:
         discard(path)
 

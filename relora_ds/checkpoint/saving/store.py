@@ -52,10 +52,18 @@ class CheckpointStore:
         directory: created when it is needed.
         settings: how many are kept, and what happens to a save that fails.
         topology: which process this is.
+        spared: step of the checkpoint that stays whatever its age; None: there is no such one.
     """
 
-    def __init__(self, directory: Path, settings: CheckpointConfig, topology: Topology) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: CheckpointConfig,
+        topology: Topology,
+        spared: int | None = None,
+    ) -> None:
         self.directory = directory
+        self._spared = spared
         self._settings = settings
         self._topology = topology
         self._agreement = Agreement(topology.world_size)
@@ -101,7 +109,8 @@ class CheckpointStore:
         keep = self._settings.keep
         if keep is None or free is None or not self._topology.is_main:
             return
-        more = keep + 1 - len(list_checkpoints(self.directory))  # one is written before one goes
+        kept = keep + (self._spared is not None)
+        more = kept + 1 - len(list_checkpoints(self.directory))  # one is written before one goes
         if free < more * needed:
             _logger.warning(
                 "%s: %s are free, but %d more checkpoints of about %s will be kept or written: "
@@ -278,7 +287,7 @@ class CheckpointStore:
         def work() -> None:
             publish(staging, final, files)
             if keep is not None:
-                prune(final, keep)
+                prune(final, keep, self._spared)
 
         flight.task = self._worker.start(work if self._topology.is_main else _do_nothing)
 

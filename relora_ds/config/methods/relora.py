@@ -41,6 +41,9 @@ class ReLoRAConfig(WarmStarted, AdapterConfig):
     """Optimizer steps between merges, counted from the start of the ReLoRA phase."""
     restart_warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate ramps up again after a merge; less than `merge_every`."""
+    merge_in_decay: bool = False
+    """Merge and ramp also in the final decay of `schedule.name: wsd`. By default the last merge
+    lies before it, and the decay is smooth."""
     adjust_step: NonNegativeInt = 0
     """Steps by which the restart cycle of the schedule is shifted (the authors' `adjust_step`)."""
     reset: ResetConfig = ResetConfig()
@@ -56,7 +59,7 @@ class ReLoRAConfig(WarmStarted, AdapterConfig):
         )
 
     def warnings(self) -> tuple[Rule, ...]:
-        return (*super().warnings(), self.merges_happen)
+        return (*super().warnings(), self.merges_happen, self.decay_is_there_to_merge_in)
 
     def restart_warmup_ends(self) -> Iterator[Finding]:
         if self.restart_warmup_steps >= self.merge_every:
@@ -92,10 +95,21 @@ class ReLoRAConfig(WarmStarted, AdapterConfig):
                 "of magnitudes across blocks: use adamw, or write zero or random",
             )
 
-    def merges_happen(self, train: TrainConfig) -> Iterator[Finding]:
+    def merges_happen(self, train: TrainConfig, schedule: ScheduleConfig) -> Iterator[Finding]:
         rest = train.steps - self.warm_start_steps
-        if self.merge_every >= rest > 0:
+        stable = None if self.merge_in_decay else schedule.stable_steps(rest)
+        length = rest if stable is None else stable
+        if self.merge_every >= length and rest > 0:
+            before = "" if stable is None else " before its rate decays"
             yield Finding(
                 ("method", "merge_every"),
-                f"is {self.merge_every}, and ReLoRA runs for {rest} steps: no merge will happen",
+                f"is {self.merge_every}, and ReLoRA runs for {length} steps{before}: no merge will "
+                "happen",
+            )
+
+    def decay_is_there_to_merge_in(self, schedule: ScheduleConfig) -> Iterator[Finding]:
+        if self.merge_in_decay and schedule.name != "wsd":
+            yield Finding(
+                ("method", "merge_in_decay"),
+                f"has no effect: schedule.name is {schedule.name}, which has no stable phase",
             )

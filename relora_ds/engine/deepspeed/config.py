@@ -14,10 +14,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relora_ds.config.checks import batch_divides_over_processes
 from relora_ds.config.reading.document import Document, Finding, KeyPath, key_name, show
 from relora_ds.config.reading.source import read_json
 from relora_ds.config.reading.suggest import did_you_mean
+from relora_ds.config.rules.training import batch_divides_over_processes
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.reading.foreign import contradictions, in_our_words
 from relora_ds.engine.deepspeed.reading.keys import (

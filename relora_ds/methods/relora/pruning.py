@@ -95,12 +95,13 @@ def reset_share(before: int, after: int, config: ResetConfig) -> float:
 def _random_masks(
     shard: MomentShard, name: str, config: ResetConfig, seed: int, event: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which elements survive. `zero` keeps none; `random` draws one mask per moment."""
+    """Which elements survive. `zero` keeps none; `random` those whose uniform draw is more than the
+    fraction, one draw per moment."""
     if config.mode == "zero":
         none = torch.zeros_like(shard.exp_avg, dtype=torch.bool)
         return none, none
     first, second = (
-        shard.uniform(Stream(seed, f"reset.{moment}", name, event)) >= config.fraction
+        shard.uniform(Stream(seed, f"reset.{moment}", name, event)) > config.fraction
         for moment in MOMENTS
     )
     # a joint mask is one draw: the intersection of two would keep (1 - p)^2 instead of 1 - p

@@ -36,14 +36,14 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
         """The jagged schedule (section 3 of the paper; exact order as in the authors' scheduler).
 
         The first updates after a restart ramp from zero to the value that the schedule has at the
-        end of the ramp.
+        end of the ramp. Where no merge happens in the final decay, there is no ramp either.
         """
         if step < schedule.warmup_steps:
             return schedule(step)
         every, ramp = self.config.merge_every, self.config.restart_warmup_steps
         shifted = step + self.config.adjust_step
         cycle, position = divmod(shifted, every)
-        if step >= every and position < ramp:
+        if step >= every and position < ramp and self._may_merge(cycle * every):
             return position / ramp * schedule.decay(cycle * every + ramp)
         return schedule.decay(shifted)
 
@@ -62,7 +62,12 @@ class ReLoRA(AdapterMethod[ReLoRAConfig]):
 
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows update number `step`; never after the last one."""
-        return 0 < step < self.steps and step % self.config.merge_every == 0
+        due = 0 < step < self.steps and step % self.config.merge_every == 0
+        return due and self._may_merge(step)
+
+    def _may_merge(self, step: int) -> bool:
+        """Whether the learning rate leaves room for a merge: before its final decay, by default."""
+        return self.config.merge_in_decay or self.stable_steps is None or step < self.stable_steps
 
     def start(self, state: TrainState, model: nn.Module) -> ReLoRASession:
         return ReLoRASession(self, state, model)

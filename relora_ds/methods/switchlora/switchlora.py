@@ -89,6 +89,8 @@ class _Work:
 class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     """Switches between updates: none before the first, none after the last."""
 
+    events_depend_on_steps = True
+
     def edited_weights(self, model: nn.Module) -> list[nn.Parameter]:
         return [layer.weight for layer in adapter_layers(model).values()]
 

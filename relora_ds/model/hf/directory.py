@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ from relora_ds.model.hf.tokenizer import write_tokenizer
 from relora_ds.model.hf.weights import INDEX, SINGLE, open_safetensors, tensor_differences
 from relora_ds.model.init import dense_shapes
 
-_SHARD_BYTES = 5_000_000_000
-# "format" is what transformers looks for; "producer" tells our exports from a model of the user's
-_METADATA = {"format": "pt", "producer": "relora_ds"}
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SHARD_BYTES = 5_000_000_000
+"""Largest file of an export, as Hugging Face writes them."""
+METADATA = {"format": "pt", "producer": "relora_ds"}
+"""Of every file of tensors: `format` is what transformers looks for, `producer` tells our exports
+from a model of the user's."""
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""What weights may be stored in, by the name that `config.json` has for it."""
 _NEW, _OLD = "new", "old"  # in the scratch folder: the export, and the one that it replaces
 
 
@@ -42,8 +46,9 @@ def write_hf(
     config: ModelConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
     tokenizer_path: Path | None,
-    dtype: torch.dtype,
-    shard_bytes: int = _SHARD_BYTES,
+    dtype: torch.dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads.
 
@@ -55,8 +60,9 @@ def write_hf(
         weights: every (name, tensor) of the dense model, any order, device and float dtype.
             Consumed one by one; at most one shard is held in memory.
         tokenizer_path: SentencePiece model to go with it, or None.
-        dtype: fp32, bf16 or fp16; what the tensors are stored in.
+        dtype: fp32, bf16 or fp16; what the tensors are stored in. None keeps each tensor's own.
         shard_bytes: largest size of one file, unless a single tensor is larger.
+        texts: contents of further files by name, a model card's for example.
 
     Raises:
         ConfigError: the target is taken, or `dtype` cannot be stored.
@@ -64,9 +70,22 @@ def write_hf(
             finite; or the directory cannot be written.
         DataError: the tokenizer cannot be exported.
     """
-    target = Path(directory).resolve()
-    if dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"an export cannot be stored as {dtype}; use fp32, bf16 or fp16")
+    with new_export(Path(directory)) as work:
+        fill_hf(work, config, weights, tokenizer_path, dtype, shard_bytes)
+        write_texts(work, texts or {})
+
+
+@contextmanager
+def new_export(directory: Path) -> Iterator[Path]:
+    """An empty folder to fill with an export, which becomes `directory` at the end of the block.
+
+    Raises:
+        ConfigError: something that is no export of ours is there.
+        CheckpointError: a file cannot be written.
+    """
+    target = directory.resolve()
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,17 +93,36 @@ def write_hf(
         with scratch_folder(target.parent, f".{target.name}.") as scratch:
             work = scratch / _NEW
             work.mkdir()
-            _dump(_config_json(config, dtype), work / "config.json")
-            _dump(_generation_json(config), work / "generation_config.json")
-            if tokenizer_path is not None:
-                write_tokenizer(Path(tokenizer_path), work)
-            _write_weights(work, _checked(weights, dense_shapes(config)), dtype, shard_bytes)
+            yield work
             sync_tree(work)
             _publish(work, target)
     except OSError as error:
         raise CheckpointError(
             f"the export to {target} cannot be written: {describe(error)}; {remedy(error)}"
         ) from error
+
+
+def fill_hf(
+    folder: Path,
+    config: ModelConfig,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    tokenizer_path: Path | None,
+    dtype: torch.dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write configuration, weights and tokenizer into an empty folder; see `write_hf`."""
+    _dump(_generation_json(config), folder / "generation_config.json")
+    if tokenizer_path is not None:
+        write_tokenizer(Path(tokenizer_path), folder)
+    checked = _checked(weights, dense_shapes(config))
+    stored = _write_weights(folder, checked, dtype, shard_bytes)
+    _dump(_config_json(config, stored), folder / "config.json")
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write text files by name."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -102,8 +140,8 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_parameters": rope,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "torch_dtype": _DTYPES[dtype],
-        "dtype": _DTYPES[dtype],
+        "torch_dtype": DTYPES[dtype],
+        "dtype": DTYPES[dtype],
     }
 
 
@@ -149,27 +187,34 @@ def _raise_unless_same(
 def _write_weights(
     directory: Path,
     weights: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
-) -> None:
-    """One file, or numbered shards with an index as soon as one file would exceed `shard_bytes`."""
+) -> torch.dtype:
+    """One file, or numbered shards with an index as soon as one file would exceed `shard_bytes`.
+
+    Returns:
+        The narrowest dtype that holds every tensor as it is stored.
+    """
+    widest: torch.dtype | None = None
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = size = 0
 
     def flush() -> None:
         path = directory / f"shard-{len(shards)}"
-        write_file(path, lambda file: stream_safetensors(file, pending, _METADATA))
+        write_file(path, lambda file: stream_safetensors(file, pending, METADATA))
         shards.append(list(pending))
         pending.clear()
 
     for name, tensor in weights:
-        grown = tensor.numel() * dtype.itemsize
+        stored = dtype or tensor.dtype
+        widest = stored if widest is None else torch.promote_types(widest, stored)
+        grown = tensor.numel() * stored.itemsize
         if pending and size + grown > shard_bytes:
             flush()
             size = 0
         # a copy of its own: the caller may fill the same buffer with the next tensor
-        pending[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+        pending[name] = torch.empty(tensor.shape, dtype=stored).copy_(tensor.detach())
         total, size = total + grown, size + grown
     flush()
 
@@ -184,6 +229,8 @@ def _write_weights(
             name: file for file, names in zip(files, shards, strict=True) for name in names
         }
         _dump({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX)
+    assert widest is not None  # a model has weights
+    return widest
 
 
 def check_target(target: Path) -> None:
@@ -201,13 +248,13 @@ def check_target(target: Path) -> None:
 
 
 def _is_export(target: Path) -> bool:
-    """Whether the directory holds weights that `write_hf` wrote."""
-    for path in sorted(target.glob("model*.safetensors")) if target.is_dir() else ():
+    """Whether the directory holds weights that we wrote, of a model or of an adapter."""
+    for path in sorted(target.glob("*model*.safetensors")) if target.is_dir() else ():
         try:
             metadata = open_safetensors(path).metadata() or {}
         except CheckpointError:
             return False
-        return metadata.get("producer") == _METADATA["producer"]
+        return metadata.get("producer") == METADATA["producer"]
     return False
 
 

@@ -10,9 +10,9 @@ import torch
 from relora_ds.checkpoint.format.record import RunRecord, TrainerState
 from relora_ds.checkpoint.format.tensors import split_tensors
 from relora_ds.checkpoint.method_state import unwrap
-from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.checkpoint.restore import load_state
 from relora_ds.checkpoint.resume import state_of_other_topology
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saved_state import SavedState
 from relora_ds.checkpoint.saving.store import CheckpointStore

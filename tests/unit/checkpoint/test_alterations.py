@@ -21,7 +21,7 @@ import torch
 
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import open_saved_run
 from relora_ds.errors import CheckpointError
 from tests.golden.make_checkpoint import ROOT, checkpoint

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export import DenseModel, FiniteWeights, export_hf
+from relora_ds.checkpoint.export.dense import DenseModel, FiniteWeights
+from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.format.record import read_record
 from relora_ds.checkpoint.format.tensors import write_tensors
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.errors import CheckpointError
 from tests.unit.checkpoint.conftest import Saved
 

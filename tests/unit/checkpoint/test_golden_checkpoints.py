@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.checkpoint.export import DenseModel, export_hf
+from relora_ds.checkpoint.export.dense import DenseModel
+from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.upgrade import FORMAT, KEY
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.sections import TrainConfig
 from relora_ds.train import evaluate_checkpoint as scoring

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RunRecord, TrainerState, read_record, write_record
 from relora_ds.config.methods.lora import LoRAConfig

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from relora_ds.checkpoint import resume
+from relora_ds.checkpoint.changes import check_resume
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.reshape import reshape_checkpoint
 from relora_ds.checkpoint.resume import (
-    check_resume,
     choose_checkpoint,
     find_saved_run,
     phases_left,
     set_aside_earlier_run,
     state_of_other_topology,
 )
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.free import free_keys
 from relora_ds.config.load import dump_run_config, load_run_config

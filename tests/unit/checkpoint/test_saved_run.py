@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from relora_ds.checkpoint.export import DenseModel
+from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.engine.deepspeed.files import read_shard
 from relora_ds.errors import CheckpointError

@@ -20,7 +20,7 @@ from relora_ds.checkpoint.format.record import read_record
 from relora_ds.checkpoint.format.stamp import KEY, stamp
 from relora_ds.checkpoint.format.tensors import write_tensors
 from relora_ds.checkpoint.format.verify import shares, verify_checkpoint
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.engine.deepspeed.files import read_shard
 from relora_ds.errors import CheckpointError
 from relora_ds.files.tensors import write_safetensors

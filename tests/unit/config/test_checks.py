@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.config.checks import multiples_near
 from relora_ds.config.load import check_processes, load_run_config
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.rules.training import multiples_near
 from relora_ds.errors import ConfigError
 
 ProblemsOf = Callable[..., list[str]]
@@ -28,6 +28,11 @@ ProblemsOf = Callable[..., list[str]]
             ["method={name: lora, rank: 8}", "train.steps=20"],
             "schedule.warmup_steps",
             ("is 20", "less than train.steps (20)"),
+        ),
+        (
+            ["schedule.name=wsd", "schedule.decay_steps=930"],
+            "schedule.decay_steps",
+            ("is 930", "(20)", "the 950 steps after"),
         ),
         (["method.restart_warmup_steps=100"], "method.restart_warmup_steps", ("is 100", "(100)")),
         (["method.adjust_step=81"], "method.adjust_step", ("is 81", "(20)", "(100)")),
@@ -97,6 +102,15 @@ ProblemsOf = Callable[..., list[str]]
             ("is fused_adam", "use adamw"),
         ),
         (["data.valid=null"], "data.valid", ("needed with data.source files", "prepare_data")),
+        (["data.valid=null"], "data.valid", ("or valid_share for a part of data.train",)),
+        (["data.valid_share=0.01"], "data.valid_share", ("beside data.valid", "remove one")),
+        (["data.valid_share=1"], "data.valid_share", ("less than 1",)),
+        (["data.valid_share=0"], "data.valid_share", ("greater than 0",)),
+        (
+            ["data={source: builtin, valid_share: 0.1}"],
+            "data.valid_share",
+            ("ignored with data.source builtin",),
+        ),
         (["data.train=[]"], "data.train", ("needed with data.source files",)),
         (["data.cache_dir=x"], "data.cache_dir", ("ignored with data.source files",)),
         (

@@ -8,7 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from relora_ds.data.batches import TrainingBatches, ValidationBatches, unigram_perplexity
+from relora_ds.data.batches import (
+    TrainingBatches,
+    ValidationBatches,
+    source_names,
+    unigram_perplexity,
+)
 from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import ConfigError, DataError
 
@@ -65,6 +70,32 @@ def test_rows_are_samples_of_the_files(files: list[TokenFile]) -> None:
     assert len(first) == 450
     assert sorted(first[25:50]) == list(range(0, 100, SEQ))
     assert batches.epochs(50) == (450 / 25, 150 / 7)
+
+
+def test_figures_count_the_targets_of_every_source(files: list[TokenFile]) -> None:
+    batches = training(files)
+    for steps in (0, 1, 50):
+        rows = [
+            row for step in range(steps) for rows in batches.micro_batches(step) for row in rows
+        ]
+        second = sum(int(row[0]) >= 200 for row in rows) * SEQ
+        assert batches.figures(steps) == {
+            "data/tokens/first": 12 * SEQ * steps - second,
+            "data/epochs/first": (12 * SEQ * steps - second) / (25 * SEQ),
+            "data/tokens/second": second,
+            "data/epochs/second": second / (7 * SEQ),
+        }
+
+
+def test_names_of_sources_tell_them_apart() -> None:
+    assert source_names(["data/c4/train"]) == ["train"]
+    assert source_names(["a/c4/train", "b/c4/train", "wiki"]) == [
+        "a/c4/train",
+        "b/c4/train",
+        "wiki",
+    ]
+    assert source_names(["train", "x/train", "/train"]) == ["train", "x/train", "/train"]
+    assert source_names(["a/w", "a/w", "a/v"]) == ["w#1", "w#2", "v"]
 
 
 def test_a_step_needs_no_earlier_step(files: list[TokenFile]) -> None:

@@ -68,7 +68,7 @@ def test_reads_documents(tmp_path: Path, name: str, content: bytes, expected: li
     reader = DocumentReader([path])
     assert documents(reader) == expected
     assert reader.documents == len(expected)
-    assert reader.bytes_read == len(content)
+    assert reader.position == len(content)
 
 
 def test_reads_parquet_and_several_files(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from relora_ds.errors import DivergenceError
 from relora_ds.methods.relora.pruning import reset_moments, reset_share
 from relora_ds.methods.train_state import MomentShard
 from relora_ds.numerics.order_statistic import order_statistics
+from relora_ds.randomness import Stream
 from tests.unit.fake_ranks import Sum, on_ranks
 from tests.unit.methods.memory_state import MemoryMoments, MemoryState, StoredMoments
 
@@ -93,6 +94,18 @@ def test_random_keeps_the_share(fraction: float, joint: bool) -> None:
         assert torch.equal(first["a"], second["a"])
     else:
         assert abs(both - (1 - fraction) ** 2 * size) <= slack + 4
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_random_keeps_what_is_drawn_above_the_fraction(joint: bool) -> None:
+    """And not what is drawn at it: the published rule is u > p, on a grid where both happen."""
+    shape = 20, 20
+    draws = Stream(42, "reset.exp_avg", "a", 1).uniform(0, 400).view(shape)
+    at = float(draws[7, 3])
+    state, parameters = random_state({"a": shape})
+    first, _ = pruned(state, parameters, mode="random", fraction=at, joint=joint)
+    assert torch.equal(first["a"], draws > at)
+    assert not first["a"][7, 3]
 
 
 def test_random_masks_depend_on_parameter_and_restart() -> None:

@@ -25,6 +25,17 @@ def relora(steps: int, every: int, ramp: int, shift: int = 0) -> ReLoRA:
     return ReLoRA(config, 42, steps)
 
 
+def wsd(steps: int, decay: int, shape: Any = "linear", floor: float = 0.1) -> Schedule:
+    return Schedule("wsd", steps, 10, floor, decay, shape)
+
+
+def relora_under(schedule: Schedule, every: int, ramp: int, in_decay: bool = False) -> ReLoRA:
+    config = ReLoRAConfig(
+        name="relora", merge_every=every, restart_warmup_steps=ramp, merge_in_decay=in_decay
+    )
+    return ReLoRA(config, 42, schedule.steps, stable_steps=schedule.stable_steps)
+
+
 def jagged_cosine(
     u: int, *, steps: int, warmup: int, ramp: int, every: int, shift: int, floor: float
 ) -> float:
@@ -134,3 +145,47 @@ def test_other_methods_follow_the_plain_schedule() -> None:
         assert [method.lr_multiplier(u, schedule) for u in range(60)] == [
             schedule(u) for u in range(60)
         ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [("linear", 0.75), ("cosine", (1 + math.cos(math.pi / 4)) / 2), ("sqrt", 0.5)],
+)
+def test_wsd_stays_and_then_falls(shape: Any, left: float) -> None:
+    schedule = wsd(100, 20, shape)
+    assert [schedule(u) for u in (0, 5, 10, 50, 79, 80)] == pytest.approx([0, 0.5, 1, 1, 1, 1])
+    assert schedule(85) == pytest.approx(0.1 + 0.9 * left)
+    assert all(schedule(u) > schedule(u + 1) for u in range(80, 100))
+    assert [schedule(u) for u in (100, 500)] == pytest.approx([0.1, 0.1])
+
+
+def test_a_longer_wsd_run_has_the_same_rates_and_merges_until_the_shorter_one_decays() -> None:
+    short, long = wsd(100, 20), wsd(300, 50)
+    methods = [relora_under(schedule, 40, 5) for schedule in (short, long)]
+    for step in range(80 + 1):  # the update after the stable phase is the first of the decay
+        rates = [m.lr_multiplier(step, s) for m, s in zip(methods, (short, long), strict=True)]
+        assert rates[0] == rates[1] or step == 80, step
+    assert [methods[0].is_merge_step(s) for s in range(80)] == [
+        methods[1].is_merge_step(s) for s in range(80)
+    ]
+    # the longer run makes up for the merge that falls on the end of the shorter stable phase
+    assert (methods[0].is_merge_step(80), methods[1].is_merge_step(80)) == (False, True)
+
+
+def test_relora_neither_merges_nor_ramps_in_the_decay_of_wsd() -> None:
+    schedule = wsd(200, 60)
+    method = relora_under(schedule, 20, 5)
+    merges = [step for step in range(201) if method.is_merge_step(step)]
+    assert merges == [20, 40, 60, 80, 100, 120]
+    assert [method.lr_multiplier(u, schedule) for u in range(140, 201)] == [
+        schedule(u) for u in range(140, 201)
+    ]
+    assert method.lr_multiplier(120, schedule) == 0.0
+
+
+def test_relora_merges_and_ramps_in_the_decay_where_it_is_asked_to() -> None:
+    schedule = wsd(200, 60)
+    method = relora_under(schedule, 20, 5, in_decay=True)
+    assert [step for step in range(201) if method.is_merge_step(step)] == list(range(20, 200, 20))
+    assert method.lr_multiplier(180, schedule) == 0.0
+    assert method.lr_multiplier(182, schedule) == pytest.approx(0.4 * schedule(185))

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.load import load_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import DataConfig
 from relora_ds.data.prepare import prepare
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.tokenizer import train_tokenizer
+from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError, DataError
-from relora_ds.train.checks import check_start, doubts_about_the_export
+from relora_ds.train.checks import (
+    check_start,
+    doubt_about_the_resume,
+    doubts_about_the_export,
+)
+from tests.golden.make_checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., Corpus]
@@ -67,6 +76,24 @@ def test_token_files_made_elsewhere_are_accepted_with_a_word(make: Make, tmp_pat
     (tmp_path / "tokens.json").unlink()
     missing, _ = doubts_about_the_export(architecture(), make(named=False))
     assert missing.startswith(f"{tmp_path}/tokens.json is missing")
+
+
+def test_other_arithmetic_than_the_checkpoint_s_is_named() -> None:
+    cpu = torch.device("cpu")
+    saved = SavedRun(checkpoint("relora", 2))
+    assert doubt_about_the_resume(saved, cpu) is None, "an earlier version did not say"
+
+    def written_by(what: str) -> SavedRun:
+        trainer = saved.record.trainer.model_copy(update={"arithmetic": what})
+        return SavedRun(saved.checkpoint, replace(saved.record, trainer=trainer))
+
+    here = describe_arithmetic(cpu)
+    assert doubt_about_the_resume(written_by(here), cpu) is None
+    there = here.replace(torch.__version__, "1.0")
+    doubt = doubt_about_the_resume(written_by(there), cpu)
+    assert doubt is not None
+    assert f"was computed by {there}, and goes on by {here}" in doubt
+    assert doubt.endswith("not bit for bit")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""From a checkpoint to the dense model, for evaluation, initialisation and export."""
+"""The dense model in a checkpoint, for evaluation, initialisation and export."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 import torch
 
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
-from relora_ds.checkpoint.saved_state import WorkingValues
+from relora_ds.checkpoint.saved_state import AsSaved, WorkingValues
 from relora_ds.config.methods.full import FullConfig
-from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
-from relora_ds.data.tokenizer import special_ids, tokenizers_in
+from relora_ds.data.tokenizer import tokenizers_in
 from relora_ds.errors import CheckpointError
 from relora_ds.methods.build import build_model, dense_weights, filled_model
 from relora_ds.methods.full import Full
-from relora_ds.model.hf.directory import write_hf
 from relora_ds.model.hf.weights import read_hf
 from relora_ds.model.llama import Llama
 
@@ -50,6 +48,11 @@ class DenseModel:
         """Where its files lie."""
         self.tokenizer = next(iter(tokenizers_in(directory)), None)
 
+    @property
+    def saved(self) -> SavedRun | None:
+        """The checkpoint; None of a Hugging Face directory."""
+        return self._source if isinstance(self._source, SavedRun) else None
+
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Every parameter by its Hugging Face name, fp32 on the CPU, read when it is asked for."""
         saved = self._source
@@ -63,6 +66,16 @@ class DenseModel:
             )
         values = WorkingValues(saved.state())
         return dense_weights(self.architecture, saved.method, saved.record.config.train, values)
+
+    def stored_weights(self) -> Mapping[str, torch.Tensor]:
+        """Every parameter by its Hugging Face name on the CPU, read when it is asked for.
+
+        In the dtype that it is kept in where the model was made elsewhere, otherwise in fp32.
+        """
+        saved = self._source
+        if not isinstance(saved, SavedRun):
+            return saved
+        return AsSaved(saved.state()) if saved.is_import else self.weights()
 
     def model(self, train: TrainConfig, device: torch.device) -> Llama:
         """The model to compute with, in fp32: the dense one where there is one, else the
@@ -123,43 +136,3 @@ class FiniteWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-
-def export_hf(
-    checkpoint: Path, output: Path, dtype: torch.dtype, *, with_tokenizer: bool = True
-) -> None:
-    """Write the dense model of a checkpoint as a Hugging Face directory.
-
-    Args:
-        checkpoint: anything that `DenseModel` reads.
-        output: directory to write.
-        dtype: what the tensors are stored in.
-        with_tokenizer: whether the checkpoint's tokenizer goes with them.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        ConfigError: the output directory is taken.
-        DataError: the tokenizer cannot be read.
-    """
-    model = DenseModel(checkpoint)
-    tokenizer = model.tokenizer if with_tokenizer else None
-    architecture = model.architecture
-    if tokenizer is not None:
-        architecture = with_ids_of(tokenizer, architecture)
-    write_hf(output, architecture, model.weights().items(), tokenizer, dtype)
-
-
-def with_ids_of(tokenizer: Path, architecture: ModelConfig) -> ModelConfig:
-    """An architecture whose special ids are the tokenizer's, which the data were written with.
-
-    Of several ids that end a text all stay, if the tokenizer's is among them.
-    """
-    ids, ends = special_ids(tokenizer), architecture.eos_token_id
-    kept = isinstance(ends, tuple) and ids.eos in ends
-    return architecture.model_copy(
-        update={
-            "bos_token_id": ids.bos,
-            "eos_token_id": ends if kept else ids.eos,
-            "pad_token_id": ids.pad,
-        }
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.checkpoint.reshape import reshape_checkpoint
+from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
 from relora_ds.checkpoint.saved_run import open_saved_run
 from relora_ds.errors import ConfigError
 from tests.golden.make_checkpoint import checkpoint

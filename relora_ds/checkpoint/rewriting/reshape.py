@@ -13,7 +13,7 @@ from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, write_rec
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
-from relora_ds.config.checks import heads_divide_over_tensor
+from relora_ds.config.rules.tensors import heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.durable import describe, remedy, staged
@@ -83,6 +83,12 @@ def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:
 def _problems(record: RunRecord) -> Iterator[str]:
     """What speaks against continuing a run with the processes and the stage of its record."""
     state = record.trainer
+    if state.imported_from is not None:
+        yield (
+            "--checkpoint is an import, which runs of any number of processes and any ZeRO stage "
+            "begin with as it is: name it in their checkpoint.resume"
+        )
+        return
     total = record.config.train.global_batch_size
     if state.dp_size > 0 and total % state.dp_size:  # a smaller micro-batch may be set at resume
         fitting = [size for size in range(1, state.dp_size) if total % size == 0]

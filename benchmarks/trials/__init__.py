@@ -1,0 +1,1 @@
+"""What a court is made of: contestants, the rule that tunes them, runs, records, the verdict."""

@@ -1,0 +1,1 @@
+"""Rules between the fields of a run, one module per subject; `checks` applies them."""

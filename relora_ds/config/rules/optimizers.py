@@ -1,0 +1,57 @@
+"""Rules on what updates matrices and pairs of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.model import ModelConfig
+from relora_ds.config.reading.document import Finding
+from relora_ds.config.sections import OptimizerConfig, ParallelConfig
+
+
+def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
+    if optimizer.matrix is None or method.trains_projections:
+        return
+    if optimizer.matrix == "muon" and method.warm_start is not None:
+        return
+    more = "" if optimizer.matrix == "scale" else ", or start with method.warm_start_steps"
+    yield Finding(
+        ("optimizer", "matrix"),
+        f"is {optimizer.matrix}, which updates the weights of projections, but method "
+        f"{method.name} does not train them: remove it, or use method.name=full{more}",
+    )
+
+
+def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
+    if optimizer.adapter is not None and not method.moves_pairs:
+        yield Finding(
+            ("optimizer", "adapter"),
+            f"is {optimizer.adapter}, which updates both factors of a projection as one, but "
+            f"method {method.name} has no factors, or edits vectors and moments of its own: remove "
+            "it, or use method.name=lora, low_rank or sltrain",
+        )
+
+
+def pairs_are_cut_alike(
+    method: MethodSettings, optimizer: OptimizerConfig, parallel: ParallelConfig
+) -> Iterator[Finding]:
+    rank, tensor = method.low_rank, parallel.tensor
+    if optimizer.adapter is None or rank is None or tensor == 1:
+        return
+    if parallel.low_rank_plan == "fold" or rank % tensor:
+        yield Finding(
+            ("optimizer", "adapter"),
+            f"is {optimizer.adapter}, which needs both factors cut over {tensor} tensor-parallel "
+            "processes, but plan fold leaves one of them whole: use parallel.low_rank_plan=act and "
+            f"a multiple of {tensor} as method.rank",
+        )
+
+
+def scaled_head_is_free(optimizer: OptimizerConfig, architecture: ModelConfig) -> Iterator[Finding]:
+    if optimizer.matrix == "scale" and architecture.tie_word_embeddings:
+        yield Finding(
+            ("optimizer", "matrix"),
+            "is scale, which normalises embedding and head along different dimensions, but the "
+            "model ties them: write tie_word_embeddings: false in the model file, or use muon",
+        )
