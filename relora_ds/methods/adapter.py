@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
 from relora_ds.methods.formulation.composed import ComposedProduct, Composition, Gradients
-from relora_ds.methods.interface import Adapter, Method, projection_layers
+from relora_ds.methods.interface import Adapter, Method, pair_rule, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
 from relora_ds.numerics.products import matmul, place_of, scaled
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
@@ -249,6 +251,11 @@ class AdapterMethod(Method[AdapterT]):
         assert isinstance(layer, AdapterLinear)
         product = layer.lora_B.float() @ layer.lora_A.float()
         return layer.weight.float() + layer.merge_scale() * product
+
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        return pair_rule(settings, name, self.config.scale)
 
     def adapter(self, layer: Projection) -> Adapter:
         assert isinstance(layer, AdapterLinear)

@@ -144,15 +144,17 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 (B, S + 1); the first S are read, the last S are predicted.
-            row_mask: bool (B,), False for rows that contribute nothing; default all True.
-            mean: divide by B * S (rows that are masked out count in it); otherwise return the sum.
+            row_mask: bool (B,), False for rows that contribute nothing, or (B, S), False for
+                targets that do; default all True.
+            mean: divide by B * S (what is masked out counts in it); otherwise return the sum.
             logits: read all tokens and return (B, S + 1, V) in the working dtype instead.
         """
         if logits:
             return self.lm_head(self.model(tokens))
         targets_BS = tokens[:, 1:]
         if row_mask is not None:
-            targets_BS = targets_BS.masked_fill(~row_mask.unsqueeze(1), IGNORE)
+            mask = row_mask if row_mask.dim() == 2 else row_mask.unsqueeze(1)
+            targets_BS = targets_BS.masked_fill(~mask, IGNORE)
         hidden_BSD = self.model(tokens[:, :-1])
         return self.lm_head(hidden_BSD, targets_BS, targets_BS.numel() if mean else 1)
 
@@ -169,13 +171,16 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 (B, S + 1).
-            row_mask: bool (B,), False for padding rows; default all True.
+            row_mask: bool (B,), False for padding rows, or (B, S), False for targets that are
+                padding; default all True.
 
         Returns:
             The sum (fp64 scalar, of losses that were added up in fp32) and the count (int64
             scalar), both on the tokens' device.
         """
         total = self(tokens, row_mask, mean=False)
+        if row_mask is not None and row_mask.dim() == 2:
+            return total.double(), row_mask.sum()
         rows = tokens.new_tensor(tokens.shape[0]) if row_mask is None else row_mask.sum()
         return total.double(), rows * (tokens.shape[1] - 1)
 

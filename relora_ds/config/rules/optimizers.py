@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.reading.document import Finding
-from relora_ds.config.sections import OptimizerConfig, ParallelConfig
+from relora_ds.config.sections import OptimizerConfig
 
 
 def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
@@ -25,23 +25,7 @@ def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Itera
         yield Finding(
             ("optimizer", "adapter"),
             f"is {optimizer.adapter}, which updates both factors of a projection as one, but "
-            f"method {method.name} has no factors, or edits vectors and moments of its own: remove "
-            "it, or use method.name=lora, low_rank or sltrain",
-        )
-
-
-def pairs_are_cut_alike(
-    method: MethodSettings, optimizer: OptimizerConfig, parallel: ParallelConfig
-) -> Iterator[Finding]:
-    rank, tensor = method.low_rank, parallel.tensor
-    if optimizer.adapter is None or rank is None or tensor == 1:
-        return
-    if parallel.low_rank_plan == "fold" or rank % tensor:
-        yield Finding(
-            ("optimizer", "adapter"),
-            f"is {optimizer.adapter}, which needs both factors cut over {tensor} tensor-parallel "
-            "processes, but plan fold leaves one of them whole: use parallel.low_rank_plan=act and "
-            f"a multiple of {tensor} as method.rank",
+            f"method {method.name} trains no factors: remove it, or use another method.name",
         )
 
 

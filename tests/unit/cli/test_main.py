@@ -24,6 +24,7 @@ SCRIPTS = {
     "export": "tools/export_hf.py",
     "import": "tools/import_hf.py",
     "reshape": "tools/reshape_checkpoint.py",
+    "doctor": "tools/doctor.py",
     "plot": "tools/plot_run.py",
 }
 
