@@ -252,6 +252,11 @@ class AdapterMethod(Method[AdapterT]):
         product = layer.lora_B.float() @ layer.lora_A.float()
         return layer.weight.float() + layer.merge_scale() * product
 
+    def parts(self, layer: Projection) -> dict[str, torch.Tensor]:
+        """The frozen weight, with all merges so far, and the live adapter."""
+        own = self.adapter(layer)
+        return {"weight": own.base, "adapter": own.scale * own.lora_b @ own.lora_a}
+
     def matrix_optimizer(
         self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
     ) -> MatrixOptimizer | None:

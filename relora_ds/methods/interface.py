@@ -226,6 +226,11 @@ class Method(Generic[ConfigT]):
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
 
+    def parts(self, layer: Projection) -> dict[str, torch.Tensor]:
+        """Terms that the dense weight is the sum of, (out, in) in fp32, by name; by default one."""
+        dense = self.dense_weight(layer)
+        return {} if dense is None else {"weight": dense}
+
     def adapter(self, layer: Projection) -> Adapter | None:
         """The projection's frozen weight and its factors, apart.
 
