@@ -16,6 +16,7 @@ from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.rules.corpora import (
     builtin_vocabulary_fits_model,
     data_keys_match_source,
+    rows_have_documents,
 )
 from relora_ds.config.rules.optimizers import (
     matrices_are_trained,
@@ -88,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     guards_can_decide_before_the_update,
     masters_can_be_left_out,
     data_keys_match_source,
+    rows_have_documents,
     builtin_vocabulary_fits_model,
     precisions_agree,
     heads_divide_over_tensor,

@@ -246,13 +246,19 @@ class ParallelConfig(Section):
 
 
 class EvalConfig(Section):
-    """Validation during training: token-weighted mean loss."""
+    """Validation during training."""
 
+    protocol: Literal["exact", "galore_compat"] = "exact"
+    """What is averaged. `exact`: the loss of every token, over windows of `train.seq_length` that
+    follow each other. `galore_compat`: as the published tables of GaLore, SLTrain and those after
+    them: a row of `train.seq_length` tokens is the beginning of one document, means of
+    micro-batches are added up and divided by one more than there are, and ranks are averaged; up to
+    10 million tokens. Its figure depends on micro-batch and processes, and is 1 to 3 % low."""
     every: NonNegativeInt = 500
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
     batches: PositiveInt | None = 50
     """Global batches of `train.global_batch_size` sequences per evaluation; null takes the whole
-    set."""
+    set, or all of the protocol."""
 
 
 class CheckpointConfig(Section):

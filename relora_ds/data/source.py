@@ -170,7 +170,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         builtin = builtin_corpus(cache_dir, config.builtin_vocab_size)
         valid = TokenFile(builtin.valid_prefix)
         corpus = Corpus((TokenFile(builtin.train_prefix),), (1.0,), valid, builtin.tokenizer_path)
-        return _with_documents(corpus) if config.document_mask else corpus
+        return with_documents(corpus) if config.document_mask else corpus
     if not config.train:
         raise ConfigError("data.train is missing: name a token file, or set data.source to builtin")
     blend = [(1.0, config.train)] if isinstance(config.train, str) else config.train
@@ -184,10 +184,10 @@ def open_corpus(config: DataConfig) -> Corpus:
         split=_split(train, config.valid_share) if config.valid_share else None,
     )
     _check_tokenizers(corpus)
-    return _with_documents(corpus) if config.document_mask else corpus
+    return with_documents(corpus) if config.document_mask else corpus
 
 
-def _with_documents(corpus: Corpus) -> Corpus:
+def with_documents(corpus: Corpus) -> Corpus:
     """The corpus with the id that ends its documents.
 
     Raises:

@@ -158,8 +158,9 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 (B, S + 1); the first S are read, the last S are predicted.
-            row_mask: bool (B,), False for rows that contribute nothing; default all True.
-            mean: divide by B * S (rows that are masked out and first tokens count in it), so that
+            row_mask: bool (B,), False for rows that contribute nothing, or (B, S), False for
+                targets that do; default all True.
+            mean: divide by B * S (what is masked out counts in it, and so do first tokens), so that
                 every target weighs the same in every batch; otherwise return the sum.
             logits: read all tokens and return (B, S + 1, V) in the working dtype instead.
         """
@@ -182,7 +183,8 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 (B, S + 1).
-            row_mask: bool (B,), False for padding rows; default all True.
+            row_mask: bool (B,), False for padding rows, or (B, S), False for targets that are
+                padding; default all True.
 
         Returns:
             The sum (fp64 scalar, of losses that were added up in fp32) and the count (int64
@@ -200,7 +202,8 @@ class Llama(nn.Module):
         """What is predicted at each position, `IGNORE` where nothing is: int64 (B, S)."""
         targets_BS = tokens[:, 1:]
         if row_mask is not None:
-            targets_BS = targets_BS.masked_fill(~row_mask.unsqueeze(1), IGNORE)
+            mask = row_mask if row_mask.dim() == 2 else row_mask.unsqueeze(1)
+            targets_BS = targets_BS.masked_fill(~mask, IGNORE)
         end = self.model.document_end
         return targets_BS if end is None else targets_BS.masked_fill(tokens[:, :-1] == end, IGNORE)
 

@@ -19,7 +19,7 @@ from relora_ds.checkpoint.saving.flight import SaveResult
 from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
-from relora_ds.data.batches import TrainingBatches, ValidationBatches
+from relora_ds.data.batches import DocumentBatches, TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus
 from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.engine.engine import TrainEngine
@@ -28,7 +28,7 @@ from relora_ds.methods.interface import Event, Session
 from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.evaluate import perplexity, validation_loss
+from relora_ds.train.evaluate import evaluation_metrics
 from relora_ds.train.guards.agreement import Agreement, Place, digest_of
 from relora_ds.train.guards.losses import Seen, Targets
 from relora_ds.train.guards.steps import Rewind, StepGuard
@@ -52,7 +52,7 @@ class Trainer:
     zero_stage: int
     corpus: Corpus
     train_data: TrainingBatches
-    valid_data: ValidationBatches | None
+    valid_data: ValidationBatches | DocumentBatches | None
     telemetry: Telemetry
     checkpoints: CheckpointStore
     stop: StopSignal
@@ -302,8 +302,7 @@ class Trainer:
         assert isinstance(engine.model, Llama)
         kept = engine.weights_kept(len(self.valid_data))
         with recorder.phase("eval"), doing("evaluate"), kept:
-            loss, _ = validation_loss(engine.model, self.valid_data, engine.device)
-        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+            return evaluation_metrics(engine.model, self.valid_data, engine.device)
 
     def _report(self, done: int, metrics: dict[str, Any]) -> None:
         tokens = {"tokens": done * self.tokens_per_step, **self.train_data.figures(done)}

@@ -19,7 +19,7 @@ from relora_ds.checkpoint.resume import (
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.data.batches import TrainingBatches, ValidationBatches
+from relora_ds.data.batches import DocumentBatches, TrainingBatches, ValidationBatches
 from relora_ds.data.source import open_corpus
 from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
@@ -315,7 +315,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
     )
 
 
-def _valid_data(prepared: Prepared) -> ValidationBatches | None:
+def _valid_data(prepared: Prepared) -> ValidationBatches | DocumentBatches | None:
     """This process's share of the validation set, if the run has one."""
     config, topology, samples = prepared.config, prepared.topology, prepared.corpus.validation
     if samples is None:
@@ -323,4 +323,7 @@ def _valid_data(prepared: Prepared) -> ValidationBatches | None:
     train, batches = config.train, config.eval.batches
     limit = None if batches is None else batches * train.global_batch_size
     place = train.micro_batch_size, topology.dp_rank, topology.dp_size
-    return ValidationBatches(samples, train.seq_length, *place, limit)
+    if config.eval.protocol == "exact":
+        return ValidationBatches(samples, train.seq_length, *place, limit)
+    assert prepared.corpus.valid is not None, "a rule asks for a file of its own"
+    return DocumentBatches(prepared.corpus.valid, train.seq_length, *place, limit)
