@@ -132,11 +132,11 @@ def _select(
     elif backend == "math":
         kernel = Kernel("math", _Sdpa((SDPBackend.MATH,)))
     else:
-        kernel = Kernel("sdpa", _Sdpa(_priority(device, deterministic)))
+        kernel = sdpa = Kernel("sdpa", _Sdpa(_priority(device, deterministic)))
         if backend == "auto":
-            kernel, reason = _automatic(kernel, device, dtype, head_dim)
+            kernel, reason = _automatic(sdpa, device, dtype, head_dim)
         if documents and device.type == "cuda":
-            kernel, more = _for_documents(kernel, device, dtype, head_dim, grouped)
+            kernel, more = _for_documents(kernel, sdpa, device, dtype, head_dim, grouped)
             reason += more
     if isinstance(kernel.attend, _Sdpa) and kernel.name == "sdpa" and device.type == "cuda":
         reason += f"; torch takes {_torch_choice(kernel, device, dtype, head_dim, grouped)}"
@@ -157,16 +157,23 @@ def _automatic(
 
 
 def _for_documents(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
+    kernel: Kernel,
+    sdpa: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    grouped: bool,
 ) -> tuple[Kernel, str]:
-    """The same kernel for sequences of several lengths, if there is one that runs; and what it is
-    told of documents."""
+    """The kernel as it takes sequences of several lengths, if it can, or else torch's with a mask;
+    and which."""
     quick = _by_lengths(kernel, dtype)
-    try:
-        _try(quick, device, dtype, head_dim, grouped, documents=True)
-    except ConfigError:
-        return kernel, "; documents by a mask"
-    return quick, "; documents by " + ("a mask" if quick is kernel else "their lengths")
+    if isinstance(quick.attend, _Lengths):
+        try:
+            _try(quick, device, dtype, head_dim, grouped, True)
+        except ConfigError:
+            return sdpa, "; documents by a mask, for they cannot be told by their lengths here"
+        return quick, "; documents by their lengths"
+    return sdpa, "; documents by a mask"
 
 
 def _by_lengths(kernel: Kernel, dtype: torch.dtype) -> Kernel:

@@ -67,13 +67,7 @@ def evaluate_checkpoint(
     corpus = _open(data, dense)
     assert corpus.valid is not None
     file = corpus.valid
-    if document_mask is None:
-        document_mask = dense.saved is not None and dense.saved.record.config.data.document_mask
-    end = None
-    if document_mask:
-        end = with_documents(
-            replace(corpus, tokenizer=corpus.tokenizer or dense.tokenizer)
-        ).document_end
+    end = _document_end(corpus, dense, document_mask)
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
@@ -87,6 +81,16 @@ def evaluate_checkpoint(
     batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+
+
+def _document_end(corpus: Corpus, model: DenseModel, wanted: bool | None) -> int | None:
+    """Id with which attention ends; None where documents are not kept apart."""
+    if wanted is None:
+        wanted = model.saved is not None and model.saved.record.config.data.document_mask
+    if not wanted:
+        return None
+    named = replace(corpus, tokenizer=corpus.tokenizer or model.tokenizer)
+    return with_documents(named).document_end
 
 
 def _published(
