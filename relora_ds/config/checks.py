@@ -20,7 +20,6 @@ from relora_ds.config.rules.corpora import (
 )
 from relora_ds.config.rules.optimizers import (
     matrices_are_trained,
-    pairs_are_cut_alike,
     pairs_are_moved,
     scaled_head_is_free,
 )
@@ -97,7 +96,6 @@ RULES: tuple[Rule, ...] = (
     allowed_changes_are_keys,
     matrices_are_trained,
     pairs_are_moved,
-    pairs_are_cut_alike,
     scaled_head_is_free,
 )
 WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd)

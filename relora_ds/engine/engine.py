@@ -114,6 +114,7 @@ class TrainEngine:
             FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp),
             lambda weight: self._digest.seal([weight]),
             tp,
+            self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
@@ -136,6 +137,7 @@ class TrainEngine:
         if isinstance(self.optimizer, GroupedOptimizer):
             self.optimizer.matrices = self.matrices.placed
             self.optimizer.exchange = self.matrices
+            self.optimizer.refresh = self.matrices.refresh
 
     def _update_size(self, train: TrainConfig, zero: ZeroSettings) -> UpdateSize:
         memory = device_memory(self.device)

@@ -13,7 +13,7 @@ import torch
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
-from relora_ds.checkpoint.export.dense import FiniteWeights
+from relora_ds.checkpoint.export.dense import FiniteWeights, ResizedVocabulary
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
     find_earlier,
@@ -42,7 +42,7 @@ from relora_ds.planning.memory_report import (
     saved_bytes,
     storage_plan,
 )
-from relora_ds.train.checks import initial_model
+from relora_ds.train.checks import doubt_about_the_start, initial_model
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
@@ -232,7 +232,15 @@ def _initial_weights(prepared: Prepared) -> Mapping[str, torch.Tensor] | None:
         DataError: they were trained with another tokenizer.
     """
     model = initial_model(prepared.config, prepared.architecture, prepared.corpus)
-    return None if model is None else FiniteWeights(model.weights(), model.path)
+    if model is None:
+        return None
+    weights = FiniteWeights(model.weights(), model.path)
+    doubt = doubt_about_the_start(model, prepared.architecture)
+    if doubt is None:
+        return weights
+    if prepared.topology.is_main:
+        _logger.warning(doubt)
+    return ResizedVocabulary(weights, prepared.architecture.vocab_size)
 
 
 def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:
