@@ -215,8 +215,8 @@ def test_pairs_are_stepped_together_or_refused(tmp_path: Path) -> None:
         check_requirements(load_run_config(run, [*two, *more]), ZeroSettings(2))
     alone = [*spectral, "train.per_layer_update=true"]
     check_requirements(load_run_config(run, alone), ZeroSettings(0))
+    rounded = load_run_config(run, [*alone, "train.master_weights=false"])
     with pytest.raises(ConfigError, match=r"master_weights.*needs fp32 copies"):
-        rounded = load_run_config(run, [*alone, "train.master_weights=false"])
         check_requirements(rounded, ZeroSettings(0))
     for name in ("relora", "switchlora"):
         other = load_run_config(ROOT / "configs" / "run" / f"llama_130m_{name}.yaml", spectral)
