@@ -23,7 +23,7 @@ from relora_ds.cli import (
     train_tokenizer,
 )
 from relora_ds.cli.advice import doctor
-from relora_ds.cli.views import generate
+from relora_ds.cli.views import generate, plot_spectrum, report
 
 PROG = "relora-ds"
 
@@ -55,7 +55,9 @@ VERBS = {
     "import": Verb(import_hf.main, "write a Hugging Face directory as a checkpoint to begin with"),
     "reshape": Verb(reshape.main, "rewrite a checkpoint for other processes or ZeRO stages"),
     "doctor": Verb(doctor.main, "look for what would stop a run, with a remedy for each finding"),
-    "plot": Verb(plot.main, "draw a run's loss curve"),
+    "plot": Verb(plot.main, "draw a run's loss curve, or a metric of several runs"),
+    "plot-spectrum": Verb(plot_spectrum.main, "draw singular values of what training added"),
+    "report": Verb(report.main, "write one self-contained HTML page about a run"),
 }
 """Every verb by the word that is typed."""
 

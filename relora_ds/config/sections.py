@@ -169,8 +169,8 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and whatever else is not in a projection."""
     matrix: Literal["muon", "scale"] | None = None
-    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
-    a warm start alone. `scale`: projections, embedding and head."""
+    """Updates weight matrices that are trained whole in AdamW's place. `muon`: the projections of a
+    full-rank run or warm start. `scale`: these, and the embedding and head of any method."""
     muon: MuonConfig = MuonConfig()
     """Settings of `matrix: muon`."""
     scale: ScaleConfig = ScaleConfig()

@@ -21,7 +21,9 @@ from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
+from relora_ds.model.init import EMBEDDING, HEAD
 from relora_ds.optim.matrix import PAIR, MatrixOptimizer
+from relora_ds.optim.matrix_wise.scale import Scale
 from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
@@ -225,6 +227,11 @@ class Method(Generic[ConfigT]):
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
 
+    def parts(self, layer: Projection) -> dict[str, torch.Tensor]:
+        """Terms that the dense weight is the sum of, (out, in) in fp32, by name; by default one."""
+        dense = self.dense_weight(layer)
+        return {} if dense is None else {"weight": dense}
+
     def adapter(self, layer: Projection) -> Adapter | None:
         """The projection's frozen weight and its factors, apart.
 
@@ -314,6 +321,19 @@ def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> Spect
     return SpectralPair(chosen.momentum, chosen.nesterov, chosen.normalized, scale)
 
 
+def end_rule(settings: OptimizerConfig, name: str) -> Scale | None:
+    """What updates the embedding and the head, which every method trains whole, where the run asks
+    for SCALE.
+
+    Args:
+        settings: of the run.
+        name: full name of a trained parameter.
+    """
+    if settings.matrix != "scale" or name not in (EMBEDDING, HEAD):
+        return None
+    return Scale(axis=0) if name == EMBEDDING else Scale(momentum=settings.scale.momentum)
+
+
 def optimizer_groups(
     method: Method[Any], settings: OptimizerConfig, model: nn.Module
 ) -> list[ParameterGroup]:
@@ -340,5 +360,8 @@ def matrix_rules(
 ) -> dict[nn.Parameter, MatrixOptimizer]:
     """The matrix-wise optimizer of every trained parameter that has one, in the model's order."""
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    chosen = ((p, method.matrix_optimizer(settings, name, p)) for name, p in trained)
+    chosen = (
+        (p, method.matrix_optimizer(settings, name, p) or end_rule(settings, name))
+        for name, p in trained
+    )
     return {parameter: rule for parameter, rule in chosen if rule is not None}

@@ -11,15 +11,12 @@ from relora_ds.config.sections import OptimizerConfig
 
 
 def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
-    if optimizer.matrix is None or method.trains_projections:
+    if optimizer.matrix != "muon" or method.trains_projections or method.warm_start is not None:
         return
-    if optimizer.matrix == "muon" and method.warm_start is not None:
-        return
-    more = "" if optimizer.matrix == "scale" else ", or start with method.warm_start_steps"
     yield Finding(
         ("optimizer", "matrix"),
-        f"is {optimizer.matrix}, which updates the weights of projections, but method "
-        f"{method.name} does not train them: remove it, or use method.name=full{more}",
+        f"is muon, which updates the weights of projections, but method {method.name} does not "
+        "train them: remove it, use method.name=full, or start with method.warm_start_steps",
     )
 
 

@@ -26,6 +26,8 @@ SCRIPTS = {
     "reshape": "tools/reshape_checkpoint.py",
     "doctor": "tools/doctor.py",
     "plot": "tools/plot_run.py",
+    "plot-spectrum": "tools/plot_spectrum.py",
+    "report": "tools/report.py",
 }
 
 
