@@ -244,7 +244,11 @@ class Trainer:
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
         factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
-        return {"dense": factor * self.config.optimizer.lr, "adapter": factor * phase.adapter_lr}
+        settings = self.config.optimizer
+        rates = {"dense": settings.lr, "adapter": phase.adapter_lr}
+        if settings.adapter is not None:
+            rates["pair"] = settings.resolved_pair_lr
+        return {role: factor * rate for role, rate in rates.items()}
 
     def _peaks(self, engine: TrainEngine) -> dict[str, int]:
         """Most memory in use during the phase's steps and before them, in bytes."""
@@ -275,7 +279,7 @@ class Trainer:
         moved = recorder.step_bytes()
         return metrics | {
             "train/lr": rates["dense"],
-            "train/adapter_lr": rates["adapter"],
+            **{f"train/{role}_lr": rate for role, rate in rates.items() if role != "dense"},
             "communication/bytes_per_step": moved.payload,
             "communication/wire_bytes_per_step": round(moved.wire),
             **self.guard.metrics(),
