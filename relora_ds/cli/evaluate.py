@@ -32,6 +32,11 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         default=1,
         help="processes that galore_compat's rows are dealt out to; they are computed one by one",
     )
+    parser.add_argument(
+        "--document-mask",
+        action=argparse.BooleanOptionalAction,
+        help="keep documents in a window apart (data.document_mask); default: as in the run",
+    )
     parsed = parser.parse_args(arguments)
     return run_tool(lambda: _evaluate(parsed))
 
@@ -39,6 +44,6 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
 def _evaluate(parsed: argparse.Namespace) -> None:
     from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
 
-    sizes = parsed.seq_length, parsed.batch_size
     ranks = parsed.ranks if parsed.protocol == "galore_compat" else None
-    print(json.dumps(evaluate_checkpoint(parsed.checkpoint, parsed.data, *sizes, ranks)))
+    how = parsed.seq_length, parsed.batch_size, ranks, parsed.document_mask
+    print(json.dumps(evaluate_checkpoint(parsed.checkpoint, parsed.data, *how)))

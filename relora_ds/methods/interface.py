@@ -34,7 +34,8 @@ class ParameterGroup:
     """Trainable parameters that share a learning rate and a decay rule."""
 
     role: str
-    """`dense` takes `optimizer.lr`, `adapter` takes `optimizer.adapter_lr`."""
+    """`dense` takes `optimizer.lr`, `adapter` takes `optimizer.adapter_lr`, `pair`
+    `optimizer.spectral.lr`."""
     decays: bool
     """Whether `optimizer.weight_decay` applies."""
     parameters: list[nn.Parameter]
@@ -343,7 +344,9 @@ def optimizer_groups(
         for ruled in (False, True):
             parameters = [p for p in group.parameters if (p in rules) is ruled]
             if parameters:
-                found.append(ParameterGroup(group.role, group.decays, parameters))
+                in_pairs = ruled and rules[parameters[0]].needs == "pair"
+                role = "pair" if in_pairs else group.role
+                found.append(ParameterGroup(role, group.decays, parameters))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import DocumentBatches, ValidationBatches
-from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.source import Corpus, open_corpus, with_documents
 from relora_ds.data.tokens import TokenFile
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
@@ -29,6 +29,7 @@ def evaluate_checkpoint(
     seq_length: int | None,
     batch_size: int,
     published_ranks: int | None = None,
+    document_mask: bool | None = None,
 ) -> dict[str, Any]:
     """Token-weighted mean loss over non-overlapping windows of a token file.
 
@@ -40,6 +41,7 @@ def evaluate_checkpoint(
         batch_size: windows per forward pass.
         published_ranks: evaluate by the protocol of GaLore's published tables in place of that,
             with rows of `seq_length` dealt out to so many processes.
+        document_mask: whether documents in a window are kept apart; default: as in the run.
 
     Returns:
         `loss` in nats, `perplexity`, and `tokens`, the number of targets. By the published protocol
@@ -62,7 +64,10 @@ def evaluate_checkpoint(
         )
     if published_ranks is not None and published_ranks < 1:
         raise ConfigError(f"ranks {published_ranks}: rows are dealt out to 1 or more")
-    file = _open(data, dense)
+    corpus = _open(data, dense)
+    assert corpus.valid is not None
+    file = corpus.valid
+    end = _document_end(corpus, dense, document_mask)
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
@@ -70,11 +75,22 @@ def evaluate_checkpoint(
     set_arithmetic(train)
     device = torch.device(accelerator_type())
     model = dense.model(train, device)
+    model.separate_documents(end)
     if published_ranks is not None:
         return _published(model, file, (seq_length, batch_size), published_ranks, device)
     batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+
+
+def _document_end(corpus: Corpus, model: DenseModel, wanted: bool | None) -> int | None:
+    """Id with which attention ends; None where documents are not kept apart."""
+    if wanted is None:
+        wanted = model.saved is not None and model.saved.record.config.data.document_mask
+    if not wanted:
+        return None
+    named = replace(corpus, tokenizer=corpus.tokenizer or model.tokenizer)
+    return with_documents(named).document_end
 
 
 def _published(
@@ -98,8 +114,9 @@ def _published(
     }
 
 
-def _open(data: str, model: DenseModel) -> TokenFile:
-    """The token file, of which every id is one of the model's, and means the same there."""
+def _open(data: str, model: DenseModel) -> Corpus:
+    """A token file as validation set, of which every id is one of the model's, and means the same
+    there."""
     vocab_size = model.architecture.vocab_size
     if data == "builtin":
         corpus = open_corpus(DataConfig(source="builtin", builtin_vocab_size=vocab_size))
@@ -109,5 +126,4 @@ def _open(data: str, model: DenseModel) -> TokenFile:
         corpus = Corpus((), (), TokenFile(data), None)
         corpus.check_vocabulary(vocab_size)
     corpus.check_tokenizer_of(model.directory)
-    assert corpus.valid is not None
-    return corpus.valid
+    return corpus

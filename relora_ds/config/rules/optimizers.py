@@ -29,6 +29,19 @@ def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Itera
         )
 
 
+def pairs_have_their_own_rate(optimizer: OptimizerConfig) -> Iterator[Finding]:
+    """AdamW's rates for factors are several times smaller than those of spectral updates."""
+    given, usual = optimizer.adapter_lr, optimizer.spectral.default_lr
+    if optimizer.adapter is None or optimizer.spectral.lr is not None or given is None:
+        return
+    if given < 0.4 * usual:
+        yield Finding(
+            ("optimizer", "adapter_lr"),
+            f"is {given:g}, and without optimizer.spectral.lr that is the rate of the factors, "
+            f"which want about {usual:g} under spectral updates: set optimizer.spectral.lr",
+        )
+
+
 def scaled_head_is_free(optimizer: OptimizerConfig, architecture: ModelConfig) -> Iterator[Finding]:
     if optimizer.matrix == "scale" and architecture.tie_word_embeddings:
         yield Finding(
