@@ -39,6 +39,11 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         default=1,
         help="processes that galore_compat's rows are dealt out to; they are computed one by one",
     )
+    parser.add_argument(
+        "--document-mask",
+        action=argparse.BooleanOptionalAction,
+        help="keep documents in a window apart (data.document_mask); default: as in the run",
+    )
     parser.add_argument("--lm-eval", nargs="+", metavar="TASK", help="needs the package lm_eval")
     parser.add_argument("--limit", type=int, help="examples of each task of lm-eval; default: all")
     parser.add_argument(
@@ -64,8 +69,8 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 def _score(parsed: argparse.Namespace) -> None:
     from relora_ds.train.evaluate_checkpoint import evaluate_sets
 
-    sizes = parsed.seq_length, parsed.batch_size
     ranks = parsed.ranks if parsed.protocol == "galore_compat" else None
-    found = evaluate_sets(parsed.checkpoint, parsed.data, *sizes, ranks)
+    how = parsed.seq_length, parsed.batch_size, ranks, parsed.document_mask
+    found = evaluate_sets(parsed.checkpoint, parsed.data, *how)
     for name, scores in zip(parsed.data, found, strict=True):
         print(json.dumps(scores if len(found) == 1 else {"data": name, **scores}))

@@ -21,6 +21,7 @@ from relora_ds.config.rules.corpora import (
 from relora_ds.config.rules.optimizers import (
     matrices_are_trained,
     pairs_are_moved,
+    pairs_have_their_own_rate,
     scaled_head_is_free,
 )
 from relora_ds.config.rules.schedules import (
@@ -98,4 +99,4 @@ RULES: tuple[Rule, ...] = (
     pairs_are_moved,
     scaled_head_is_free,
 )
-WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd)
+WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd, pairs_have_their_own_rate)

@@ -36,6 +36,10 @@ class DataConfig(Section):
     tokenizer: Free[FilePath | None] = None
     """Tokenizer that produced the token files: a SentencePiece model, a `tokenizer.json` of Hugging
     Face's, or a directory with one of them; copied into checkpoints and exports."""
+    document_mask: bool = False
+    """Documents in a sequence are kept apart: attention and positions end with the token that ends
+    a document, and the first token of the next one is no target. `false`: attention crosses the
+    ends of documents, and every token is a target."""
     verify: Free[Literal["whole", "ends"]] = "whole"
     """How token files are checked against what was recorded of them before training. `whole`: every
     byte is hashed and every id looked at, shared out over the processes of each host. `ends`: sizes
@@ -140,6 +144,10 @@ class SpectralConfig(Section):
     """Spectral updates: both factors of a projection move along one polar factor of their product's
     change (sMuon, arXiv 2608.14492)."""
 
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the factors. Default: `optimizer.adapter_lr` where it is given, which
+    is then that of SLTrain's values and of biases too; otherwise 2.5e-2, or 1e-2 if
+    `normalized`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay rate mu of the momentum that each factor has in place of Adam's two moments."""
     nesterov: bool = True
@@ -147,6 +155,11 @@ class SpectralConfig(Section):
     normalized: bool = False
     """Divide steps by scale (|A|^2 + |B|^2) / 2 with spectral norms: the weight moves by at most
     the learning rate times sqrt(max(1, m / n)) for m outputs and n inputs, as under Muon."""
+
+    @property
+    def default_lr(self) -> float:
+        """The factors' learning rate where none is given."""
+        return 1.0e-2 if self.normalized else 2.5e-2
 
 
 class OptimizerConfig(Section):
@@ -160,8 +173,8 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and whatever else is not in a projection."""
     matrix: Literal["muon", "scale"] | None = None
-    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
-    a warm start alone. `scale`: projections, embedding and head."""
+    """Updates weight matrices that are trained whole in AdamW's place. `muon`: the projections of a
+    full-rank run or warm start. `scale`: these, and the embedding and head of any method."""
     muon: MuonConfig = MuonConfig()
     """Settings of `matrix: muon`."""
     scale: ScaleConfig = ScaleConfig()
@@ -190,6 +203,12 @@ class OptimizerConfig(Section):
         """Whether it is one of this program's own, which count steps per adapter vector and can
         update one parameter at a time."""
         return self.name in ("adamw", "adamw8bit")
+
+    @property
+    def resolved_pair_lr(self) -> float:
+        """The learning rate of pairs that are updated as one, with its default filled in."""
+        given = self.adapter_lr if self.spectral.lr is None else self.spectral.lr
+        return self.spectral.default_lr if given is None else given
 
     @property
     def resolved_adapter_lr(self) -> float:

@@ -140,8 +140,8 @@ class PerLayerEngine:
             _average(owner.grad)
             factor = self._clip_factor(owner.grad)
             stepped = self._optimizer.update_early(owner, settings, factor)
-            owner.grad = None
             for each in stepped:
+                each.grad = None
                 if each in self._working:
                     self._working[each].copy_(each)
 

@@ -84,8 +84,7 @@ class GroupedOptimizer(VectorAdamW):
     ) -> list[torch.Tensor]:
         """One update of a tensor within the backward pass.
 
-        The first factor of a pair waits for the second one's gradient: it keeps its own, which may
-        be taken off the tensor.
+        The first factor of a pair waits for the gradient of the second one and keeps its own.
 
         Args:
             p: has a gradient.

@@ -12,7 +12,7 @@ import torch
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import DocumentBatches, ValidationBatches
-from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.source import Corpus, open_corpus, with_documents
 from relora_ds.data.tokens import TokenFile
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
@@ -30,9 +30,11 @@ def evaluate_checkpoint(
     seq_length: int | None,
     batch_size: int,
     published_ranks: int | None = None,
+    document_mask: bool | None = None,
 ) -> dict[str, Any]:
     """A model's score on one token file; see `evaluate_sets`."""
-    return evaluate_sets(checkpoint, [data], seq_length, batch_size, published_ranks)[0]
+    how = seq_length, batch_size, published_ranks, document_mask
+    return evaluate_sets(checkpoint, [data], *how)[0]
 
 
 def evaluate_sets(
@@ -41,6 +43,7 @@ def evaluate_sets(
     seq_length: int | None,
     batch_size: int,
     published_ranks: int | None = None,
+    document_mask: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Token-weighted mean loss over non-overlapping windows of each of some token files.
 
@@ -54,6 +57,7 @@ def evaluate_sets(
         batch_size: windows per forward pass.
         published_ranks: evaluate by the protocol of GaLore's published tables in place of that,
             with rows of `seq_length` dealt out to so many processes.
+        document_mask: whether documents in a window are kept apart; default: as in the run.
 
     Returns:
         Of every set `loss` in nats, `perplexity`, and `tokens`, the number of targets. By the
@@ -67,17 +71,9 @@ def evaluate_sets(
         DataError: the token file cannot be used with the model, or another tokenizer made it.
     """
     dense = DenseModel(checkpoint)
-    limit = dense.architecture.max_position_embeddings
-    seq_length = seq_length or dense.seq_length or min(limit, _DEFAULT_SEQ_LENGTH)
-    shortest = 1 if published_ranks is None else 2
-    if not shortest <= seq_length <= limit or batch_size < 1:
-        raise ConfigError(
-            f"seq-length {seq_length} and batch-size {batch_size}: the model takes {shortest} to "
-            f"{limit} tokens, and a batch at least one sequence"
-        )
-    if published_ranks is not None and published_ranks < 1:
-        raise ConfigError(f"ranks {published_ranks}: rows are dealt out to 1 or more")
-    files = [_open(data, dense) for data in sets]
+    seq_length = _length(dense, seq_length, batch_size, published_ranks)
+    corpora = [_open(data, dense) for data in sets]
+    ends = [_document_end(corpus, dense, document_mask) for corpus in corpora]
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
@@ -85,10 +81,34 @@ def evaluate_sets(
     set_arithmetic(train)
     device = torch.device(accelerator_type())
     model = dense.model(train, device)
-    sizes = seq_length, batch_size
-    if published_ranks is not None:
-        return [_published(model, file, sizes, published_ranks, device) for file in files]
-    return [_exact(model, file, sizes, device) for file in files]
+    sizes, found = (seq_length, batch_size), list[dict[str, Any]]()
+    for corpus, end in zip(corpora, ends, strict=True):
+        model.separate_documents(end)
+        assert corpus.valid is not None
+        if published_ranks is None:
+            found.append(_exact(model, corpus.valid, sizes, device))
+        else:
+            found.append(_published(model, corpus.valid, sizes, published_ranks, device))
+    return found
+
+
+def _length(dense: DenseModel, wanted: int | None, batch_size: int, ranks: int | None) -> int:
+    """Tokens per window.
+
+    Raises:
+        ConfigError: the model, or the protocol, does not take windows or batches of this size.
+    """
+    limit = dense.architecture.max_position_embeddings
+    seq_length = wanted or dense.seq_length or min(limit, _DEFAULT_SEQ_LENGTH)
+    shortest = 1 if ranks is None else 2
+    if not shortest <= seq_length <= limit or batch_size < 1:
+        raise ConfigError(
+            f"seq-length {seq_length} and batch-size {batch_size}: the model takes {shortest} to "
+            f"{limit} tokens, and a batch at least one sequence"
+        )
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"ranks {ranks}: rows are dealt out to 1 or more")
+    return seq_length
 
 
 def _exact(
@@ -97,6 +117,16 @@ def _exact(
     batches = ValidationBatches(file, *sizes, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+
+
+def _document_end(corpus: Corpus, model: DenseModel, wanted: bool | None) -> int | None:
+    """Id with which attention ends; None where documents are not kept apart."""
+    if wanted is None:
+        wanted = model.saved is not None and model.saved.record.config.data.document_mask
+    if not wanted:
+        return None
+    named = replace(corpus, tokenizer=corpus.tokenizer or model.tokenizer)
+    return with_documents(named).document_end
 
 
 def _published(
@@ -120,8 +150,9 @@ def _published(
     }
 
 
-def _open(data: str, model: DenseModel) -> TokenFile:
-    """The token file, of which every id is one of the model's, and means the same there."""
+def _open(data: str, model: DenseModel) -> Corpus:
+    """A token file as validation set, of which every id is one of the model's, and means the same
+    there."""
     vocab_size = model.architecture.vocab_size
     if data == "builtin":
         corpus = open_corpus(DataConfig(source="builtin", builtin_vocab_size=vocab_size))
@@ -131,5 +162,4 @@ def _open(data: str, model: DenseModel) -> TokenFile:
         corpus = Corpus((), (), TokenFile(data), None)
         corpus.check_vocabulary(vocab_size)
     corpus.check_tokenizer_of(model.directory)
-    assert corpus.valid is not None
-    return corpus.valid
+    return corpus

@@ -177,7 +177,8 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
-    check_attention(loaded.config.train, loaded.architecture, topology.device)
+    masks = loaded.config.data.document_mask
+    check_attention(loaded.config.train, loaded.architecture, topology.device, masks)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
     with doing("verify the data"):

@@ -50,17 +50,7 @@ def run_tasks(
         ConfigError: lm-eval is not installed, or a task is unknown or cannot be run.
         CheckpointError: the model cannot be read.
     """
-    lm_eval = require("lm_eval", "lm_eval[hf]", "--lm-eval")
-    require("transformers", "transformers", "--lm-eval")
-    manager = require("lm_eval.tasks", "lm_eval[hf]", "--lm-eval").TaskManager(
-        include_path=None if include is None else str(include)
-    )
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise ConfigError(
-            f"--lm-eval {' '.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` lists "
-            "those that it has"
-        )
+    lm_eval, manager = _opened(tasks, include)
     check_accelerator()
     with TemporaryDirectory() as scratch:
         model = path
@@ -86,6 +76,26 @@ def run_tasks(
     scores = _scores(found["results"])
     _note(path, scores)
     return scores
+
+
+def _opened(tasks: Sequence[str], include: Path | None) -> tuple[Any, Any]:
+    """The package and what knows its tasks, of which all that are asked for are there.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or does not know a task.
+    """
+    packages = {"lm_eval": "lm_eval[hf]", "transformers": "transformers"}
+    lm_eval, _ = (require(module, name, "--lm-eval") for module, name in packages.items())
+    manager = require("lm_eval.tasks", "lm_eval[hf]", "--lm-eval").TaskManager(
+        include_path=None if include is None else str(include)
+    )
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(
+            f"--lm-eval {' '.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` lists "
+            "those that it has"
+        )
+    return lm_eval, manager
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
