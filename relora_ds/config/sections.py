@@ -36,6 +36,10 @@ class DataConfig(Section):
     tokenizer: Free[FilePath | None] = None
     """Tokenizer that produced the token files: a SentencePiece model, a `tokenizer.json` of Hugging
     Face's, or a directory with one of them; copied into checkpoints and exports."""
+    document_mask: bool = False
+    """Documents in a sequence are kept apart: attention and positions end with the token that ends
+    a document, and the first token of the next one is no target. `false`: attention crosses the
+    ends of documents, and every token is a target."""
     verify: Free[Literal["whole", "ends"]] = "whole"
     """How token files are checked against what was recorded of them before training. `whole`: every
     byte is hashed and every id looked at, shared out over the processes of each host. `ends`: sizes

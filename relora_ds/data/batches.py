@@ -260,12 +260,21 @@ class DocumentBatches:
 
 
 def unigram_perplexity(
-    samples: Samples, seq_length: int, max_sequences: int | None = None
+    samples: Samples,
+    seq_length: int,
+    max_sequences: int | None = None,
+    document_end: int | None = None,
 ) -> float:
     """Perplexity of the best model without context on the targets that `ValidationBatches` covers.
 
     That is exp of the entropy of the targets' empirical distribution: a trained model must stay
     below.
+
+    Args:
+        samples: the validation set.
+        seq_length: tokens per window that a model reads.
+        max_sequences: windows to use at most; None takes all.
+        document_end: id behind which a token is no target, where documents are kept apart.
 
     Raises:
         DataError: the set is shorter than one window.
@@ -276,9 +285,11 @@ def unigram_perplexity(
     at_once = max(1, _CHUNK // seq_length)
     for first in range(0, sequences, at_once):
         windows = range(first, min(first + at_once, sequences))
-        # the first token of a window is no target of its own
-        targets = np.concatenate([samples.sample(each, seq_length)[1:] for each in windows])
-        counts += np.bincount(targets, minlength=len(counts))
+        rows = np.stack([samples.sample(each, seq_length) for each in windows])
+        targets = rows[:, 1:]  # the first token of a window is no target of its own
+        if document_end is not None:
+            targets = targets[rows[:, :-1] != document_end]
+        counts += np.bincount(targets.ravel(), minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(np.exp(-np.sum(shares * np.log(shares))))
 

@@ -39,7 +39,7 @@ def place_of(tensor: torch.Tensor) -> Place | None:
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor, place: Place | None = None) -> torch.Tensor:
-    """left (p, q) @ right (q, s), outside of autograd.
+    """left (p, q) @ right (q, s), outside of autograd; contiguous.
 
     Args:
         left: of any strides.
@@ -57,7 +57,7 @@ def matmul(left: torch.Tensor, right: torch.Tensor, place: Place | None = None) 
     if 2 * left.shape[0] <= right.shape[1]:
         return _onednn(left, right.t())
     if 2 * right.shape[1] <= left.shape[0]:
-        return _onednn(right.t(), left).t()
+        return _onednn(right.t(), left).t().contiguous()
     return left @ right
 
 

@@ -30,7 +30,7 @@ from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.evaluate import evaluation_metrics
 from relora_ds.train.guards.agreement import Agreement, Place, digest_of
-from relora_ds.train.guards.losses import Seen
+from relora_ds.train.guards.losses import Seen, Targets
 from relora_ds.train.guards.steps import Rewind, StepGuard
 from relora_ds.train.guards.weights import newest_good, refuse_drift
 from relora_ds.train.lifetime.stop import StopSignal
@@ -184,12 +184,13 @@ class Trainer:
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
         if not left_out:
-            admit = self.guard.admit(step)
-            loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)), admit)
+            admit, targets = self.guard.admit(step), Targets(self.corpus.document_end)
+            batches = _noting(self.train_data.micro_batches(step), targets)
+            loss, norm = engine.train_step(batches, admit)
             if self.guard.found is not None:
                 return {}
             if not self.guard.skipped:
-                seen.note(step, loss, norm)
+                seen.note(step, loss, norm, targets.share)
         self.checkpoints.hold()  # a step that was left out has had no forward pass
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
@@ -369,10 +370,14 @@ class Trainer:
                 _logger.warning("%s; training goes on", result.problem)
 
 
-def _noting(micro_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The micro-batches, each of which shows that the step goes on."""
+def _noting(
+    micro_batches: Iterable[torch.Tensor], targets: Targets | None = None
+) -> Iterator[torch.Tensor]:
+    """The micro-batches, counted, each of which shows that the step goes on."""
     for tokens in micro_batches:
         moved()
+        if targets is not None:
+            targets.count(tokens)
         yield tokens
 
 

@@ -33,6 +33,7 @@ from relora_ds.errors import (
     DivergenceError,
 )
 from relora_ds.methods.registry import Phase
+from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import (
@@ -255,6 +256,8 @@ def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> Tr
         weights,
         torch.from_numpy(file.window(0, count)).unsqueeze(0),
     )
+    assert isinstance(engine.model, Llama)
+    engine.model.separate_documents(prepared.corpus.document_end)
     counts = parameter_counts(engine.model)
     _logger.info(
         "phase %s: %s trained and %s frozen parameters",

@@ -132,7 +132,10 @@ def _write_summary(
     """Write `summary.json`; what is derived from the data is added to `final`."""
     if isinstance(valid_data, ValidationBatches) and corpus.validation is not None:
         final["data/unigram_perplexity"] = unigram_perplexity(
-            corpus.validation, config.train.seq_length, valid_data.num_sequences
+            corpus.validation,
+            config.train.seq_length,
+            valid_data.num_sequences,
+            corpus.document_end,
         )
     write_summary(
         Path(config.output_dir) / "summary.json",

@@ -177,13 +177,15 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     check_processes(loaded, topology.dp_size)
     zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
     check_requirements(loaded, zero)
-    check_attention(loaded.config.train, loaded.architecture, topology.device)
+    masks = loaded.config.data.document_mask
+    check_attention(loaded.config.train, loaded.architecture, topology.device, masks)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
     with doing("verify the data"):
         whole = loaded.config.data.verify == "whole"
         verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
+        corpus.check_length(loaded.config.train.seq_length)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
 

@@ -37,6 +37,7 @@ def test_a_product_of_any_layout(onednn: bool, shape: tuple[int, int, int]) -> N
     for left in _layouts(rows, inner).values():
         for right in _layouts(inner, cols).values():
             found = matmul(left, right)
+            assert found.is_contiguous()
             torch.testing.assert_close(
                 found.double(), left.double() @ right.double(), rtol=1e-5, atol=2e-5
             )
