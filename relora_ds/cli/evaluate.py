@@ -44,6 +44,12 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         action=argparse.BooleanOptionalAction,
         help="keep documents in a window apart (data.document_mask); default: as in the run",
     )
+    parser.add_argument(
+        "--valid-share",
+        type=float,
+        metavar="SHARE",
+        help="score only the documents that a run with this data.valid_share holds out of the file",
+    )
     parser.add_argument("--lm-eval", nargs="+", metavar="TASK", help="needs the package lm_eval")
     parser.add_argument("--limit", type=int, help="examples of each task of lm-eval; default: all")
     parser.add_argument(
@@ -52,6 +58,10 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if not parsed.data and not parsed.lm_eval:
         parser.error("name what to score on: --data PREFIX, or --lm-eval TASK")
+    if parsed.valid_share is not None and not 0 < parsed.valid_share < 1:
+        parser.error(f"--valid-share is {parsed.valid_share}, but must be between 0 and 1")
+    if parsed.valid_share is not None and parsed.protocol != "exact":
+        parser.error("--valid-share is for --protocol exact: galore_compat scores whole files")
     return run_tool(lambda: _evaluate(parsed))
 
 
@@ -70,7 +80,8 @@ def _score(parsed: argparse.Namespace) -> None:
     from relora_ds.train.evaluate_checkpoint import evaluate_sets
 
     ranks = parsed.ranks if parsed.protocol == "galore_compat" else None
-    how = parsed.seq_length, parsed.batch_size, ranks, parsed.document_mask
-    found = evaluate_sets(parsed.checkpoint, parsed.data, *how)
+    sizes = parsed.seq_length, parsed.batch_size
+    parts = parsed.document_mask, parsed.valid_share
+    found = evaluate_sets(parsed.checkpoint, parsed.data, *sizes, ranks, *parts)
     for name, scores in zip(parsed.data, found, strict=True):
         print(json.dumps(scores if len(found) == 1 else {"data": name, **scores}))

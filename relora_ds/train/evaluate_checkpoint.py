@@ -13,6 +13,8 @@ from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.sections import DataConfig, TrainConfig
 from relora_ds.data.batches import DocumentBatches, ValidationBatches
 from relora_ds.data.source import Corpus, open_corpus, with_documents
+from relora_ds.data.token_files.samples import Samples
+from relora_ds.data.token_files.split import hold_out
 from relora_ds.data.tokens import TokenFile
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
@@ -31,9 +33,10 @@ def evaluate_checkpoint(
     batch_size: int,
     published_ranks: int | None = None,
     document_mask: bool | None = None,
+    valid_share: float | None = None,
 ) -> dict[str, Any]:
     """A model's score on one token file; see `evaluate_sets`."""
-    how = seq_length, batch_size, published_ranks, document_mask
+    how = seq_length, batch_size, published_ranks, document_mask, valid_share
     return evaluate_sets(checkpoint, [data], *how)[0]
 
 
@@ -44,6 +47,7 @@ def evaluate_sets(
     batch_size: int,
     published_ranks: int | None = None,
     document_mask: bool | None = None,
+    valid_share: float | None = None,
 ) -> list[dict[str, Any]]:
     """Token-weighted mean loss over non-overlapping windows of each of some token files.
 
@@ -58,6 +62,7 @@ def evaluate_sets(
         published_ranks: evaluate by the protocol of GaLore's published tables in place of that,
             with rows of `seq_length` dealt out to so many processes.
         document_mask: whether documents in a window are kept apart; default: as in the run.
+        valid_share: score only what `data.valid_share` of this value holds out of each file.
 
     Returns:
         Of every set `loss` in nats, `perplexity`, and `tokens`, the number of targets. By the
@@ -86,7 +91,10 @@ def evaluate_sets(
         model.separate_documents(end)
         assert corpus.valid is not None
         if published_ranks is None:
-            found.append(_exact(model, corpus.valid, sizes, device))
+            samples = (
+                corpus.valid if valid_share is None else hold_out(corpus.valid, valid_share)[1]
+            )
+            found.append(_exact(model, samples, sizes, device))
         else:
             found.append(_published(model, corpus.valid, sizes, published_ranks, device))
     return found
@@ -112,9 +120,9 @@ def _length(dense: DenseModel, wanted: int | None, batch_size: int, ranks: int |
 
 
 def _exact(
-    model: Llama, file: TokenFile, sizes: tuple[int, int], device: torch.device
+    model: Llama, samples: Samples, sizes: tuple[int, int], device: torch.device
 ) -> dict[str, Any]:
-    batches = ValidationBatches(file, *sizes, dp_rank=0, dp_size=1)
+    batches = ValidationBatches(samples, *sizes, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
 
