@@ -17,6 +17,7 @@ from relora_ds.config.rules.corpora import (
     builtin_vocabulary_fits_model,
     data_keys_match_source,
 )
+from relora_ds.config.rules.islands import ISLAND_RULES
 from relora_ds.config.rules.optimizers import (
     matrices_are_trained,
     pairs_are_cut_alike,
@@ -97,5 +98,6 @@ RULES: tuple[Rule, ...] = (
     pairs_are_moved,
     pairs_are_cut_alike,
     scaled_head_is_free,
+    *ISLAND_RULES,
 )
 WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd)

@@ -13,6 +13,7 @@ from relora_ds.config.sections import (
     DataConfig,
     EvalConfig,
     GuardsConfig,
+    IslandsConfig,
     LogConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -43,7 +44,9 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
     parallel: Free[ParallelConfig] = ParallelConfig()
-    """Tensor parallelism."""
+    """Tensor parallelism and islands."""
+    islands: IslandsConfig = IslandsConfig()
+    """Rounds of islands, over slow links."""
     eval: Free[EvalConfig] = EvalConfig()
     """Validation."""
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()

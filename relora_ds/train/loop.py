@@ -156,8 +156,13 @@ class Trainer:
         return None
 
     def _meet(self, point: str, done: int, phase: Phase, stop: bool = False) -> bool:
-        """Make sure that all ranks are at the same place; whether any of them wants to stop."""
-        return self.agreement.meet(Place(point, done, phase.name), stop)
+        """Make sure that all ranks are at the same place; whether any of them wants to stop.
+
+        Within a round an island is for itself: a wish to stop waits for the end of the round.
+        """
+        within = done % self.config.islands.every > 0
+        place = Place(point, done, phase.name)
+        return self.agreement.meet(place, stop and not within, within=within)
 
     def _update(
         self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int, seen: Seen
@@ -191,6 +196,8 @@ class Trainer:
             if not self.guard.skipped:
                 seen.note(step, loss, norm)
         self.checkpoints.hold()  # a step that was left out has had no forward pass
+        if _is_due(step + 1, self.config.islands.every):
+            engine.end_round(session.products_to_merge(own_step + 1))
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         metrics = self._event_metrics(step + 1, before, after)
@@ -233,8 +240,10 @@ class Trainer:
         return f"step {done}: not finite after the update: {problem}; {self._remedy()}"
 
     def _goes_on_from(self, phase: Phase, done: int) -> bool:
-        """Whether a longer run may go on from here: the end of a stable phase is saved."""
-        return self.config.checkpoint.every > 0 and done == phase.last_stable_step
+        """Whether a longer run may go on from here: the end of a stable phase is saved, unless
+        islands are in the middle of a round."""
+        common = _is_due(done, self.config.islands.every)
+        return common and self.config.checkpoint.every > 0 and done == phase.last_stable_step
 
     def _remedy(self) -> str:
         return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (
