@@ -34,6 +34,7 @@ from torch import nn
 from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.config.schema import RunConfig
+from relora_ds.numerics.dtypes import DTYPES
 
 _EXAMPLE = """
 example:
@@ -94,13 +95,29 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9, help="timed steps of each case")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers")
     parser.add_argument("--no-transformers", action="store_true", help="leave that case out")
+    beside = "in place of steps, time projections beside the authors' layers: DIR has their clones"
+    parser.add_argument("--against", type=Path, metavar="DIR", help=beside)
     parser.add_argument("--json", type=Path, help="file for the figures, one object per case")
     parsed = parser.parse_args()
+    if parsed.against:
+        return _against(parsed)
     figures = benchmark_steps(parsed)
     for line in table(figures):
         print(line)
     if parsed.json:
         parsed.json.write_text(json.dumps([asdict(each) for each in figures], indent=1) + "\n")
+
+
+def _against(parsed: argparse.Namespace) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of `benchmarks` as a package
+    from benchmarks.peers import projection
+
+    tokens, dtype = parsed.batch * parsed.seq, DTYPES[parsed.precision]
+    rows = projection.compare(parsed.against, tokens, parsed.repeat, dtype, Clock(_device()))
+    for line in projection.table(rows):
+        print(line)
+    if parsed.json:
+        parsed.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def benchmark_steps(parsed: argparse.Namespace) -> list[Figures]:

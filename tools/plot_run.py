@@ -1,4 +1,4 @@
-"""Draw a run's loss curve. See --help."""
+"""Draw a run's loss curve, or a metric of several runs. See --help."""
 
 import sys
 

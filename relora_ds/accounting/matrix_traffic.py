@@ -3,8 +3,9 @@
 Sums are all-reduced over the processes that hold slices of a matrix: those that ZeRO slices over,
 from stage 1 on, and those of the tensor-parallel group, where it shards the matrix. A matrix that
 travels whole goes to its owner from every process that holds a slice of it, and back: an owner
-receives what it lacks and returns it, the others send their slice and receive it. All of it is in
-fp32, in the phase `step`.
+receives what it lacks and returns it, the others send their slice and receive it. The factor of a
+pair that a tensor-parallel group does not cut comes back from the owner of the pair alone. All of
+it is in fp32, in the phase `step`.
 """
 
 from __future__ import annotations
@@ -104,15 +105,25 @@ def matrix_traffic(
     between, within = [NOTHING], [NOTHING]
     for unit, (owner, tp_owner) in zip(units, owners_of(units, held, sizes[1]), strict=True):
         asked = rules[unit[0]].exchanged([global_shape(matrix) for matrix in unit])
-        is_owner, is_sharded = owner == dp_rank, shard_of(unit[0]) is not None
+        sharded = [shard_of(matrix) is not None for matrix in unit]
+        is_owner, is_sharded = owner == dp_rank, any(sharded)
         between.append(GroupExchange(asked.sums))
         within += [GroupExchange(asked.sums)] if is_sharded else []
-        for matrix in unit:
+        for matrix, is_cut in zip(unit, sharded, strict=True):
             part, mine = tp_local_shape(matrix).numel(), slices[matrix][dp_rank]
             between.append(_travelled(asked, is_owner, part - mine, mine))
-            if is_owner and is_sharded:
+            if not (is_owner and is_sharded):
+                continue
+            is_tp_owner = tp_owner == place.tp_rank
+            if is_cut:
                 lacking = global_shape(matrix).numel() - part
-                within.append(_travelled(asked, tp_owner == place.tp_rank, lacking, part))
+                within.append(_travelled(asked, is_tp_owner, lacking, part))
+            else:
+                back = asked.from_owner * part
+                sent = back * (sizes[1] - 1)
+                within.append(
+                    GroupExchange(0, sent, 0) if is_tp_owner else GroupExchange(0, 0, back)
+                )
     return MatrixTraffic(_total(between) if zero.stage else NOTHING, _total(within))
 
 

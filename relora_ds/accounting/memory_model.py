@@ -31,7 +31,7 @@ from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.mlp import MLP
 from relora_ds.model.norm import RMSNorm
-from relora_ds.optim.matrix import MatrixOptimizer
+from relora_ds.optim.matrix import MatrixOptimizer, units_of
 from relora_ds.parallel.footprint import Footprint, UpdateSize
 from relora_ds.parallel.shape import global_shape, shard_of
 
@@ -102,7 +102,7 @@ def expected_memory(
     return MemoryUse(
         weights=weights // (plan.dp_size if plan.stage >= 3 else 1),
         indices=sum(b.numel() * b.element_size() for b in model.buffers()),
-        gradients=_gradients(plan, [sum(p.numel() for p in group) for group in groups], groups),
+        gradients=_gradients(plan, groups, _stepped_together(model, trained, rules)),
         states=round(state_bytes(plan, trained, rules)),
         activations=(
             _activations(model, plan, costs, update.tokens, checkpointing) if update else 0
@@ -157,8 +157,21 @@ def matrix_state(
         yield elements[declared.held], declared.dtype.itemsize
 
 
+def _stepped_together(
+    model: nn.Module,
+    trained: Sequence[nn.Parameter],
+    rules: Mapping[nn.Parameter, MatrixOptimizer],
+) -> list[list[nn.Parameter]]:
+    """What an update within the backward pass waits for: parameters, or both factors of pairs."""
+    named = {name: p for name, p in model.named_parameters() if p in rules}
+    units = units_of({name: rules[p] for name, p in named.items()})
+    return [[p] for p in trained if p not in rules] + [[named[n] for n in unit] for unit in units]
+
+
 def _gradients(
-    plan: StoragePlan, sizes: Sequence[int], groups: Sequence[Sequence[nn.Parameter]]
+    plan: StoragePlan,
+    groups: Sequence[Sequence[nn.Parameter]],
+    units: Sequence[Sequence[nn.Parameter]],
 ) -> int:
     """The most between the last backward pass and the end of the update.
 
@@ -167,9 +180,13 @@ def _gradients(
     frees early depends on where its slice of a group begins. One process updates from fp32
     gradients where they lie, and at stage 1 so do more.
     """
+    sizes = [sum(p.numel() for p in group) for group in groups]
     if plan.per_layer:
-        largest = max(p.numel() for group in groups for p in group)
-        return plan.working * (sum(sizes) if plan.accumulates else largest) + plan.master * largest
+        # the last one of a unit comes while the others' are in the type of their masters
+        one = max(units, key=lambda unit: sum(p.numel() for p in unit))
+        together = sum(p.numel() for p in one)
+        last = max(p.numel() for p in one) if plan.master else together
+        return plan.working * (sum(sizes) if plan.accumulates else last) + plan.master * together
     working = plan.working * sum(sizes)
     if not plan.master:
         return working

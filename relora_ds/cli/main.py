@@ -22,6 +22,8 @@ from relora_ds.cli import (
     reshape,
     train_tokenizer,
 )
+from relora_ds.cli.advice import doctor
+from relora_ds.cli.views import generate, plot_spectrum, report
 
 PROG = "relora-ds"
 
@@ -48,10 +50,14 @@ VERBS = {
     "prepare-data": Verb(prepare_data.main, "turn text files into a token file"),
     "train-tokenizer": Verb(train_tokenizer.main, "train a SentencePiece tokenizer on text files"),
     "evaluate": Verb(evaluate.main, "perplexity of a checkpoint or a Hugging Face directory"),
+    "generate": Verb(generate.main, "go on with a text, from a checkpoint or an export"),
     "export": Verb(export.main, "write a checkpoint's dense model as a Hugging Face directory"),
     "import": Verb(import_hf.main, "write a Hugging Face directory as a checkpoint to begin with"),
     "reshape": Verb(reshape.main, "rewrite a checkpoint for other processes or ZeRO stages"),
-    "plot": Verb(plot.main, "draw a run's loss curve"),
+    "doctor": Verb(doctor.main, "look for what would stop a run, with a remedy for each finding"),
+    "plot": Verb(plot.main, "draw a run's loss curve, or a metric of several runs"),
+    "plot-spectrum": Verb(plot_spectrum.main, "draw singular values of what training added"),
+    "report": Verb(report.main, "write one self-contained HTML page about a run"),
 }
 """Every verb by the word that is typed."""
 

@@ -16,12 +16,13 @@ from relora_ds.config.reading.document import Finding, Rule
 from relora_ds.config.rules.corpora import (
     builtin_vocabulary_fits_model,
     data_keys_match_source,
+    rows_have_documents,
 )
 from relora_ds.config.rules.islands import ISLAND_RULES
 from relora_ds.config.rules.optimizers import (
     matrices_are_trained,
-    pairs_are_cut_alike,
     pairs_are_moved,
+    pairs_have_their_own_rate,
     scaled_head_is_free,
 )
 from relora_ds.config.rules.schedules import (
@@ -89,6 +90,7 @@ RULES: tuple[Rule, ...] = (
     guards_can_decide_before_the_update,
     masters_can_be_left_out,
     data_keys_match_source,
+    rows_have_documents,
     builtin_vocabulary_fits_model,
     precisions_agree,
     heads_divide_over_tensor,
@@ -96,8 +98,7 @@ RULES: tuple[Rule, ...] = (
     allowed_changes_are_keys,
     matrices_are_trained,
     pairs_are_moved,
-    pairs_are_cut_alike,
     scaled_head_is_free,
     *ISLAND_RULES,
 )
-WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd)
+WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd, pairs_have_their_own_rate)

@@ -13,13 +13,13 @@ from relora_ds.config.sections import (
     DataConfig,
     EvalConfig,
     GuardsConfig,
-    IslandsConfig,
     LogConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
 )
+from relora_ds.config.spread.islands import IslandsConfig
 
 
 class RunConfig(Section):

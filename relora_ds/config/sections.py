@@ -36,6 +36,10 @@ class DataConfig(Section):
     tokenizer: Free[FilePath | None] = None
     """Tokenizer that produced the token files: a SentencePiece model, a `tokenizer.json` of Hugging
     Face's, or a directory with one of them; copied into checkpoints and exports."""
+    document_mask: bool = False
+    """Documents in a sequence are kept apart: attention and positions end with the token that ends
+    a document, and the first token of the next one is no target. `false`: attention crosses the
+    ends of documents, and every token is a target."""
     verify: Free[Literal["whole", "ends"]] = "whole"
     """How token files are checked against what was recorded of them before training. `whole`: every
     byte is hashed and every id looked at, shared out over the processes of each host. `ends`: sizes
@@ -140,6 +144,10 @@ class SpectralConfig(Section):
     """Spectral updates: both factors of a projection move along one polar factor of their product's
     change (sMuon, arXiv 2608.14492)."""
 
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the factors. Default: `optimizer.adapter_lr` where it is given, which
+    is then that of SLTrain's values and of biases too; otherwise 2.5e-2, or 1e-2 if
+    `normalized`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay rate mu of the momentum that each factor has in place of Adam's two moments."""
     nesterov: bool = True
@@ -147,6 +155,11 @@ class SpectralConfig(Section):
     normalized: bool = False
     """Divide steps by scale (|A|^2 + |B|^2) / 2 with spectral norms: the weight moves by at most
     the learning rate times sqrt(max(1, m / n)) for m outputs and n inputs, as under Muon."""
+
+    @property
+    def default_lr(self) -> float:
+        """The factors' learning rate where none is given."""
+        return 1.0e-2 if self.normalized else 2.5e-2
 
 
 class OptimizerConfig(Section):
@@ -160,8 +173,8 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1.0e-3
     """Peak learning rate of embeddings, head, norms and whatever else is not in a projection."""
     matrix: Literal["muon", "scale"] | None = None
-    """Updates weight matrices of a full-rank run in AdamW's place. `muon`: the projections, also in
-    a warm start alone. `scale`: projections, embedding and head."""
+    """Updates weight matrices that are trained whole in AdamW's place. `muon`: the projections of a
+    full-rank run or warm start. `scale`: these, and the embedding and head of any method."""
     muon: MuonConfig = MuonConfig()
     """Settings of `matrix: muon`."""
     scale: ScaleConfig = ScaleConfig()
@@ -190,6 +203,12 @@ class OptimizerConfig(Section):
         """Whether it is one of this program's own, which count steps per adapter vector and can
         update one parameter at a time."""
         return self.name in ("adamw", "adamw8bit")
+
+    @property
+    def resolved_pair_lr(self) -> float:
+        """The learning rate of pairs that are updated as one, with its default filled in."""
+        given = self.adapter_lr if self.spectral.lr is None else self.spectral.lr
+        return self.spectral.default_lr if given is None else given
 
     @property
     def resolved_adapter_lr(self) -> float:
@@ -245,53 +264,20 @@ class ParallelConfig(Section):
     normalises and keeps its part of them. Moves the same bytes and takes less memory."""
 
 
-class OuterConfig(Section):
-    """What islands do with the mean of their changes, DELTA, at the end of a round."""
-
-    lr: PositiveFloat = 1.0
-    """Share of DELTA by which the common weights move. 1 without momentum is the plain average."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay rate mu of a momentum V = mu V + DELTA that moves the common weights in its place. 0.9
-    with `lr` 0.7 and `nesterov` is usual from a hundred updates per round on."""
-    nesterov: bool = False
-    """Look ahead along the momentum: the weights move by DELTA + mu V."""
-
-
-class TransportConfig(Section):
-    """How changes of weights travel between islands."""
-
-    bits: Literal[4, 8, 16, 32] = 32
-    """Size of an element. 32 is exact, 16 is bf16, 8 and 4 are multiples of a scale per 256."""
-    error_feedback: bool = True
-    """Add what rounding to fewer bits left out to the change of the next round, at the price of 4
-    bytes of host memory per trained weight and process."""
-
-
-class IslandsConfig(Section):
-    """When islands meet, and what they do then; `parallel.islands` is how many there are."""
-
-    every: PositiveInt = 1
-    """Optimizer steps per round, at the end of which the islands average what they train. 1 with
-    the plain average in 32 bits shares gradients before each update: data parallelism."""
-    outer: OuterConfig = OuterConfig()
-    """The step that is taken from the islands' mean."""
-    transport: TransportConfig = TransportConfig()
-    """What the mean is made of."""
-
-    @property
-    def share_gradients(self) -> bool:
-        """Whether islands average gradients before every update, not weights after it."""
-        return self.every == 1 and self.outer == OuterConfig() and self.transport.bits == 32
-
-
 class EvalConfig(Section):
-    """Validation during training: token-weighted mean loss."""
+    """Validation during training."""
 
+    protocol: Literal["exact", "galore_compat"] = "exact"
+    """What is averaged. `exact`: the loss of every token, over windows of `train.seq_length` that
+    follow each other. `galore_compat`: as the published tables of GaLore, SLTrain and those after
+    them: a row of `train.seq_length` tokens is the beginning of one document, means of
+    micro-batches are added up and divided by one more than there are, and ranks are averaged; up to
+    10 million tokens. Its figure depends on micro-batch and processes, and is 1 to 3 % low."""
     every: NonNegativeInt = 500
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
     batches: PositiveInt | None = 50
     """Global batches of `train.global_batch_size` sequences per evaluation; null takes the whole
-    set."""
+    set, or all of the protocol."""
 
 
 class CheckpointConfig(Section):

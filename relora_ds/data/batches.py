@@ -10,6 +10,7 @@ import torch
 
 from relora_ds.data.sampler import SampleOrder, rank_positions
 from relora_ds.data.token_files.samples import Samples, TokenStream
+from relora_ds.data.tokens import TokenFile
 from relora_ds.errors import ConfigError, DataError
 
 _CHUNK = 1 << 22  # tokens counted at once
@@ -179,13 +180,101 @@ class ValidationBatches:
             yield tokens, torch.arange(rows) < len(windows)
 
 
+class DocumentBatches:
+    """Documents of a token file as padded rows, by the protocol of GaLore's published tables.
+
+    A row is the beginning of a document, cut to S tokens, the last of which is then the id that
+    ends documents, as T5's tokenizer cuts. Documents are dealt out to the ranks one by one. A rank
+    stops with the micro-batch after the one with which its own count of tokens, times the ranks,
+    passes `TARGET_TOKENS`: micro-batches are whole. Every rank gets the same number of them, since
+    each is a collective operation; those behind a rank's own last one are masked out.
+
+    Args:
+        file: token file of the validation set.
+        seq_length: tokens S of a row; S - 1 of them are targets at most.
+        micro_batch_size: rows M per rank and forward pass.
+        dp_rank: this rank among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+        max_documents: documents to use at most; None for all that the protocol asks for.
+    """
+
+    TARGET_TOKENS = 10_000_000
+
+    def __init__(
+        self,
+        file: TokenFile,
+        seq_length: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        max_documents: int | None = None,
+    ) -> None:
+        self._file, self._seq_length, self._rows = file, seq_length, micro_batch_size
+        self._rank, self._size = dp_rank, dp_size
+        self._eos = file.metadata.eos_id if file.metadata else None
+        available = file.num_documents
+        documents = available if max_documents is None else min(available, max_documents)
+        self._shares = [self._share(range(rank, documents, dp_size)) for rank in range(dp_size)]
+
+    def _share(self, documents: range) -> range:
+        """Documents that a rank comes to, of those that are dealt to it."""
+        seen = 0
+        for first in range(0, len(documents), self._rows):
+            if seen > self.TARGET_TOKENS:
+                return documents[:first]
+            rows = documents[first : first + self._rows]
+            seen += self._size * sum(self._length(number) for number in rows)
+        return documents
+
+    def _length(self, document: int) -> int:
+        whole = self._file.document_start(document + 1) - self._file.document_start(document)
+        return min(whole, self._seq_length)
+
+    def __len__(self) -> int:
+        """Micro-batches of each rank."""
+        return max(-(-len(share) // self._rows) for share in self._shares)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's micro-batches.
+
+        Yields:
+            Tokens, int64 of shape (M, S), and a bool mask of shape (M, S - 1) that is True where
+            the target is a token of a document.
+        """
+        own = self._shares[self._rank]
+        for number in range(len(self)):
+            tokens = torch.zeros(self._rows, self._seq_length, dtype=torch.int64)
+            lengths = torch.zeros(self._rows, 1, dtype=torch.int64)
+            for row, document in enumerate(own[number * self._rows : (number + 1) * self._rows]):
+                ids = self._row(document)
+                tokens[row, : len(ids)] = torch.from_numpy(ids)
+                lengths[row] = len(ids)
+            yield tokens, torch.arange(1, self._seq_length) < lengths
+
+    def _row(self, document: int) -> np.ndarray:
+        start, length = self._file.document_start(document), self._length(document)
+        ids = self._file.window(start, length)
+        if self._eos is not None and start + length < self._file.document_start(document + 1):
+            ids[-1] = self._eos
+        return ids
+
+
 def unigram_perplexity(
-    samples: Samples, seq_length: int, max_sequences: int | None = None
+    samples: Samples,
+    seq_length: int,
+    max_sequences: int | None = None,
+    document_end: int | None = None,
 ) -> float:
     """Perplexity of the best model without context on the targets that `ValidationBatches` covers.
 
     That is exp of the entropy of the targets' empirical distribution: a trained model must stay
     below.
+
+    Args:
+        samples: the validation set.
+        seq_length: tokens per window that a model reads.
+        max_sequences: windows to use at most; None takes all.
+        document_end: id behind which a token is no target, where documents are kept apart.
 
     Raises:
         DataError: the set is shorter than one window.
@@ -196,9 +285,11 @@ def unigram_perplexity(
     at_once = max(1, _CHUNK // seq_length)
     for first in range(0, sequences, at_once):
         windows = range(first, min(first + at_once, sequences))
-        # the first token of a window is no target of its own
-        targets = np.concatenate([samples.sample(each, seq_length)[1:] for each in windows])
-        counts += np.bincount(targets, minlength=len(counts))
+        rows = np.stack([samples.sample(each, seq_length) for each in windows])
+        targets = rows[:, 1:]  # the first token of a window is no target of its own
+        if document_end is not None:
+            targets = targets[rows[:, :-1] != document_end]
+        counts += np.bincount(targets.ravel(), minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(np.exp(-np.sum(shares * np.log(shares))))
 

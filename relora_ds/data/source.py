@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relora_ds.config.sections import DataConfig
@@ -51,6 +51,8 @@ class Corpus:
     """File of the tokenizer that produced the tokens."""
     split: Split | None = None
     """How the training files are shared with validation, where it has no file of its own."""
+    document_end: int | None = None
+    """Id with which attention and positions end; None where documents are not kept apart."""
 
     @property
     def files(self) -> tuple[TokenFile, ...]:
@@ -159,14 +161,16 @@ def open_corpus(config: DataConfig) -> Corpus:
     """Open the token files that a configuration names; the builtin corpus is built if need be.
 
     Raises:
-        ConfigError: `source: files` without a training file.
+        ConfigError: `source: files` without a training file, or nothing says which id ends the
+            documents that are to be kept apart.
         DataError: a file cannot be used, or files and tokenizer do not belong together.
     """
     if config.source == "builtin":
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         builtin = builtin_corpus(cache_dir, config.builtin_vocab_size)
         valid = TokenFile(builtin.valid_prefix)
-        return Corpus((TokenFile(builtin.train_prefix),), (1.0,), valid, builtin.tokenizer_path)
+        corpus = Corpus((TokenFile(builtin.train_prefix),), (1.0,), valid, builtin.tokenizer_path)
+        return with_documents(corpus) if config.document_mask else corpus
     if not config.train:
         raise ConfigError("data.train is missing: name a token file, or set data.source to builtin")
     blend = [(1.0, config.train)] if isinstance(config.train, str) else config.train
@@ -180,7 +184,34 @@ def open_corpus(config: DataConfig) -> Corpus:
         split=_split(train, config.valid_share) if config.valid_share else None,
     )
     _check_tokenizers(corpus)
-    return corpus
+    return with_documents(corpus) if config.document_mask else corpus
+
+
+def with_documents(corpus: Corpus) -> Corpus:
+    """The corpus with the id that ends its documents.
+
+    Raises:
+        ConfigError: nothing says which one it is.
+        DataError: a file's documents end with another one, or with none.
+    """
+    end = corpus.eos_id
+    if end is None:
+        raise ConfigError(
+            "data.document_mask needs the id that ends a document, which neither data.tokenizer "
+            f"nor {corpus.files[0].prefix}.json says: name the tokenizer, or prepare the data with "
+            "tools/prepare_data.py"
+        )
+    for file in corpus.files:
+        bounds = (file.document_start(n) for n in range(1, file.num_documents + 1))
+        first = next(bound for bound in bounds if bound)
+        for bound in (first, file.num_tokens):
+            if (last := int(file.window(bound - 1, 1)[0])) != end:
+                raise DataError(
+                    f"{file.prefix}.bin: a document ends at token {bound - 1} with id {last} and "
+                    f"not with {end}, by which data.document_mask tells documents apart; prepare "
+                    "the data with tools/prepare_data.py, or set document_mask: false"
+                )
+    return replace(corpus, document_end=end)
 
 
 def _split(train: Sequence[TokenFile], share: float) -> Split:

@@ -22,7 +22,7 @@ from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.device import check_places, device_memory
 from relora_ds.engine.finite import FiniteCheck, is_finite_everywhere
 from relora_ds.engine.islands.gradients import IslandGradients
-from relora_ds.engine.islands.rounds import Rounds
+from relora_ds.engine.islands.rounds import start_rounds
 from relora_ds.engine.optimizer import build_optimizer, unapplied
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
@@ -125,14 +125,13 @@ class TrainEngine:
             FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp, islands),
             lambda weight: self._digest.seal([weight]),
             tp,
+            self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
-        self._across = IslandGradients(self.layout, islands, self.device)
-        self.rounds: Rounds | None = None
+        shares = islands if config.islands.share_gradients else ALONE
+        self._across = IslandGradients(self.layout, shares, self.device)
+        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
         """What islands do together, where they do not share gradients."""
-        if islands.size > 1 and not config.islands.share_gradients:
-            self._across = IslandGradients(self.layout, ALONE, self.device)
-            self.rounds = Rounds(self.layout, self.state.weights, islands, config.islands)
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
@@ -153,6 +152,7 @@ class TrainEngine:
         if isinstance(self.optimizer, GroupedOptimizer):
             self.optimizer.matrices = self.matrices.placed
             self.optimizer.exchange = self.matrices
+            self.optimizer.refresh = self.matrices.refresh
 
     def _update_size(self, train: TrainConfig, zero: ZeroSettings) -> UpdateSize:
         memory = device_memory(self.device)
@@ -260,13 +260,14 @@ class TrainEngine:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
 
-    def end_round(self, products: Sequence[Product]) -> None:
-        """Make the weights of all islands common, where they train apart. A collective call.
+    def end_round(self, done: int, products: Sequence[Product]) -> None:
+        """Make the weights of islands common, where a round ends. A collective call of all of them.
 
         Args:
+            done: updates of the run.
             products: of factors that the method is about to merge.
         """
-        if self.rounds is not None:
+        if self.rounds is not None and self.rounds.ends_at(done):
             with recorder.phase("step"), doing("end of a round"):
                 self.rounds.end(products)
 

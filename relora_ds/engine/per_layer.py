@@ -1,6 +1,7 @@
 """Updates within the backward pass: each gradient is used and freed as soon as it is complete.
 
-With one micro-batch per update no more than one layer's gradients are alive at a time. With
+With one micro-batch per update no more than one layer's gradients are alive at a time: where both
+factors of a projection are updated as one, the first waits for the second. With
 accumulation the gradients of the earlier micro-batches have to be kept, and the updates happen in
 the last backward pass: one update per global batch, never one per micro-batch. Every process holds
 the whole optimizer state. DeepSpeed's engine reduces, clips and steps after the backward pass, so
@@ -70,9 +71,12 @@ class PerLayerEngine:
         groups = [list(group["params"]) for group in optimizer.param_groups]
         model.to(zero.dtype)
         self._has_masters = masters and zero.dtype != torch.float32
+        self._working: dict[torch.Tensor, torch.Tensor] = {}
+        """Parameters by their masters."""
         if self._has_masters:
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [nn.Parameter(p.detach().float()) for p in parameters]
+                self._working |= dict(zip(group["params"], parameters, strict=True))
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._updater(number, index))
             for number, parameters in enumerate(groups)
@@ -134,10 +138,12 @@ class PerLayerEngine:
                 self._before_update()
                 parameter.grad = None
             _average(owner.grad)
-            self._optimizer.update(owner, settings, self._clip_factor(owner.grad))
-            owner.grad = None
-            if owner is not parameter:
-                parameter.copy_(owner)
+            factor = self._clip_factor(owner.grad)
+            stepped = self._optimizer.update_early(owner, settings, factor)
+            for each in stepped:
+                each.grad = None
+                if each in self._working:
+                    self._working[each].copy_(each)
 
         return update
 

@@ -14,12 +14,15 @@ import torch
 from torch import nn
 
 from relora_ds.config.methods.adapter import AdapterConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.formulation.choice import Choice, choose, product_size, rates_of
 from relora_ds.methods.formulation.composed import ComposedProduct, Composition, Gradients
-from relora_ds.methods.interface import Adapter, Method, projection_layers
+from relora_ds.methods.interface import Adapter, Method, pair_rule, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
+from relora_ds.numerics.products import matmul, place_of, scaled
+from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import InnerExchange, LowRankProjection
@@ -49,13 +52,14 @@ class _AdapterProduct(torch.autograd.Function):
         exchange: InnerExchange | None,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner, kept = rows @ lora_a.t(), ()
+        inner, kept = matmul(rows, lora_a.t()), ()
         if exchange is not None:
             inner = exchange.forward(inner)
             kept = (inner,)
         ctx.save_for_backward(x, weight, lora_a, lora_b, *kept)
         ctx.scale, ctx.exchange = scale, exchange
-        out = rows @ weight.t()
+        ctx.places = place_of(lora_a), place_of(lora_b)
+        out = matmul(rows, weight.t())
         out.addmm_(inner, lora_b.t(), alpha=scale)
         return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -64,17 +68,17 @@ class _AdapterProduct(torch.autograd.Function):
         x, weight, lora_a, lora_b, *kept = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_inner = (grad @ lora_b).mul_(ctx.scale)
+        grad_inner = matmul(grad, lora_b).mul_(ctx.scale)
         if ctx.exchange is not None:
             grad_inner = ctx.exchange.backward(grad_inner)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner, lora_a).view_as(x)
+            grad_x = matmul(grad, weight).addmm_(grad_inner, lora_a).view_as(x)
         if ctx.needs_input_grad[2]:
-            grad_a = grad_inner.t() @ rows
+            grad_a = matmul(grad_inner.t(), rows, ctx.places[0])
         if ctx.needs_input_grad[3]:
-            inner = kept[0] if kept else rows @ lora_a.t()
-            grad_b = (grad.t() @ inner).mul_(ctx.scale)
+            inner = kept[0] if kept else matmul(rows, lora_a.t())
+            grad_b = scaled(matmul(grad.t(), inner), ctx.scale, ctx.places[1])
         return grad_x, None, grad_a, grad_b, None, None
 
 
@@ -247,6 +251,16 @@ class AdapterMethod(Method[AdapterT]):
         assert isinstance(layer, AdapterLinear)
         product = layer.lora_B.float() @ layer.lora_A.float()
         return layer.weight.float() + layer.merge_scale() * product
+
+    def parts(self, layer: Projection) -> dict[str, torch.Tensor]:
+        """The frozen weight, with all merges so far, and the live adapter."""
+        own = self.adapter(layer)
+        return {"weight": own.base, "adapter": own.scale * own.lora_b @ own.lora_a}
+
+    def matrix_optimizer(
+        self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
+    ) -> MatrixOptimizer | None:
+        return pair_rule(settings, name, self.config.scale)
 
     def adapter(self, layer: Projection) -> Adapter:
         assert isinstance(layer, AdapterLinear)

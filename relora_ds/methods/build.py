@@ -249,7 +249,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._layers:
             return self._value(name).float()
-        dense = self._method.dense_weight(self._filled(name))
+        dense = self._method.dense_weight(self.projection(name))
         if dense is None:
             raise CheckpointError(
                 f"{name}: method {self._method.config.name} has no dense weight that computes the "
@@ -268,7 +268,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         Raises:
             CheckpointError: the method's projections are not made of a weight and an adapter.
         """
-        found = self._method.adapter(self._filled(name))
+        found = self._method.adapter(self.projection(name))
         if found is None:
             raise CheckpointError(
                 f"method {self._method.config.name} has no frozen weight with an adapter beside "
@@ -276,8 +276,13 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             )
         return found
 
-    def _filled(self, name: str) -> Projection:
-        """The projection behind a dense weight."""
+    @torch.no_grad()
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """Terms that a projection's dense weight is the sum of, by name."""
+        return self._method.parts(self.projection(name))
+
+    def projection(self, name: str) -> Projection:
+        """The method's module behind a dense weight, with its parameters."""
         layer = copy.deepcopy(self._layers[name])  # without memory, so that nothing stays behind
         prefix = name.removesuffix("weight")
         own = {key: self._value(prefix + key) for key, _ in layer.named_parameters()}

@@ -23,13 +23,10 @@ class Full(Method[FullConfig]):
     def matrix_optimizer(
         self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
     ) -> MatrixOptimizer | None:
-        if settings.matrix is None or len(global_shape(parameter)) != 2:
+        is_end = name in (EMBEDDING, HEAD)
+        if settings.matrix is None or is_end or len(global_shape(parameter)) != 2:
             return None
         if settings.matrix == "scale":
-            if name == EMBEDDING:
-                return Scale(axis=0)
-            return Scale(momentum=settings.scale.momentum if name == HEAD else None)
-        if name in (EMBEDDING, HEAD):
-            return None
+            return Scale()
         muon = settings.muon
         return Muon(muon.momentum, muon.nesterov, _STEPS[muon.steps], muon.shape_factor)

@@ -21,7 +21,9 @@ from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
+from relora_ds.model.init import EMBEDDING, HEAD
 from relora_ds.optim.matrix import PAIR, MatrixOptimizer
+from relora_ds.optim.matrix_wise.scale import Scale
 from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
@@ -32,7 +34,8 @@ class ParameterGroup:
     """Trainable parameters that share a learning rate and a decay rule."""
 
     role: str
-    """`dense` takes `optimizer.lr`, `adapter` takes `optimizer.adapter_lr`."""
+    """`dense` takes `optimizer.lr`, `adapter` takes `optimizer.adapter_lr`, `pair`
+    `optimizer.spectral.lr`."""
     decays: bool
     """Whether `optimizer.weight_decay` applies."""
     parameters: list[nn.Parameter]
@@ -243,6 +246,11 @@ class Method(Generic[ConfigT]):
         assert isinstance(layer, DenseLinear)
         return layer.weight.detach().float()
 
+    def parts(self, layer: Projection) -> dict[str, torch.Tensor]:
+        """Terms that the dense weight is the sum of, (out, in) in fp32, by name; by default one."""
+        dense = self.dense_weight(layer)
+        return {} if dense is None else {"weight": dense}
+
     def adapter(self, layer: Projection) -> Adapter | None:
         """The projection's frozen weight and its factors, apart.
 
@@ -332,6 +340,19 @@ def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> Spect
     return SpectralPair(chosen.momentum, chosen.nesterov, chosen.normalized, scale)
 
 
+def end_rule(settings: OptimizerConfig, name: str) -> Scale | None:
+    """What updates the embedding and the head, which every method trains whole, where the run asks
+    for SCALE.
+
+    Args:
+        settings: of the run.
+        name: full name of a trained parameter.
+    """
+    if settings.matrix != "scale" or name not in (EMBEDDING, HEAD):
+        return None
+    return Scale(axis=0) if name == EMBEDDING else Scale(momentum=settings.scale.momentum)
+
+
 def optimizer_groups(
     method: Method[Any], settings: OptimizerConfig, model: nn.Module
 ) -> list[ParameterGroup]:
@@ -342,7 +363,9 @@ def optimizer_groups(
         for ruled in (False, True):
             parameters = [p for p in group.parameters if (p in rules) is ruled]
             if parameters:
-                found.append(ParameterGroup(group.role, group.decays, parameters))
+                in_pairs = ruled and rules[parameters[0]].needs == "pair"
+                role = "pair" if in_pairs else group.role
+                found.append(ParameterGroup(role, group.decays, parameters))
     return found
 
 
@@ -356,5 +379,8 @@ def matrix_rules(
 ) -> dict[nn.Parameter, MatrixOptimizer]:
     """The matrix-wise optimizer of every trained parameter that has one, in the model's order."""
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    chosen = ((p, method.matrix_optimizer(settings, name, p)) for name, p in trained)
+    chosen = (
+        (p, method.matrix_optimizer(settings, name, p) or end_rule(settings, name))
+        for name, p in trained
+    )
     return {parameter: rule for parameter, rule in chosen if rule is not None}

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from relora_ds.config.methods.low_rank import LowRankConfig
 from relora_ds.config.sections import OptimizerConfig
 from relora_ds.methods.interface import Method, pair_rule
 from relora_ds.numerics.draws import draw_normal
+from relora_ds.numerics.products import linear
 from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.linear import LinearSpec, Projection
 from relora_ds.parallel.low_rank import LowRankProjection
@@ -33,10 +33,10 @@ class FactorLinear(LowRankProjection):
         self.bias = self.allocate_bias()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        inner = F.linear(x, self.lora_A)
+        inner = linear(x, self.lora_A)
         if self.shards_inner:
             inner = self.inner_exchange()(inner)
-        return F.linear(inner, self.lora_B)
+        return linear(inner, self.lora_B)
 
     def extra_repr(self) -> str:
         return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"

@@ -93,11 +93,17 @@ def unmet_by_rules(
             f"is {config.optimizer.name}, but method {name} updates some parameters matrix by "
             "matrix, beside which only adamw works: write adamw",
         )
-    if config.train.per_layer_update:
+    if config.train.per_layer_update and any(rule.needs != "pair" for _, rule in rules):
         yield Finding(
             ("train", "per_layer_update"),
             f"is true, but method {name} updates some parameters matrix by matrix, after all "
             "gradients are complete: write false",
+        )
+    elif config.train.per_layer_update and not config.train.master_weights:
+        yield Finding(
+            ("train", "master_weights"),
+            f"is false, but method {name} updates pairs of factors, which needs fp32 copies of "
+            "them: write true",
         )
     if zero.offloads_optimizer:
         yield Finding(

@@ -30,20 +30,28 @@ _GATHERED_BYTES = 32 << 20  # a collective's latency is negligible from here on
 
 @dataclass(frozen=True)
 class MomentShard:
-    """This rank's stretch of one parameter's Adam moments, as live 1-D views of equal length."""
+    """This rank's stretch of one parameter's moments, as live 1-D views of equal length."""
 
     start: int
     """Index of the first element in the flattened parameter, or in the `shard` of it."""
-    exp_avg: torch.Tensor
-    """First moment."""
-    exp_avg_sq: torch.Tensor
-    """Second moment."""
+    moments: tuple[torch.Tensor, ...]
+    """The first one, and the second one of an optimizer that has it, as Adam."""
     shard: TPShard | None = None
     """The part of the parameter that `start` counts in; None where that is all of it."""
 
+    @property
+    def exp_avg(self) -> torch.Tensor:
+        """The first moment."""
+        return self.moments[0]
+
+    @property
+    def exp_avg_sq(self) -> torch.Tensor:
+        """The second moment, of an optimizer that has it."""
+        return self.moments[1]
+
     def uniform(self, stream: Stream) -> torch.Tensor:
         """The stream's values for these elements, by their place in the global parameter; fp32."""
-        count, device = self.exp_avg.numel(), self.exp_avg.device
+        count, device = self.moments[0].numel(), self.moments[0].device
         if self.shard is None:
             return draw_uniform(stream, self.start, count, device)
         return stream.uniform_at(upload(self.shard.flat_index(self.start, count), device))
@@ -169,7 +177,8 @@ class Weights(ABC):
 
 
 class Moments(ABC):
-    """Adam's moments of trained parameters, on whatever slices of them this rank holds."""
+    """Moments of trained parameters, on whatever slices of them this rank holds: Adam's two, or the
+    momentum of an optimizer of matrices."""
 
     @property
     @abstractmethod
@@ -182,7 +191,7 @@ class Moments(ABC):
 
     @abstractmethod
     def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-        """Elements of both moments that are not zero, over all ranks, every element once.
+        """Elements of all moments that are not zero, over all ranks, every element once.
 
         Returns:
             An int64 scalar on the device, not waited for.
@@ -191,21 +200,21 @@ class Moments(ABC):
     @abstractmethod
     def order_statistics(
         self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Exact k-th smallest magnitude of both moments, without gathering them.
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """Exact k-th smallest magnitude of each moment, without gathering them.
 
         Args:
             parameters: trained ones.
             ks: 1-based k for each parameter, over all of its elements.
 
         Returns:
-            Two fp32 scalars per parameter, of the first and the second moment, the same on every
-            rank; beside the moments, and waited for only if these are not where ranks exchange.
+            An fp32 scalar per parameter and moment, the same on every rank; beside the moments, and
+            waited for only if these are not where ranks exchange.
         """
 
     @abstractmethod
     def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        """Carry the moments of matrices over to another basis of their rows.
+        """Carry Adam's moments of matrices over to another basis of their rows.
 
         A row m of the first moment becomes m C, a row v of the second one v (C o C), elementwise
         squares: the moments of the gradient's coordinates in the new basis, where coordinates in
@@ -295,7 +304,7 @@ class Vectors(ABC):
 
     @abstractmethod
     def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
-        """Forget what Adam knows of some vectors: moments and the count of their steps.
+        """Forget what the optimizer knows of some vectors: moments and the count of their steps.
 
         Args:
             vectors: which, no parameter twice.

@@ -13,6 +13,7 @@ from torch import nn
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.model.attention_kernels import check_backend, select_kernel
+from relora_ds.model.documents import Documents
 from relora_ds.model.rope import rotate
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
@@ -56,9 +57,19 @@ class Attention(nn.Module):
         self.o_proj = linear(LinearSpec(f"{name}.o_proj", query, width, bias, "row", tp))
 
     def forward(
-        self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
+        self,
+        x_BSD: torch.Tensor,
+        cos_SR: torch.Tensor,
+        sin_SR: torch.Tensor,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D); the tables come from `rope.rotary_tables`.
+
+        Args:
+            x_BSD: hidden states.
+            cos_SR: of every position, or (B, S, R).
+            sin_SR: likewise.
+            documents: where attention ends; default: every sequence is one document.
 
         Raises:
             ConfigError: a kernel was asked for by name, and the input's device or dtype does not
@@ -71,16 +82,25 @@ class Attention(nn.Module):
         k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         v_BSKH = self.v_proj(x_BSD).unflatten(-1, heads)
         grouped = q_BSNH.shape[2] != k_BSKH.shape[2]
-        kernel = select_kernel(self.backend, q_BSNH.device, q_BSNH.dtype, self.head_dim, grouped)
-        return self.o_proj(kernel.attend(q_BSNH, k_BSKH, v_BSKH).flatten(-2))
+        place = q_BSNH.device, q_BSNH.dtype, self.head_dim
+        kernel = select_kernel(self.backend, *place, grouped, documents is not None)
+        return self.o_proj(kernel.attend(q_BSNH, k_BSKH, v_BSKH, documents).flatten(-2))
 
 
-def check_attention(train: TrainConfig, architecture: ModelConfig, device: torch.device) -> None:
+def check_attention(
+    train: TrainConfig, architecture: ModelConfig, device: torch.device, documents: bool = False
+) -> None:
     """Choose the kernel of a run on this device, before anything is built.
+
+    Args:
+        train: names the kernel and the dtype.
+        architecture: of the model.
+        device: that it computes on.
+        documents: whether attention ends at the end of a document.
 
     Raises:
         ConfigError: `train.attention` names a kernel that cannot serve the run here.
     """
     dtype = DTYPES[train.precision]
     grouped = architecture.num_key_value_heads != architecture.num_attention_heads
-    select_kernel(train.attention, device, dtype, architecture.head_dim, grouped)
+    select_kernel(train.attention, device, dtype, architecture.head_dim, grouped, documents)

@@ -12,6 +12,9 @@
 On request: where `torch.use_deterministic_algorithms` is on. The fast backward passes add with
 atomics. torch then leaves cuDNN out, so flash comes first.
 
+Where documents are kept apart, `flash`, `fa4`, and `sdpa` on GPUs in half precision, take sequences
+of several lengths; the others, and `sdpa` elsewhere, a mask.
+
 Shape suffixes are those of `attention`.
 """
 
@@ -33,6 +36,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from relora_ds.errors import ConfigError
+from relora_ds.model.documents import (
+    Documents,
+    Varlen,
+    flash_lengths,
+    load_varlen,
+    torch_lengths,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +53,7 @@ _FLASH_MAX_HEAD_DIM = 256
 _HOPPER = 9  # compute capability from which cuDNN's kernel is the fastest that torch ships
 _TRIAL_LENGTH = 128
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ class Kernel:
 
     Args:
         name: ``"flash"``, ``"fa4"``, ``"cudnn"``, ``"sdpa"`` or ``"math"``.
-        attend: from queries (B, S, N, H), keys and values (B, S, K, H) to outputs (B, S, N, H).
+        attend: from queries (B, S, N, H), keys and values (B, S, K, H) to outputs (B, S, N, H),
+            within documents where these are given.
     """
 
     name: str
@@ -73,7 +84,12 @@ def check_backend(backend: str, head_dim: int) -> None:
 
 
 def select_kernel(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    grouped: bool = False,
+    documents: bool = False,
 ) -> Kernel:
     """The kernel for queries of this device and dtype. Each choice is made and logged once.
 
@@ -83,12 +99,13 @@ def select_kernel(
         dtype: of the queries.
         head_dim: H.
         grouped: whether there are fewer key/value heads than query heads.
+        documents: whether attention ends at the end of a document.
 
     Raises:
         ConfigError: `backend` was asked for by name, and something that it needs is missing.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _select(backend, device, dtype, head_dim, grouped, deterministic)
+    return _select(backend, device, dtype, head_dim, grouped, deterministic, documents)
 
 
 @cache
@@ -99,6 +116,7 @@ def _select(
     head_dim: int,
     grouped: bool,
     deterministic: bool,
+    documents: bool,
 ) -> Kernel:
     """Cached: a layer asks at every step. An error is not kept."""
     reason = "asked for"
@@ -108,14 +126,19 @@ def _select(
             missing.append("train.deterministic to be false (its backward pass adds in any order)")
         _require(backend, missing)
         kernel = _named(backend)
-        _try(kernel, device, dtype, head_dim, grouped)
+        if documents:
+            kernel = _by_lengths(kernel, dtype)
+        _try(kernel, device, dtype, head_dim, grouped, documents)
     elif backend == "math":
         kernel = Kernel("math", _Sdpa((SDPBackend.MATH,)))
     else:
-        kernel = Kernel("sdpa", _Sdpa(_priority(device, deterministic)))
+        kernel = sdpa = Kernel("sdpa", _Sdpa(_priority(device, deterministic)))
         if backend == "auto":
-            kernel, reason = _automatic(kernel, device, dtype, head_dim)
-    if kernel.name == "sdpa" and device.type == "cuda":
+            kernel, reason = _automatic(sdpa, device, dtype, head_dim)
+        if documents and device.type == "cuda":
+            kernel, more = _for_documents(kernel, sdpa, device, dtype, head_dim, grouped)
+            reason += more
+    if isinstance(kernel.attend, _Sdpa) and kernel.name == "sdpa" and device.type == "cuda":
         reason += f"; torch takes {_torch_choice(kernel, device, dtype, head_dim, grouped)}"
     _log.info("attention kernel for %s %s: %s (%s)", device.type, dtype, kernel.name, reason)
     return kernel
@@ -131,6 +154,35 @@ def _automatic(
     if _capability(device) >= _HOPPER:
         return sdpa, "torch's own kernels are faster than flash-attn 2 on this GPU"
     return _named("flash"), "flash-attn can run"
+
+
+def _for_documents(
+    kernel: Kernel,
+    sdpa: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    grouped: bool,
+) -> tuple[Kernel, str]:
+    """The kernel as it takes sequences of several lengths, if it can, or else torch's with a mask;
+    and which."""
+    quick = _by_lengths(kernel, dtype)
+    if isinstance(quick.attend, _Lengths):
+        try:
+            _try(quick, device, dtype, head_dim, grouped, True)
+        except ConfigError:
+            return sdpa, "; documents by a mask, for they cannot be told by their lengths here"
+        return quick, "; documents by their lengths"
+    return sdpa, "; documents by a mask"
+
+
+def _by_lengths(kernel: Kernel, dtype: torch.dtype) -> Kernel:
+    """The kernel as it takes sequences of several lengths, or itself where it takes a mask."""
+    if kernel.name == "flash":
+        return Kernel("flash", _Lengths(flash_lengths))
+    if kernel.name in ("fa4", "sdpa") and dtype in _HALF and load_varlen() is not None:
+        return Kernel(kernel.name, _Lengths(torch_lengths))
+    return kernel
 
 
 def _named(backend: str) -> Kernel:
@@ -156,30 +208,63 @@ class _Sdpa:
     order: Sequence[SDPBackend]
 
     def __call__(
-        self, q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
+        self,
+        q_BSNH: torch.Tensor,
+        k_BSKH: torch.Tensor,
+        v_BSKH: torch.Tensor,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         if not self.order:
-            return _sdpa(q_BSNH, k_BSKH, v_BSKH)
+            return _sdpa(q_BSNH, k_BSKH, v_BSKH, documents)
         with self.preferred():
-            return _sdpa(q_BSNH, k_BSKH, v_BSKH)
+            return _sdpa(q_BSNH, k_BSKH, v_BSKH, documents)
 
     def preferred(self) -> AbstractContextManager[object]:
         """Within it, torch tries these kernels alone and in this order."""
         return sdpa_kernel(list(self.order), set_priority=True) if self.order else nullcontext()
 
 
-def _sdpa(q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor) -> torch.Tensor:
+def _sdpa(
+    q_BSNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    documents: Documents | None = None,
+) -> torch.Tensor:
     out_BNSH = F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
         k_BSKH.transpose(1, 2),
         v_BSKH.transpose(1, 2),
-        is_causal=True,
+        attn_mask=None if documents is None else documents.mask,
+        is_causal=documents is None,
         enable_gqa=q_BSNH.shape[2] != k_BSKH.shape[2],
     )
     return out_BNSH.transpose(1, 2)
 
 
-def _flash(q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Lengths:
+    """Attention within documents by a kernel for sequences of several lengths."""
+
+    function: Varlen
+
+    def __call__(
+        self,
+        q_BSNH: torch.Tensor,
+        k_BSKH: torch.Tensor,
+        v_BSKH: torch.Tensor,
+        documents: Documents | None = None,
+    ) -> torch.Tensor:
+        assert documents is not None, "the kernel was selected for documents"
+        return documents.attend(self.function, q_BSNH, k_BSKH, v_BSKH)
+
+
+def _flash(
+    q_BSNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    documents: Documents | None = None,
+) -> torch.Tensor:
+    assert documents is None, "documents take flash-attn's function for lengths"
     function, _ = _load_flash()
     assert function is not None, "flash was selected without the package"
     # torch's own kernels obey the same global switch
@@ -264,15 +349,24 @@ def _heads(
 
 
 def _try(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    grouped: bool,
+    documents: bool = False,
 ) -> None:
     """Run a kernel once in both directions: only it knows all its conditions."""
     with torch.inference_mode(False), torch.enable_grad():
         q_BSNH, k_BSKH, v_BSKH = (
             each.requires_grad_() for each in _heads(device, dtype, head_dim, grouped)
         )
+        apart = None
+        if documents:
+            ids_BS = torch.arange(_TRIAL_LENGTH, device=device).unsqueeze(0)
+            apart = Documents(ids_BS, end=_TRIAL_LENGTH // 3)
         try:
-            kernel.attend(q_BSNH, k_BSKH, v_BSKH).sum().backward()
+            kernel.attend(q_BSNH, k_BSKH, v_BSKH, apart).sum().backward()
         except (RuntimeError, ValueError, AssertionError) as error:
             # torch and CUDA raise the first; flash-attn 2 and 4 check shapes and dtypes in Python,
             # by the second and by assertions

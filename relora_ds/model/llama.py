@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.model.attention import Attention
+from relora_ds.model.documents import Documents
 from relora_ds.model.embedding import LanguageHead, TokenEmbedding
 from relora_ds.model.loss import IGNORE
 from relora_ds.model.mlp import MLP
@@ -46,10 +47,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
-        self, x_BSD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
+        self,
+        x_BSD: torch.Tensor,
+        cos_SR: torch.Tensor,
+        sin_SR: torch.Tensor,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SR, sin_SR)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SR, sin_SR, documents)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
@@ -67,6 +72,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.document_end: int | None = None
+        """Id at which attention and positions end; None: they go on to the end of the sequence."""
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(
             DecoderLayer(config, linear, f"model.layers.{i}", attention, tp)
@@ -89,16 +96,20 @@ class Decoder(nn.Module):
             x_BSD.device,
             config.rope_scaling,
         )
+        what: tuple[Any, ...] = cos_SR, sin_SR
+        if self.document_end is not None:
+            documents = Documents(ids_BS, self.document_end)
+            what = cos_SR[documents.positions], sin_SR[documents.positions], documents
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
                 # Nothing in a layer draws from a global generator; saving its state would copy it
                 # from the device and wait for it, once per layer.
                 x_BSD = checkpoint(
-                    layer, x_BSD, cos_SR, sin_SR, use_reentrant=False, preserve_rng_state=False
+                    layer, x_BSD, *what, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BSD = layer(x_BSD, cos_SR, sin_SR)
+                x_BSD = layer(x_BSD, *what)
         return self.norm(x_BSD)
 
 
@@ -142,17 +153,20 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy of every token given those before it: a scalar, fp32, in nats.
 
+        Where documents are kept apart, the first token of a document is no target, as in a sequence
+        of its own.
+
         Args:
             tokens: int64 (B, S + 1); the first S are read, the last S are predicted.
-            row_mask: bool (B,), False for rows that contribute nothing; default all True.
-            mean: divide by B * S (rows that are masked out count in it); otherwise return the sum.
+            row_mask: bool (B,), False for rows that contribute nothing, or (B, S), False for
+                targets that do; default all True.
+            mean: divide by B * S (what is masked out counts in it, and so do first tokens), so that
+                every target weighs the same in every batch; otherwise return the sum.
             logits: read all tokens and return (B, S + 1, V) in the working dtype instead.
         """
         if logits:
             return self.lm_head(self.model(tokens))
-        targets_BS = tokens[:, 1:]
-        if row_mask is not None:
-            targets_BS = targets_BS.masked_fill(~row_mask.unsqueeze(1), IGNORE)
+        targets_BS = self._targets(tokens, row_mask)
         hidden_BSD = self.model(tokens[:, :-1])
         return self.lm_head(hidden_BSD, targets_BS, targets_BS.numel() if mean else 1)
 
@@ -169,15 +183,29 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 (B, S + 1).
-            row_mask: bool (B,), False for padding rows; default all True.
+            row_mask: bool (B,), False for padding rows, or (B, S), False for targets that are
+                padding; default all True.
 
         Returns:
             The sum (fp64 scalar, of losses that were added up in fp32) and the count (int64
             scalar), both on the tokens' device.
         """
         total = self(tokens, row_mask, mean=False)
-        rows = tokens.new_tensor(tokens.shape[0]) if row_mask is None else row_mask.sum()
-        return total.double(), rows * (tokens.shape[1] - 1)
+        return total.double(), (self._targets(tokens, row_mask) != IGNORE).sum()
+
+    def separate_documents(self, end: int | None) -> None:
+        """Let attention and positions end at this id from now on, and train on no token behind it;
+        None takes that back."""
+        self.model.document_end = end
+
+    def _targets(self, tokens: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:
+        """What is predicted at each position, `IGNORE` where nothing is: int64 (B, S)."""
+        targets_BS = tokens[:, 1:]
+        if row_mask is not None:
+            mask = row_mask if row_mask.dim() == 2 else row_mask.unsqueeze(1)
+            targets_BS = targets_BS.masked_fill(~mask, IGNORE)
+        end = self.model.document_end
+        return targets_BS if end is None else targets_BS.masked_fill(tokens[:, :-1] == end, IGNORE)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Llama:
         # Moving off the meta device replaces every Parameter object, and a tie with it.

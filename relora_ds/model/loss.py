@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from relora_ds.numerics.products import Place, matmul, place_of
 from relora_ds.parallel.tensor import TensorParallel
 
 IGNORE = -100
@@ -80,17 +81,13 @@ class VocabularySplit:
         here_C1 = (target_C1 >= self.start) & (target_C1 < self.stop)
         return (target_C1 - self.start).masked_fill(~here_C1, 0), here_C1
 
-    def complete(self, logits_CV: torch.Tensor, target_logit_C1: torch.Tensor) -> torch.Tensor:
-        """log of the sum of exp(logit) over the whole vocabulary, (C, 1), by two all-reduces.
-
-        Args:
-            target_logit_C1: 0 where the target is on another rank; filled in.
-        """
-        top_C1 = self.tp.max(logits_CV.amax(1, keepdim=True))
-        sums_C1 = (logits_CV - top_C1).exp_().sum(1, keepdim=True)
+    def complete(
+        self, sums_C1: torch.Tensor, target_logit_C1: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over this rank's columns and logits of the targets, 0 where they are on another
+        rank, become those of the whole vocabulary, by one all-reduce."""
         both = self.tp.sum(torch.stack([sums_C1, target_logit_C1]))
-        target_logit_C1.copy_(both[1])
-        return both[0].log_().add_(top_C1)
+        return both[0], both[1]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -116,6 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = _run(hidden_TD, weight_VD, targets_T, grads, rows, vocabulary)
         weight_grad = None if grads.weight is None else grads.weight.to(weight_VD.dtype)
         ctx.save_for_backward(grads.hidden, weight_grad)
+        ctx.place = place_of(weight_VD)
         return loss
 
     @staticmethod
@@ -124,15 +122,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, weight_VD = (
-            None if saved is None else _scaled(saved, grad) for saved in ctx.saved_tensors
+            None if saved is None else _scaled(saved, grad, place)
+            for saved, place in zip(ctx.saved_tensors, (None, ctx.place), strict=True)
         )
         return hidden_TD, weight_VD, None, None, None, None
 
 
-def _scaled(saved: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def _scaled(saved: torch.Tensor, grad: torch.Tensor, place: Place | None) -> torch.Tensor:
     # In grad's fp32: a factor such as 1/3 (gradient accumulation) would be off by 0.2 % in bf16.
     # Always a product: looking whether the factor is 1 would wait for the device.
-    product = torch.empty_like(saved)
+    out = None if place is None else place()
+    product = torch.empty_like(saved) if out is None else out
     return torch.mul(saved, grad.view(1), out=product)
 
 
@@ -208,25 +208,25 @@ def _run(
         hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
         kept_C1 = (targets_C != IGNORE).unsqueeze(1)
         target_C1 = targets_C.unsqueeze(1).clamp_min(0)  # an ignored token reads column 0, times 0
-        logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
-        here_C1 = None
-        if vocabulary is None:
-            normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
-            target_logit_C1 = logits_CV.gather(1, target_C1)
-        else:
+        logits_CV = matmul(hidden_CD, weight_VD.t()).to(wide)
+        top_C1, here_C1 = logits_CV.amax(1, keepdim=True), None
+        if vocabulary is not None:
+            top_C1 = vocabulary.tp.max(top_C1)
             target_C1, here_C1 = vocabulary.find(target_C1)
-            target_logit_C1 = logits_CV.gather(1, target_C1) * here_C1
-            normaliser_C1 = vocabulary.complete(logits_CV, target_logit_C1)
-        losses_C1 = normaliser_C1 - target_logit_C1
+        target_logit_C1 = logits_CV.gather(1, target_C1)
+        # in place from here on: what remains of the logits is taken once, for loss and gradients
+        sums_C1 = logits_CV.sub_(top_C1).exp_().sum(1, keepdim=True)
+        if vocabulary is not None and here_C1 is not None:
+            sums_C1, target_logit_C1 = vocabulary.complete(sums_C1, target_logit_C1 * here_C1)
+        losses_C1 = sums_C1.log() + top_C1 - target_logit_C1
         losses.append((losses_C1 * kept_C1).sum())
         if wants_grads:
-            # in place: softmax minus one-hot overwrites the logits
-            logits_CV.sub_(normaliser_C1).exp_()
-            at_target_C1 = torch.expm1(-losses_C1)  # p - 1 where p = exp(-loss)
+            scale_C1 = kept_C1 * grads.scale
+            logits_CV.mul_(scale_C1 / sums_C1)
+            at_target_C1 = torch.expm1(-losses_C1).mul_(scale_C1)  # p - 1 where p = exp(-loss)
             if here_C1 is not None:
                 at_target_C1 = torch.where(here_C1, at_target_C1, logits_CV.gather(1, target_C1))
             logits_CV.scatter_(1, target_C1, at_target_C1)
-            logits_CV.mul_(kept_C1 * grads.scale)
             grads.add(chunk, logits_CV.to(hidden_TD.dtype), hidden_CD, weight_VD)
     total = torch.stack(losses).sum() if losses else hidden_TD.new_zeros((), dtype=wide)
     return total * grads.scale

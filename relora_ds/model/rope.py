@@ -50,8 +50,8 @@ def rotate(x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> 
 
     Args:
         x_BSNH: queries or keys, any float dtype.
-        cos_SR: fp32, from `rotary_tables`.
-        sin_SR: fp32, from `rotary_tables`.
+        cos_SR: fp32, from `rotary_tables`; (B, S, R) where sequences count positions differently.
+        sin_SR: fp32, from `rotary_tables`, likewise.
 
     Returns:
         (B, S, N, H) in x's dtype; the rotation itself is done in fp32. Not differentiable twice.
@@ -84,7 +84,7 @@ def _turn(
     x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor, direction: float
 ) -> torch.Tensor:
     """Rotate forwards (1.0) or backwards (-1.0), in three passes without copies of halves."""
-    cos_S11R, sin_S1R = cos_SR[:, None, None, :], sin_SR.unsqueeze(1)
+    cos_S11R, sin_S1R = cos_SR[..., None, None, :], sin_SR.unsqueeze(-2)
     x_BSN2R = x_BSNH.unflatten(-1, (2, -1))
     turned_BSN2R = x_BSN2R * cos_S11R
     first_BSNR, second_BSNR = x_BSN2R.unbind(-2)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from relora_ds.numerics.host_kernels import ieee_roots, in_parts, load_kernels
+from relora_ds.numerics.host.kernels import ieee_roots, in_parts, load_kernels
 
 BLOCK = 256
 _SOURCE = Path(__file__).with_suffix(".c")

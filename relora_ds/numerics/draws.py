@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from relora_ds.numerics.host_kernels import in_parts, load_kernels
+from relora_ds.numerics.host.kernels import in_parts, load_kernels
 from relora_ds.randomness import Stream
 
 _SOURCE = Path(__file__).with_suffix(".c")

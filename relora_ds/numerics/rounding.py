@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from relora_ds.numerics.host_kernels import in_parts, load_kernels
+from relora_ds.numerics.host.kernels import in_parts, load_kernels
 from relora_ds.randomness import SHORTS_PER_WORD, Stream
 
 _SOURCE = Path(__file__).with_suffix(".c")

@@ -76,6 +76,8 @@ class MatrixUpdate:
         step: number of this update, from 1.
         lr: learning rate.
         weight_decay: decoupled decay rate.
+        frozen: elements of the slice that keep their values, bool, 1-D; None where all are trained.
+            Only pairs of factors have any.
     """
 
     matrix: MatrixSlice
@@ -84,6 +86,19 @@ class MatrixUpdate:
     step: int
     lr: float
     weight_decay: float
+    frozen: torch.Tensor | None = None
+
+    def live_grad(self) -> torch.Tensor:
+        """The gradient, zero where the slice is frozen."""
+        return self.grad if self.frozen is None else self.grad.masked_fill(self.frozen, 0.0)
+
+    def move(self, direction: torch.Tensor) -> None:
+        """Decay the slice and take `lr` times a direction off it; what is frozen stays as it is."""
+        kept = None if self.frozen is None else self.master[self.frozen]
+        self.master.mul_(1 - self.lr * self.weight_decay)
+        self.master.add_(direction, alpha=-self.lr)
+        if self.frozen is not None and kept is not None:
+            self.master[self.frozen] = kept
 
 
 @dataclass(frozen=True)

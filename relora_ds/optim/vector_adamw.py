@@ -127,6 +127,20 @@ class VectorAdamW(torch.optim.Optimizer):
                 stream = replace(self.roundings[key], event=completed)
                 round_at_random(values, part, stream, start)
 
+    def update_early(
+        self, p: torch.Tensor, group: dict[str, Any], scale: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """One update of one tensor within the backward pass, as soon as it has a gradient.
+
+        Args:
+            scale: fp32 scalar that the gradient is multiplied by.
+
+        Returns:
+            The tensors that were updated.
+        """
+        self.update(p, group, scale)
+        return [p]
+
     def _stretch(self, p: torch.Tensor) -> int:
         """How many elements are updated at once."""
         return cached_stretch(p) if p.dtype == torch.bfloat16 else max(1, p.numel())

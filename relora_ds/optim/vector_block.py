@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from relora_ds.numerics.gpu import launch
-from relora_ds.numerics.host_kernels import ieee_roots, in_parts, load_kernels
+from relora_ds.numerics.host.kernels import ieee_roots, in_parts, load_kernels
 from relora_ds.numerics.transfers import upload
 from relora_ds.optim.vector_clock import Fragment
 from relora_ds.randomness import Stream

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from relora_ds.numerics.products import linear
 from relora_ds.parallel.footprint import Footprint, UpdateSize
 from relora_ds.parallel.shape import TPShard, apply_shard
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -163,7 +163,7 @@ class DenseLinear(Projection):
         self.bias = self.allocate_bias()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def shard_dims(self) -> dict[str, int]:
         return {"weight": 0 if self.spec.style == "column" else 1}

@@ -25,16 +25,15 @@ def owners_of(
     """Owner of each unit: its rank among those that ZeRO slices over, and its tensor rank.
 
     Args:
-        units: matrices that have one owner and are sharded alike, in the order in which every rank
-            has them.
+        units: matrices that have one owner, in the order in which every rank has them.
         slices: of each unit, the elements that each rank of ZeRO's group holds.
-        tp_size: tensor-parallel processes; of matrices that they do not shard each one has an
+        tp_size: tensor-parallel processes; of units in which they shard nothing each one has an
             owner of its own.
     """
     load: dict[tuple[int, int], int] = {}
     owners = []
     for unit, lengths in zip(units, slices, strict=True):
-        shards = 1 if shard_of(unit[0]) is None else tp_size
+        shards = tp_size if any(shard_of(matrix) is not None for matrix in unit) else 1
         most = max(lengths)
         able = [rank for rank, length in enumerate(lengths) if length == most]
         places = [(rank, shard) for rank in able for shard in range(shards)]

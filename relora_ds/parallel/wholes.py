@@ -92,6 +92,30 @@ class Wholes:
             result |= dict(zip(names, found[rank], strict=True))
         return {name: result[name] for name in slices}
 
+    def spread(
+        self, wholes: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Matrices as their owners have them, whole on every rank. A collective call.
+
+        Args:
+            wholes: those that this rank owns, among others.
+            like: all of them, for names, shapes and kinds of tensors.
+
+        Returns:
+            All of them, shaped as in `like`.
+        """
+        if not like:
+            return {}
+        mine = {name: wholes[name].reshape(-1) for name in like if self.owns(name)}
+        out = {rank: list(mine.values()) for rank in self._others()}
+        owned = {rank: [n for n in like if self.held[n][1] == rank] for rank in self._others()}
+        sizes = {rank: [like[name].numel() for name in names] for rank, names in owned.items()}
+        found = self._exchange(out, sizes, like.values())
+        result = dict(mine)
+        for rank, names in owned.items():
+            result |= dict(zip(names, found[rank], strict=True))
+        return {name: result[name].view_as(each) for name, each in like.items()}
+
     def _others(self) -> list[int]:
         size = torch.distributed.get_world_size(self.group)
         return [rank for rank in range(size) if rank != self.rank]

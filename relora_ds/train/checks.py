@@ -17,6 +17,7 @@ from relora_ds.config.checks import find_problems
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.tokenizer import open_tokenizer
 from relora_ds.data.verify import verify_contents
 from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError
@@ -56,19 +57,27 @@ def check_start(config: RunConfig, architecture: ModelConfig) -> list[str]:
     if saved is not None and saved.is_import:
         config, saved = begun_with(saved, config, architecture), None
     if config.data.source == "builtin":  # a start would build it, and it fits by construction
-        if saved is None:
-            initial_model(config, architecture, None)
-        return []
+        return [] if saved is not None else list(_doubts_about_weights(config, architecture, None))
     corpus = open_corpus(config.data)
     verify_contents(corpus.files, whole=config.data.verify == "whole")
     corpus.check_vocabulary(architecture.vocab_size)
     corpus.check_length(config.train.seq_length)
+    doubts: list[str] = []
     if saved is None:
-        initial_model(config, architecture, corpus)
+        doubts += _doubts_about_weights(config, architecture, corpus)
     else:
         fingerprints = corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, architecture, fingerprints)
-    return list(doubts_about_the_export(architecture, corpus))
+    return [*doubts, *doubts_about_the_export(architecture, corpus)]
+
+
+def _doubts_about_weights(
+    config: RunConfig, architecture: ModelConfig, corpus: Corpus | None
+) -> Iterator[str]:
+    model = initial_model(config, architecture, corpus)
+    doubt = None if model is None else doubt_about_the_start(model, architecture)
+    if doubt is not None:
+        yield doubt
 
 
 def _check_output_dir(path: Path) -> None:
@@ -113,7 +122,8 @@ def initial_model(
         return None
     model = DenseModel(Path(config.train.init_from))
     ours, theirs = architecture.model_dump(), model.architecture.model_dump()
-    different = [key for key in ours if ours[key] != theirs[key] and key not in _NO_WEIGHTS]
+    resizable = (*_NO_WEIGHTS, "vocab_size")
+    different = [key for key in ours if ours[key] != theirs[key] and key not in resizable]
     if different:
         found = ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in different)
         raise CheckpointError(
@@ -122,7 +132,43 @@ def initial_model(
         )
     if corpus is not None:
         corpus.check_tokenizer_of(model.directory)
+    _check_cut(model, architecture, corpus)
     return model
+
+
+def _check_cut(model: DenseModel, architecture: ModelConfig, corpus: Corpus | None) -> None:
+    """Make sure that rows of a vocabulary which a run leaves out are nobody's.
+
+    Raises:
+        CheckpointError: a tokenizer has ids there, or none is known.
+    """
+    rows, kept = model.architecture.vocab_size, architecture.vocab_size
+    if kept >= rows or corpus is None:  # data that are yet to be built have ids below `kept`
+        return
+    tokenizer = model.tokenizer or corpus.tokenizer
+    if tokenizer is not None and open_tokenizer(tokenizer).vocab_size <= kept:
+        return
+    why = "no tokenizer is there to say that nobody uses them"
+    if tokenizer is not None:
+        why = f"{tokenizer} has {open_tokenizer(tokenizer).vocab_size} ids"
+    raise CheckpointError(
+        f"the model to start from, {model.path}, has a vocab_size of {rows}, but the run's model "
+        f"{kept}: the rows from {kept} on would be lost, and {why}; set vocab_size to {rows}, or "
+        "name the tokenizer"
+    )
+
+
+def doubt_about_the_start(model: DenseModel, architecture: ModelConfig) -> str | None:
+    """What becomes of a vocabulary of another size than the run's; None where it is the same."""
+    rows, wanted = model.architecture.vocab_size, architecture.vocab_size
+    if rows == wanted:
+        return None
+    end = "are left out" if wanted < rows else "begin as the mean of the rows that are there"
+    first, last = sorted((rows, wanted))
+    return (
+        f"{model.path} has a vocab_size of {rows}, but the run's model {wanted}: rows {first} to "
+        f"{last - 1} of embedding and head {end}"
+    )
 
 
 def doubt_about_the_resume(saved: SavedRun, device: torch.device) -> str | None:

@@ -1,13 +1,14 @@
-"""Validation loss: the token-weighted mean over every target, whatever the topology."""
+"""Validation loss: the token-weighted mean over every target, or what published tables average."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from relora_ds.activity import moved
-from relora_ds.data.batches import ValidationBatches
+from relora_ds.data.batches import DocumentBatches, ValidationBatches
 from relora_ds.engine.distributed import sum_over_ranks
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.transfers import upload
@@ -38,6 +39,69 @@ def validation_loss(
         sum_over_ranks(totals)
     loss, count = totals.tolist()
     return loss / count, int(count)
+
+
+@dataclass(frozen=True)
+class PublishedScore:
+    """What the protocol of GaLore's published tables makes of a validation set."""
+
+    loss: float
+    """Sum of the means of micro-batches over one more than there are, the mean over ranks: the
+    figure that tables are made of."""
+    token_loss: float
+    """Mean over every target of the same rows."""
+    tokens: int
+    """Targets, over all ranks."""
+    batches: int
+    """Micro-batches, over all ranks."""
+
+
+@torch.no_grad()
+def published_score(
+    model: Llama, batches: DocumentBatches, device: torch.device, distributed: bool = True
+) -> PublishedScore:
+    """Evaluate as `torchrun_main.py` of GaLore, SLTrain and their successors does, in fp32.
+
+    Their counter of batches begins with one, so that the sum is divided by one too many.
+
+    Args:
+        model: left in the mode it was in.
+        batches: this rank's share; every rank has equally many.
+        distributed: the mean over all ranks.
+    """
+    was_training = model.training
+    model.eval()
+    means, count, loss, targets = torch.zeros(4, dtype=torch.float64, device=device)
+    for tokens, mask in batches:
+        moved()
+        total, number = model.token_losses_sum(upload(tokens, device), upload(mask, device))
+        means += total / number.clamp_min(1)
+        count += number > 0
+        loss += total
+        targets += number
+    model.train(was_training)
+    found = torch.stack([means / (count + 1), torch.ones_like(count), loss, targets, count])
+    if distributed:
+        sum_over_ranks(found)
+    published, ranks, loss, targets, count = found.tolist()
+    token_loss = loss / targets if targets else math.nan
+    return PublishedScore(published / ranks, token_loss, int(targets), int(count))
+
+
+def evaluation_metrics(
+    model: Llama, batches: ValidationBatches | DocumentBatches, device: torch.device
+) -> dict[str, float]:
+    """Figures of an evaluation during training, by metric name. A collective call."""
+    if isinstance(batches, ValidationBatches):
+        loss, _ = validation_loss(model, batches, device)
+        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+    score = published_score(model, batches, device)
+    return {
+        "eval/loss": score.loss,
+        "eval/perplexity": perplexity(score.loss),
+        "eval/token_loss": score.token_loss,
+        "eval/token_perplexity": perplexity(score.token_loss),
+    }
 
 
 def perplexity(loss: float) -> float:

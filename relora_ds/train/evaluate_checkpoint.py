@@ -10,20 +10,26 @@ import torch
 
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.sections import DataConfig, TrainConfig
-from relora_ds.data.batches import ValidationBatches
-from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.batches import DocumentBatches, ValidationBatches
+from relora_ds.data.source import Corpus, open_corpus, with_documents
 from relora_ds.data.tokens import TokenFile
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
 from relora_ds.errors import ConfigError
-from relora_ds.train.evaluate import perplexity, validation_loss
+from relora_ds.model.llama import Llama
+from relora_ds.train.evaluate import perplexity, published_score, validation_loss
 
 _DEFAULT_SEQ_LENGTH = 2048
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, data: str, seq_length: int | None, batch_size: int
+    checkpoint: Path,
+    data: str,
+    seq_length: int | None,
+    batch_size: int,
+    published_ranks: int | None = None,
+    document_mask: bool | None = None,
 ) -> dict[str, Any]:
     """Token-weighted mean loss over non-overlapping windows of a token file.
 
@@ -33,9 +39,13 @@ def evaluate_checkpoint(
             model's.
         seq_length: tokens per window; default: that of the run, or the model's longest up to 2048.
         batch_size: windows per forward pass.
+        published_ranks: evaluate by the protocol of GaLore's published tables in place of that,
+            with rows of `seq_length` dealt out to so many processes.
+        document_mask: whether documents in a window are kept apart; default: as in the run.
 
     Returns:
-        `loss` in nats, `perplexity`, and `tokens`, the number of targets.
+        `loss` in nats, `perplexity`, and `tokens`, the number of targets. By the published protocol
+        also its name, the micro-batches, and the mean over the tokens of the same rows.
 
     Raises:
         ConfigError: the windows are longer than the model allows, or this machine has GPUs that
@@ -46,12 +56,18 @@ def evaluate_checkpoint(
     dense = DenseModel(checkpoint)
     limit = dense.architecture.max_position_embeddings
     seq_length = seq_length or dense.seq_length or min(limit, _DEFAULT_SEQ_LENGTH)
-    if not 0 < seq_length <= limit or batch_size < 1:
+    shortest = 1 if published_ranks is None else 2
+    if not shortest <= seq_length <= limit or batch_size < 1:
         raise ConfigError(
-            f"seq-length {seq_length} and batch-size {batch_size}: the model takes 1 to {limit} "
-            "tokens, and a batch at least one sequence"
+            f"seq-length {seq_length} and batch-size {batch_size}: the model takes {shortest} to "
+            f"{limit} tokens, and a batch at least one sequence"
         )
-    file = _open(data, dense)
+    if published_ranks is not None and published_ranks < 1:
+        raise ConfigError(f"ranks {published_ranks}: rows are dealt out to 1 or more")
+    corpus = _open(data, dense)
+    assert corpus.valid is not None
+    file = corpus.valid
+    end = _document_end(corpus, dense, document_mask)
     train = TrainConfig(
         steps=1, seq_length=seq_length, micro_batch_size=batch_size, global_batch_size=batch_size
     )
@@ -59,13 +75,48 @@ def evaluate_checkpoint(
     set_arithmetic(train)
     device = torch.device(accelerator_type())
     model = dense.model(train, device)
+    model.separate_documents(end)
+    if published_ranks is not None:
+        return _published(model, file, (seq_length, batch_size), published_ranks, device)
     batches = ValidationBatches(file, seq_length, batch_size, dp_rank=0, dp_size=1)
     loss, tokens = validation_loss(model, batches, device, distributed=False)
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
 
 
-def _open(data: str, model: DenseModel) -> TokenFile:
-    """The token file, of which every id is one of the model's, and means the same there."""
+def _document_end(corpus: Corpus, model: DenseModel, wanted: bool | None) -> int | None:
+    """Id with which attention ends; None where documents are not kept apart."""
+    if wanted is None:
+        wanted = model.saved is not None and model.saved.record.config.data.document_mask
+    if not wanted:
+        return None
+    named = replace(corpus, tokenizer=corpus.tokenizer or model.tokenizer)
+    return with_documents(named).document_end
+
+
+def _published(
+    model: Llama, file: TokenFile, sizes: tuple[int, int], ranks: int, device: torch.device
+) -> dict[str, Any]:
+    scores = [
+        published_score(model, DocumentBatches(file, *sizes, rank, ranks), device, False)
+        for rank in range(min(ranks, file.num_documents))
+    ]
+    loss = sum(score.loss for score in scores) / ranks
+    tokens = sum(score.tokens for score in scores)
+    token_loss = sum(score.token_loss * score.tokens for score in scores) / tokens
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "tokens": tokens,
+        "protocol": "galore_compat",
+        "batches": sum(score.batches for score in scores),
+        "token_loss": token_loss,
+        "token_perplexity": perplexity(token_loss),
+    }
+
+
+def _open(data: str, model: DenseModel) -> Corpus:
+    """A token file as validation set, of which every id is one of the model's, and means the same
+    there."""
     vocab_size = model.architecture.vocab_size
     if data == "builtin":
         corpus = open_corpus(DataConfig(source="builtin", builtin_vocab_size=vocab_size))
@@ -75,5 +126,4 @@ def _open(data: str, model: DenseModel) -> TokenFile:
         corpus = Corpus((), (), TokenFile(data), None)
         corpus.check_vocabulary(vocab_size)
     corpus.check_tokenizer_of(model.directory)
-    assert corpus.valid is not None
-    return corpus.valid
+    return corpus

@@ -19,7 +19,7 @@ from relora_ds.checkpoint.saving.flight import SaveResult
 from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
-from relora_ds.data.batches import TrainingBatches, ValidationBatches
+from relora_ds.data.batches import DocumentBatches, TrainingBatches, ValidationBatches
 from relora_ds.data.source import Corpus
 from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.engine.engine import TrainEngine
@@ -28,9 +28,9 @@ from relora_ds.methods.interface import Event, Session
 from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology
-from relora_ds.train.evaluate import perplexity, validation_loss
+from relora_ds.train.evaluate import evaluation_metrics
 from relora_ds.train.guards.agreement import Agreement, Place, digest_of
-from relora_ds.train.guards.losses import Seen
+from relora_ds.train.guards.losses import Seen, Targets
 from relora_ds.train.guards.steps import Rewind, StepGuard
 from relora_ds.train.guards.weights import newest_good, refuse_drift
 from relora_ds.train.lifetime.stop import StopSignal
@@ -52,7 +52,7 @@ class Trainer:
     zero_stage: int
     corpus: Corpus
     train_data: TrainingBatches
-    valid_data: ValidationBatches | None
+    valid_data: ValidationBatches | DocumentBatches | None
     telemetry: Telemetry
     checkpoints: CheckpointStore
     stop: StopSignal
@@ -156,13 +156,8 @@ class Trainer:
         return None
 
     def _meet(self, point: str, done: int, phase: Phase, stop: bool = False) -> bool:
-        """Make sure that all ranks are at the same place; whether any of them wants to stop.
-
-        Within a round an island is for itself: a wish to stop waits for the end of the round.
-        """
-        within = done % self.config.islands.every > 0
-        place = Place(point, done, phase.name)
-        return self.agreement.meet(place, stop and not within, within=within)
+        """Make sure that all ranks are at the same place; whether any of them wants to stop."""
+        return self.agreement.meet(Place(point, done, phase.name), stop)
 
     def _update(
         self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int, seen: Seen
@@ -189,15 +184,15 @@ class Trainer:
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
         if not left_out:
-            admit = self.guard.admit(step)
-            loss, norm = engine.train_step(_noting(self.train_data.micro_batches(step)), admit)
+            admit, targets = self.guard.admit(step), Targets(self.corpus.document_end)
+            batches = _noting(self.train_data.micro_batches(step), targets)
+            loss, norm = engine.train_step(batches, admit)
             if self.guard.found is not None:
                 return {}
             if not self.guard.skipped:
-                seen.note(step, loss, norm)
+                seen.note(step, loss, norm, targets.share)
         self.checkpoints.hold()  # a step that was left out has had no forward pass
-        if _is_due(step + 1, self.config.islands.every):
-            engine.end_round(session.products_to_merge(own_step + 1))
+        engine.end_round(step + 1, session.products_to_merge(own_step + 1))
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         metrics = self._event_metrics(step + 1, before, after)
@@ -240,10 +235,9 @@ class Trainer:
         return f"step {done}: not finite after the update: {problem}; {self._remedy()}"
 
     def _goes_on_from(self, phase: Phase, done: int) -> bool:
-        """Whether a longer run may go on from here: the end of a stable phase is saved, unless
-        islands are in the middle of a round."""
-        common = _is_due(done, self.config.islands.every)
-        return common and self.config.checkpoint.every > 0 and done == phase.last_stable_step
+        """Whether a longer run may go on from here: the end of a stable phase is saved."""
+        ends = done == phase.last_stable_step and _is_due(done, self.config.islands.every)
+        return self.config.checkpoint.every > 0 and ends
 
     def _remedy(self) -> str:
         return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (
@@ -252,7 +246,11 @@ class Trainer:
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
         factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
-        return {"dense": factor * self.config.optimizer.lr, "adapter": factor * phase.adapter_lr}
+        settings = self.config.optimizer
+        rates = {"dense": settings.lr, "adapter": phase.adapter_lr}
+        if settings.adapter is not None:
+            rates["pair"] = settings.resolved_pair_lr
+        return {role: factor * rate for role, rate in rates.items()}
 
     def _peaks(self, engine: TrainEngine) -> dict[str, int]:
         """Most memory in use during the phase's steps and before them, in bytes."""
@@ -283,7 +281,7 @@ class Trainer:
         moved = recorder.step_bytes()
         return metrics | {
             "train/lr": rates["dense"],
-            "train/adapter_lr": rates["adapter"],
+            **{f"train/{role}_lr": rate for role, rate in rates.items() if role != "dense"},
             "communication/bytes_per_step": moved.payload,
             "communication/wire_bytes_per_step": round(moved.wire),
             **self.guard.metrics(),
@@ -310,8 +308,7 @@ class Trainer:
         assert isinstance(engine.model, Llama)
         kept = engine.weights_kept(len(self.valid_data))
         with recorder.phase("eval"), doing("evaluate"), kept:
-            loss, _ = validation_loss(engine.model, self.valid_data, engine.device)
-        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+            return evaluation_metrics(engine.model, self.valid_data, engine.device)
 
     def _report(self, done: int, metrics: dict[str, Any]) -> None:
         tokens = {"tokens": done * self.tokens_per_step, **self.train_data.figures(done)}
@@ -375,10 +372,14 @@ class Trainer:
                 _logger.warning("%s; training goes on", result.problem)
 
 
-def _noting(micro_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The micro-batches, each of which shows that the step goes on."""
+def _noting(
+    micro_batches: Iterable[torch.Tensor], targets: Targets | None = None
+) -> Iterator[torch.Tensor]:
+    """The micro-batches, counted, each of which shows that the step goes on."""
     for tokens in micro_batches:
         moved()
+        if targets is not None:
+            targets.count(tokens)
         yield tokens
 
 

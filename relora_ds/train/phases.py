@@ -13,7 +13,7 @@ import torch
 from relora_ds.accounting.flops import flops_per_token, parameter_counts
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import at_step, doing
-from relora_ds.checkpoint.export.dense import FiniteWeights
+from relora_ds.checkpoint.export.dense import FiniteWeights, ResizedVocabulary
 from relora_ds.checkpoint.format.record import GuardState
 from relora_ds.checkpoint.resume import (
     find_earlier,
@@ -33,6 +33,7 @@ from relora_ds.errors import (
     DivergenceError,
 )
 from relora_ds.methods.registry import Phase
+from relora_ds.model.llama import Llama
 from relora_ds.parallel.topology import Topology, as_one_island
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import (
@@ -41,7 +42,7 @@ from relora_ds.planning.memory_report import (
     saved_bytes,
     storage_plan,
 )
-from relora_ds.train.checks import initial_model
+from relora_ds.train.checks import doubt_about_the_start, initial_model
 from relora_ds.train.guards.agreement import Place
 from relora_ds.train.guards.steps import Rewind
 from relora_ds.train.loop import Trainer
@@ -238,7 +239,15 @@ def _initial_weights(prepared: Prepared) -> Mapping[str, torch.Tensor] | None:
         DataError: they were trained with another tokenizer.
     """
     model = initial_model(prepared.config, prepared.architecture, prepared.corpus)
-    return None if model is None else FiniteWeights(model.weights(), model.path)
+    if model is None:
+        return None
+    weights = FiniteWeights(model.weights(), model.path)
+    doubt = doubt_about_the_start(model, prepared.architecture)
+    if doubt is None:
+        return weights
+    if prepared.topology.is_main:
+        _logger.warning(doubt)
+    return ResizedVocabulary(weights, prepared.architecture.vocab_size)
 
 
 def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:
@@ -254,6 +263,8 @@ def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> Tr
         weights,
         torch.from_numpy(file.window(0, count)).unsqueeze(0),
     )
+    assert isinstance(engine.model, Llama)
+    engine.model.separate_documents(prepared.corpus.document_end)
     counts = parameter_counts(engine.model)
     _logger.info(
         "phase %s: %s trained and %s frozen parameters",

@@ -16,7 +16,7 @@ from relora_ds.activity import doing
 from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.checkpoint.format import layout
 from relora_ds.config.schema import RunConfig
-from relora_ds.data.batches import ValidationBatches, unigram_perplexity
+from relora_ds.data.batches import DocumentBatches, ValidationBatches, unigram_perplexity
 from relora_ds.data.source import Corpus
 from relora_ds.errors import ReloraError
 from relora_ds.files.durable import describe, remedy
@@ -86,7 +86,10 @@ def are_complete(config: RunConfig) -> bool:
 
 
 def write_results(
-    outcome: Outcome, config: RunConfig, corpus: Corpus, valid_data: ValidationBatches | None
+    outcome: Outcome,
+    config: RunConfig,
+    corpus: Corpus,
+    valid_data: ValidationBatches | DocumentBatches | None,
 ) -> list[ReloraError]:
     """Write plot, summary and, of a completed run, the export; on rank 0 only.
 
@@ -124,12 +127,15 @@ def _write_summary(
     final: dict[str, Any],
     config: RunConfig,
     corpus: Corpus,
-    valid_data: ValidationBatches | None,
+    valid_data: ValidationBatches | DocumentBatches | None,
 ) -> None:
     """Write `summary.json`; what is derived from the data is added to `final`."""
-    if valid_data is not None and corpus.validation is not None:
+    if isinstance(valid_data, ValidationBatches) and corpus.validation is not None:
         final["data/unigram_perplexity"] = unigram_perplexity(
-            corpus.validation, config.train.seq_length, valid_data.num_sequences
+            corpus.validation,
+            config.train.seq_length,
+            valid_data.num_sequences,
+            corpus.document_end,
         )
     write_summary(
         Path(config.output_dir) / "summary.json",

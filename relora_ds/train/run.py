@@ -19,7 +19,7 @@ from relora_ds.checkpoint.resume import (
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.data.batches import TrainingBatches, ValidationBatches
+from relora_ds.data.batches import DocumentBatches, TrainingBatches, ValidationBatches
 from relora_ds.data.source import open_corpus
 from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
@@ -185,13 +185,15 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     share = as_one_island(loaded.config)
     zero = resolve_deepspeed_config(share.deepspeed, share, topology.dp_size)
     check_requirements(loaded, zero)
-    check_attention(loaded.config.train, loaded.architecture, topology.device)
+    masks = loaded.config.data.document_mask
+    check_attention(loaded.config.train, loaded.architecture, topology.device, masks)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
     with doing("verify the data"):
         whole = loaded.config.data.verify == "whole"
         verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
+        corpus.check_length(loaded.config.train.seq_length)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
 
@@ -315,14 +317,14 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         telemetry=telemetry,
         checkpoints=checkpoints,
         stop=stop,
-        agreement=Agreement(topology.islands),
+        agreement=Agreement(topology.islands, config.islands.every),
         guard=StepGuard(config.guards, guards, bad_batches.note),
         trace=StepTrace(config.log.profile, output_dir / TRACES, topology.rank),
         final=earlier_figures(output_dir) if saved and topology.is_main else {},
     )
 
 
-def _valid_data(prepared: Prepared) -> ValidationBatches | None:
+def _valid_data(prepared: Prepared) -> ValidationBatches | DocumentBatches | None:
     """This process's share of the validation set, if the run has one."""
     config, topology, samples = prepared.config, prepared.topology, prepared.corpus.validation
     if samples is None:
@@ -330,4 +332,7 @@ def _valid_data(prepared: Prepared) -> ValidationBatches | None:
     train, batches = config.train, config.eval.batches
     limit = None if batches is None else batches * train.global_batch_size
     place = train.micro_batch_size, topology.data_rank, topology.data_size
-    return ValidationBatches(samples, train.seq_length, *place, limit)
+    if config.eval.protocol == "exact":
+        return ValidationBatches(samples, train.seq_length, *place, limit)
+    assert prepared.corpus.valid is not None, "a rule asks for a file of its own"
+    return DocumentBatches(prepared.corpus.valid, train.seq_length, *place, limit)

@@ -210,11 +210,18 @@ def test_pairs_are_stepped_together_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sub_group_size 1,000.*write at least [\d,]+"):
         check_requirements(loaded, ZeroSettings(3, sub_group=1000))
     two = ["parallel.tensor=2", *spectral]
-    load_run_config(run, two)
-    for more in (["parallel.low_rank_plan=fold"], ["method.rank=31"]):
-        with pytest.raises(ConfigError, match=r"optimizer\.adapter.*fold leaves one of them whole"):
-            load_run_config(run, [*two, *more])
-    for name in ("muon", "relora", "switchlora", "galore"):
+
+    for more in ([], ["parallel.low_rank_plan=fold"], ["method.rank=31"]):
+        check_requirements(load_run_config(run, [*two, *more]), ZeroSettings(2))
+    alone = [*spectral, "train.per_layer_update=true"]
+    check_requirements(load_run_config(run, alone), ZeroSettings(0))
+    rounded = load_run_config(run, [*alone, "train.master_weights=false"])
+    with pytest.raises(ConfigError, match=r"master_weights.*needs fp32 copies"):
+        check_requirements(rounded, ZeroSettings(0))
+    for name in ("relora", "switchlora"):
+        other = load_run_config(ROOT / "configs" / "run" / f"llama_130m_{name}.yaml", spectral)
+        check_requirements(other, ZeroSettings(2))
+    for name in ("muon", "galore"):
         other = ROOT / "configs" / "run" / f"llama_130m_{name}.yaml"
-        with pytest.raises(ConfigError, match=r"optimizer\.adapter.*lora, low_rank or sltrain"):
+        with pytest.raises(ConfigError, match=r"optimizer\.adapter.*trains no factors"):
             load_run_config(other, spectral)

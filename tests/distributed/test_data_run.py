@@ -1,4 +1,4 @@
-"""Runs on a blend of token files, with validation held out of them, broken off and continued."""
+"""Runs on a blend, with validation held out of it; and runs that keep documents apart."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from relora_ds.data.tokens import TokenFile
 from tests.conftest import TinyCorpus
 from tests.harness.descriptions import describe
 from tests.harness.run import metrics, run, write_run
@@ -60,3 +61,41 @@ def test_sources_and_split_last_over_a_resume(blend_run: dict[str, Any], tmp_pat
     code, output = run([description, "data.valid_share=0.2"])
     assert code == 4
     assert re.search(r"data\.valid_share +0\.1 +0\.2", output)
+    code, output = run([description, "data.valid_share=0.0001", "checkpoint.resume=false"])
+    assert code == 3
+    assert "data.valid_share 0.0001 holds out" in output
+    assert not [*output_dir.glob("previous_*")], "what there was stays where it is"
+
+
+def test_documents_are_kept_apart_on_every_cut(
+    blend_run: dict[str, Any], tmp_path: Path, tiny_corpus: TinyCorpus
+) -> None:
+    files = {key: str(path) for key, path in tiny_corpus.files.items()}
+    run_file = blend_run | {"data": files | {"document_mask": True}}
+    run_file["train"] = run_file["train"] | {"steps": 3}
+    output_dir, cut_dir = Path(blend_run["output_dir"]), tmp_path / "cut"
+    code, output = run([str(write_run(run_file, tmp_path / "run.yaml"))])
+    assert code == 0, output
+    cut = run_file | {"output_dir": str(cut_dir), "parallel": {"tensor": 2, "sequence": True}}
+    cut["train"] = cut["train"] | {"activation_checkpointing": True, "micro_batch_size": 1}
+    code, output = run([str(write_run(cut, tmp_path / "cut.yaml"))], processes=2)
+    assert code == 0, output
+
+    whole, parts = metrics(output_dir), metrics(cut_dir)
+    for step in whole:
+        for key in ("train/loss", "train/grad_norm"):
+            assert parts[step][key] == pytest.approx(whole[step][key], rel=1e-5)
+    assert parts[3]["eval/loss"] == pytest.approx(whole[3]["eval/loss"], rel=1e-5)
+
+    scored = []
+    for more in ([], ["--no-document-mask"]):
+        arguments = ["--checkpoint", str(output_dir), "--data", str(tiny_corpus.valid), *more]
+        code, output = run(arguments, script="tools/evaluate.py")
+        assert code == 0, output
+        scored.append(json.loads(output.splitlines()[-1]))
+    apart, crossing = scored
+    assert apart["loss"] != crossing["loss"]
+    file, windows = TokenFile(tiny_corpus.valid), crossing["tokens"] // 32
+    assert file.metadata is not None
+    ends = int((file.window(0, windows * 32) == file.metadata.eos_id).sum())
+    assert apart["tokens"] == crossing["tokens"] - ends < crossing["tokens"]

@@ -12,11 +12,19 @@ from tests.harness.ranks import run_ranks
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("transport", "processes", "tensor"),
-    [("none", 1, 1), ("rotate", 1, 1), ("rotate", 2, 1), ("rotate", 2, 2)],
+    ("transport", "side", "processes", "tensor"),
+    [
+        ("none", "shorter", 1, 1),
+        ("rotate", "longer", 1, 1),
+        ("rotate", "shorter", 2, 1),
+        ("rotate", "shorter", 2, 2),
+        ("rotate", "left", 2, 2),
+    ],
 )
-def test_every_stage_equals_plain_pytorch(transport: str, processes: int, tensor: int) -> None:
-    found = run_ranks(galore.check, processes, tensor=tensor, transport=transport)
+def test_every_stage_equals_plain_pytorch(
+    transport: str, side: str, processes: int, tensor: int
+) -> None:
+    found = run_ranks(galore.check, processes, tensor=tensor, transport=transport, side=side)
     assert len(found) == 4
     for stage, result in found.items():
         assert max(result["losses"]) <= 1e-6, stage

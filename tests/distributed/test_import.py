@@ -14,11 +14,12 @@ from relora_ds.config.architecture import read_model_config
 from relora_ds.model.hf.directory import write_hf
 from relora_ds.model.init import InitialWeights, dense_shapes
 from tests.conftest import TinyCorpus
-from tests.harness.descriptions import describe
+from tests.harness.descriptions import describe, write_model, write_zero
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
-TRAIN = {"steps": 4, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 2}
+TRAIN = {"steps": 4, "seq_length": 16, "micro_batch_size": 1, "global_batch_size": 2,
+         "precision": "fp32"}  # fmt: skip
 WARM = {"name": "relora", "rank": 4, "merge_every": 2, "restart_warmup_steps": 1,
         "warm_start_steps": 2}  # fmt: skip
 
@@ -51,6 +52,20 @@ def test_a_run_begins_with_an_import(tiny_corpus: TinyCorpus, tmp_path: Path) ->
     code, said = run([str(tmp_path / "begun.yaml")])
     assert code == 0, said
     assert "is complete after 4 steps" in said
+
+    # at stage 3, where no process holds a whole embedding for longer than it takes to cut it
+    write_zero(tmp_path, 3)
+    (tmp_path / "grown").mkdir()
+    model = write_model(tmp_path / "grown", vocab_size=576)
+    cold = ("method={name: full}", "optimizer.lr=1e-12", "train.steps=2")
+    trained("larger", 2, f"model={model}", f"train.init_from={imported}", *cold)
+    larger = load_file(tmp_path / "larger" / "hf" / "model.safetensors")
+    given = load_file(tmp_path / "hf" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        first = given[name].float()
+        torch.testing.assert_close(larger[name][:512], first, atol=1e-9, rtol=0)
+        mean = first.mean(0).expand(64, -1)
+        torch.testing.assert_close(larger[name][512:], mean, atol=1e-7, rtol=0)
 
     sltrain = "method={name: sltrain, rank: 4, sparsity: 0.1}"
     again = [str(tmp_path / "begun.yaml"), f"checkpoint.resume={imported}", sltrain]

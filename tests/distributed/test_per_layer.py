@@ -54,6 +54,28 @@ def test_one_gradient_at_a_time(figures: dict[str, Any], method: str, precision:
     assert kept <= figures[f"{method}/{precision}/4/0"]["expected"]["gradients"]
 
 
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Any]:
+    return run_ranks(per_layer.pairs, 2)
+
+
+@pytest.mark.parametrize("method", ["relora", "switchlora"])
+def test_a_pair_is_updated_when_both_gradients_are_there(
+    pairs: dict[str, Any], method: str
+) -> None:
+    found = pairs[f"{method}/fp32"]
+    assert found["difference"] <= 1e-6
+    assert found["replicas"] == 0.0
+    assert found["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-6)
+    rounded = pairs[f"{method}/bf16"]
+    assert rounded["losses"] == pytest.approx(rounded["plain"]["losses"], rel=2e-3)
+    assert rounded["replicas"] == 0.0
+    for each in (found, rounded):
+        assert each["measured"]["gradients"] == each["expected"]["gradients"]
+        assert each["measured"]["states"] == pytest.approx(each["plain"]["measured"]["states"])
+        assert each["gradients_left"] == 0
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_vectors_are_switched_and_frozen(figures: dict[str, Any], accumulation: int) -> None:
     found = figures[f"switchlora/fp32/{accumulation}/0"]

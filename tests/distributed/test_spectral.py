@@ -12,6 +12,10 @@ _CELLS = [
     ("low_rank", 2, 1, "auto"),
     ("sltrain", 2, 1, "auto"),
     ("lora", 2, 2, "act"),
+    ("relora", 2, 1, "auto"),
+    ("switchlora", 2, 1, "auto"),
+    ("switchlora", 2, 2, "act"),
+    ("relora", 2, 2, "fold"),
 ]
 
 

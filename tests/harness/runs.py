@@ -14,7 +14,7 @@ from relora_ds.parallel.topology import Topology
 from tests.harness.build import Training, batches, changed, run_config
 
 STEPS, MERGE_EVERY, WARMUP = 14, 4, 2
-RATES = {"dense": 2e-2, "adapter": 3e-2}
+RATES = {"dense": 2e-2, "adapter": 3e-2, "pair": 3e-2}
 RESETS = {
     "zero": ResetConfig(),
     "random": ResetConfig(mode="random", fraction=0.9),

@@ -182,7 +182,7 @@ def _import_everything() -> None:
 def _compile_kernels() -> None:
     """All of them: a process compiles what is not there yet, which takes it most of a second."""
     import relora_ds
-    from relora_ds.numerics.host_kernels import load_kernels
+    from relora_ds.numerics.host.kernels import load_kernels
 
     for source in Path(relora_ds.__file__).parent.rglob("*.c"):
         load_kernels(source)

@@ -32,23 +32,38 @@ def cases(tiny: bool) -> list[Case]:
                 name = f"{method} {precision} {kernel}"
                 settings = arguments | {"attention": kernel}
                 found.append(Case("C", name, gradients, settings, expected_s=5, value=8))
+    for precision, kernel in (
+        ("fp32", "sdpa"),
+        ("bf16", "sdpa"),
+        ("bf16", "flash"),
+        ("bf16", "fa4"),
+    ):
+        how = {"method": "full", "precision": precision, "attention": kernel, "documents": True}
+        name = f"documents {precision} {kernel}"
+        found.append(Case("C", name, gradients, how, expected_s=5, value=8))
     return found
 
 
 def gradients(
-    device: torch.device, sizes: Sizes, method: str, precision: str, attention: str
+    device: torch.device,
+    sizes: Sizes,
+    method: str,
+    precision: str,
+    attention: str,
+    documents: bool = False,
 ) -> Figures:
-    """Loss and all gradients, relative to the largest of each parameter's."""
+    """Loss and all gradients, relative to the largest of each parameter's; with documents that are
+    kept apart, if they are to be."""
     assert not torch.backends.cuda.matmul.allow_tf32, "TF32 is on, but nobody asked for it"
     shape = architecture(sizes).model_copy(update={"num_hidden_layers": _LAYERS})
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
-        select_kernel(attention, device, dtype, shape.head_dim, grouped=True)
+        select_kernel(attention, device, dtype, shape.head_dim, grouped=True, documents=documents)
     except ConfigError as reason:
         raise CaseSkippedError(str(reason)) from None
     settings: dict[str, Any] = {"precision": precision, "attention": attention}
-    found = _backward(shape, method, device, settings)
-    expected = _backward(shape, method, torch.device("cpu"), {"attention": "math"})
+    found = _backward(shape, method, device, settings, documents)
+    expected = _backward(shape, method, torch.device("cpu"), {"attention": "math"}, documents)
     loss = abs(found[0] - expected[0]) / abs(expected[0])
     limit = _TOLERANCE[precision]
     assert loss <= limit, f"the loss is off by {loss:.2g}"
@@ -64,7 +79,7 @@ def gradients(
 
 
 def _backward(
-    shape: Any, method: str, device: torch.device, settings: dict[str, Any]
+    shape: Any, method: str, device: torch.device, settings: dict[str, Any], documents: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     config = run_config(METHODS[method], **settings)
     initial = InitialWeights(shape, config.train.seed)
@@ -84,6 +99,8 @@ def _backward(
                 values = torch.arange(parameter.numel(), dtype=torch.float32).sin().mul_(0.05)
                 parameter.copy_(values.view_as(parameter))
     tokens = batches(config, shape.vocab_size, 1)[0]
+    if documents:  # whichever id stands there ends them, wherever it stands
+        model.separate_documents(int(tokens[0, tokens.shape[1] // 3]))
     loss = model(tokens.to(device))
     loss.backward()
     named = {

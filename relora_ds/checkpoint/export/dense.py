@@ -16,6 +16,7 @@ from relora_ds.errors import CheckpointError
 from relora_ds.methods.build import build_model, dense_weights, filled_model
 from relora_ds.methods.full import Full
 from relora_ds.model.hf.weights import read_hf
+from relora_ds.model.init import EMBEDDING, HEAD
 from relora_ds.model.llama import Llama
 
 
@@ -130,6 +131,39 @@ class FiniteWeights(Mapping[str, torch.Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights  # the inherited one would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class ResizedVocabulary(Mapping[str, torch.Tensor]):
+    """Weights of a model for a vocabulary of another size.
+
+    Rows beyond a smaller one are left out. Those beyond a larger one are the mean of all that are
+    there: what nobody has trained yet is as likely as the average word, where a row at random may
+    be likelier than all others.
+
+    Args:
+        weights: fp32, read on access.
+        rows: of embedding and head.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], rows: int) -> None:
+        self._weights, self._rows = weights, rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        missing = self._rows - len(weight) if name in (EMBEDDING, HEAD) else 0
+        if missing <= 0:
+            return weight[: self._rows] if missing else weight
+        mean = weight.double().mean(0, keepdim=True).to(weight.dtype)
+        return torch.cat([weight, mean.expand(missing, -1)])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

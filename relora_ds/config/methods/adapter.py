@@ -29,3 +29,7 @@ class AdapterConfig(WithFactors):
     @property
     def has_frozen_base(self) -> bool:
         return True
+
+    @property
+    def moves_pairs(self) -> bool:
+        return True

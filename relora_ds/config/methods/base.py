@@ -43,8 +43,8 @@ class MethodSettings(Section):
 
     @property
     def moves_pairs(self) -> bool:
-        """Whether the optimizer alone moves trained factors lora_A, lora_B of every projection, so
-        that it may treat both as one."""
+        """Whether the optimizer moves trained factors lora_A, lora_B of every projection, so that
+        it may treat both as one."""
         return False
 
     @property

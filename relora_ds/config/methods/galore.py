@@ -26,12 +26,22 @@ class GaLoreConfig(WarmStarted, WithFactors):
     transport: Literal["rotate", "none"] = "rotate"
     """What becomes of Adam's moments at a refresh. `rotate`: they are carried over to the new
     basis. `none`: they stay as they are, though they belong to the old one (the authors')."""
+    side: Literal["shorter", "longer", "left", "right"] = "shorter"
+    """Which singular vectors of a gradient (m, n) span the subspace: those of its `left` side (m),
+    of its `right` side (n), or of the `shorter` or `longer` of the two, the right one where they
+    are alike. The authors' `proj_type` std, reverse_std, left and right."""
     svd: Literal["exact", "randomised"] = "exact"
     """How the leading singular vectors of a gradient are found."""
 
     @property
     def has_frozen_base(self) -> bool:
         return True
+
+    def is_right(self, m: int, n: int) -> bool:
+        """Whether the subspace of a weight (m, n) is spanned by vectors of length n."""
+        if self.side in ("left", "right"):
+            return self.side == "right"
+        return m == n or (m > n) == (self.side == "shorter")
 
     @property
     def rate_factor(self) -> float:

@@ -15,7 +15,3 @@ class LoRAConfig(WarmStarted, AdapterConfig):
 
     name: Literal["lora"]
     """Chooses this method."""
-
-    @property
-    def moves_pairs(self) -> bool:
-        return True

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.reading.document import Finding
-from relora_ds.config.sections import DataConfig
+from relora_ds.config.sections import DataConfig, EvalConfig
 
 
 def data_keys_match_source(data: DataConfig) -> Iterator[Finding]:
@@ -34,6 +34,15 @@ def data_keys_match_source(data: DataConfig) -> Iterator[Finding]:
                 ("data", key),
                 "is ignored with data.source files: remove it, or write source: builtin",
             )
+
+
+def rows_have_documents(data: DataConfig, eval: EvalConfig) -> Iterator[Finding]:
+    if eval.protocol == "galore_compat" and data.valid_share:
+        yield Finding(
+            ("eval", "protocol"),
+            "is galore_compat, whose rows are documents of a validation file of its own: name one "
+            "with data.valid in place of data.valid_share, or write exact",
+        )
 
 
 def builtin_vocabulary_fits_model(data: DataConfig, architecture: ModelConfig) -> Iterator[Finding]:

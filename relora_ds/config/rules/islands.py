@@ -11,11 +11,11 @@ from relora_ds.config.sections import (
     CheckpointConfig,
     EvalConfig,
     GuardsConfig,
-    IslandsConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
 )
+from relora_ds.config.spread.islands import IslandsConfig
 
 
 def rounds_need_islands(parallel: ParallelConfig, islands: IslandsConfig) -> Iterator[Finding]:

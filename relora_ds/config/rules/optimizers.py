@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.reading.document import Finding
-from relora_ds.config.sections import OptimizerConfig, ParallelConfig
+from relora_ds.config.sections import OptimizerConfig
 
 
 def matrices_are_trained(method: MethodSettings, optimizer: OptimizerConfig) -> Iterator[Finding]:
-    if optimizer.matrix is None or method.trains_projections:
+    if optimizer.matrix != "muon" or method.trains_projections or method.warm_start is not None:
         return
-    if optimizer.matrix == "muon" and method.warm_start is not None:
-        return
-    more = "" if optimizer.matrix == "scale" else ", or start with method.warm_start_steps"
     yield Finding(
         ("optimizer", "matrix"),
-        f"is {optimizer.matrix}, which updates the weights of projections, but method "
-        f"{method.name} does not train them: remove it, or use method.name=full{more}",
+        f"is muon, which updates the weights of projections, but method {method.name} does not "
+        "train them: remove it, use method.name=full, or start with method.warm_start_steps",
     )
 
 
@@ -28,23 +25,20 @@ def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Itera
         yield Finding(
             ("optimizer", "adapter"),
             f"is {optimizer.adapter}, which updates both factors of a projection as one, but "
-            f"method {method.name} has no factors, or edits vectors and moments of its own: remove "
-            "it, or use method.name=lora, low_rank or sltrain",
+            f"method {method.name} trains no factors: remove it, or use another method.name",
         )
 
 
-def pairs_are_cut_alike(
-    method: MethodSettings, optimizer: OptimizerConfig, parallel: ParallelConfig
-) -> Iterator[Finding]:
-    rank, tensor = method.low_rank, parallel.tensor
-    if optimizer.adapter is None or rank is None or tensor == 1:
+def pairs_have_their_own_rate(optimizer: OptimizerConfig) -> Iterator[Finding]:
+    """AdamW's rates for factors are several times smaller than those of spectral updates."""
+    given, usual = optimizer.adapter_lr, optimizer.spectral.default_lr
+    if optimizer.adapter is None or optimizer.spectral.lr is not None or given is None:
         return
-    if parallel.low_rank_plan == "fold" or rank % tensor:
+    if given < 0.4 * usual:
         yield Finding(
-            ("optimizer", "adapter"),
-            f"is {optimizer.adapter}, which needs both factors cut over {tensor} tensor-parallel "
-            "processes, but plan fold leaves one of them whole: use parallel.low_rank_plan=act and "
-            f"a multiple of {tensor} as method.rank",
+            ("optimizer", "adapter_lr"),
+            f"is {given:g}, and without optimizer.spectral.lr that is the rate of the factors, "
+            f"which want about {usual:g} under spectral updates: set optimizer.spectral.lr",
         )
 
 

@@ -12,6 +12,7 @@ stages 1 and 2 with a single data-parallel process. Everything else is left to D
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,9 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import nn
 
-_STRETCH = 1 << 14
+from relora_ds.numerics.products import offer_place
+
+_STRETCH = 1 << 16
 """Elements of which a host adds up squares in one go."""
 
 
@@ -54,10 +57,12 @@ class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
         self._rank = torch.distributed.get_rank(group)
         self.flats = [torch.zeros_like(flat) for flat in self.bit16_groups_flat]
         self._slots: dict[nn.Parameter, torch.Tensor] = {}
+        self._given: set[nn.Parameter] = set()
         for flat, parameters in zip(self.flats, self.bit16_groups, strict=True):
             for parameter in parameters:
                 start, stop = _span(parameter)
                 self._slots[parameter] = flat[start:stop].view(parameter.shape)
+                offer_place(parameter, partial(self._place, parameter))
 
     def process_gradients(self, param: nn.Parameter, i: int) -> None:
         """Called in a backward pass when a gradient is complete: put it in its place."""
@@ -65,6 +70,13 @@ class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
         if param.grad is not None and param.grad.data_ptr() != slot.data_ptr():
             slot.copy_(param.grad)
             param.grad = slot  # what the next micro-batch adds to
+
+    def _place(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """Where a backward pass writes an update's first gradient of a parameter."""
+        if parameter.grad is not None or parameter in self._given:
+            return None
+        self._given.add(parameter)
+        return self._slots[parameter].view(parameter.shape)  # autograd keeps what it alone holds
 
     def setup_buckets(self) -> None:
         """Called before gradients are reduced: there is nothing to allocate."""
@@ -90,6 +102,7 @@ class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
             self.averaged_gradients[i] = self._partition(i)
             self.all_grad_tensors[i] = None
         self._clear_param_grad_only()
+        self._given.clear()
 
     def get_grad_norm_direct(
         self, gradients: Sequence[torch.Tensor], params: Sequence[nn.Parameter], norm_type: int = 2
@@ -122,6 +135,8 @@ class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
         """Take the hooks off the parameters and let go of the gradients."""
         super().destroy()
         self.flats.clear()
+        for parameter in self._slots:
+            offer_place(parameter, None)
         self._slots.clear()
 
     def _reduce(self, i: int) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from relora_ds.config.sections import IslandsConfig
+from relora_ds.config.spread.islands import IslandsConfig
 from relora_ds.engine.islands.products import MeanProducts
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.interface import Product
@@ -46,7 +46,7 @@ class Rounds:
         self, layout: Layout, weights: Weights, islands: Islands, config: IslandsConfig
     ) -> None:
         self._layout, self._islands = layout, islands
-        self._outer, self._transport = config.outer, config.transport
+        self._every, self._outer, self._transport = config.every, config.outer, config.transport
         self._products = MeanProducts(layout, weights, islands)
         self._device = next(iter(layout.placements)).device
         self._anchors: list[torch.Tensor] | None = None
@@ -59,6 +59,10 @@ class Rounds:
         """e by owner in the same form, of this island alone; empty without error feedback."""
         if config.transport.bits < 32 and config.transport.error_feedback:
             self.residual = [_on_host(owner).zero_() for owner in layout.owners()]
+
+    def ends_at(self, done: int) -> bool:
+        """Whether a round is over after so many updates of the run."""
+        return done % self._every == 0
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -123,6 +127,15 @@ class Rounds:
                 for kept in (self.momentum, self.residual):
                     if kept:
                         placement.stretch.of(kept[number[id(placement.owner)]]).zero_()
+
+
+def start_rounds(
+    layout: Layout, weights: Weights, islands: Islands, config: IslandsConfig
+) -> Rounds | None:
+    """The rounds of an engine; None where islands share gradients, or there is but one."""
+    if islands.size == 1 or config.share_gradients:
+        return None
+    return Rounds(layout, weights, islands, config)
 
 
 def _on_host(owner: torch.Tensor) -> torch.Tensor:

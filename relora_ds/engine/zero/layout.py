@@ -148,6 +148,12 @@ class Layout(ABC):
             return None
         return placement.stretch.of(tensor.view(-1))
 
+    def take_master(self, parameter: nn.Parameter) -> None:
+        """Set this rank's part of the working values to what it holds of the master."""
+        placement = self.placements[parameter]
+        stretch, (first, working) = placement.stretch, self.working(parameter)
+        working.narrow(0, stretch.start - first, stretch.length).copy_(placement.master())
+
     def mismatch(self, parameter: nn.Parameter) -> torch.Tensor:
         """Whether a trained parameter's working values are not its rounded masters: bool scalar."""
         placement = self.placements[parameter]

@@ -49,12 +49,20 @@ class ZeroMatrices(MatrixExchange):
         names: Mapping[nn.Parameter, str],
         tp: TensorParallel,
     ) -> None:
+        self._layout = layout
         self._group = layout.partition_group
         self._tp = tp
         self._rules = {names[parameter]: rule for parameter, rule in rules.items()}
         self._sizes = {names[parameter]: tp_local_shape(parameter) for parameter in rules}
         self._dims = {names[p]: s.dim for p in rules if (s := shard_of(p)) is not None}
         self._units = units_of(self._rules)
+        self._beside = {
+            name
+            for unit in self._units
+            for name in unit
+            if name not in self._dims and any(other in self._dims for other in unit)
+        }
+        """Matrices that every tensor-parallel rank has whole, of units in which others are cut."""
         self._slices, self._shards = self._find_owners(layout, rules, names)
         self.by_parameter: dict[nn.Parameter, MatrixSlice] = {}
         """This rank's slice of every matrix."""
@@ -131,7 +139,8 @@ class ZeroMatrices(MatrixExchange):
         return matrix
 
     def _owns(self, name: str) -> bool:
-        alone = self._shards is None or name not in self._dims or self._shards.owns(name)
+        cut = name in self._dims or name in self._beside
+        alone = self._shards is None or not cut or self._shards.owns(name)
         return alone and (self._slices is None or self._slices.owns(name))
 
     def _place(self, layout: Layout) -> dict[int, list[PlacedMatrix]]:
@@ -225,7 +234,10 @@ class ZeroMatrices(MatrixExchange):
         rows = {
             n: whole.movedim(self._dims[n], 0) for n, whole in wholes.items() if n in self._dims
         }
-        parts = {name: whole for name, whole in wholes.items() if name not in self._dims}
+        spread = {name: part for name, part in local.items() if name in self._beside}
+        cut = self._dims.keys() | self._beside
+        parts = {name: whole for name, whole in wholes.items() if name not in cut}
+        parts |= self._shards.spread(wholes, spread)
         found = self._shards.scatter(
             {name: row.reshape(-1) for name, row in rows.items()},
             {name: part for name, part in local.items() if name in self._dims},
@@ -235,6 +247,20 @@ class ZeroMatrices(MatrixExchange):
             across = n if self._dims[name] == 0 else m
             parts[name] = flat.view(-1, across).movedim(0, self._dims[name])
         return parts
+
+    def refresh(self, names: Sequence[str]) -> None:
+        """Take this rank's masters of matrices, by full name, over into its working weights."""
+        for parameter, matrix in self.by_parameter.items():
+            if matrix.name in names:
+                self._layout.take_master(parameter)
+
+    def moments(self) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]:
+        """This rank's slices of the state that has its matrix's shape, live and 1-D."""
+        found = {}
+        for parameter, matrix in self.by_parameter.items():
+            declared = self._rules[matrix.name].state(matrix.shape).items()
+            found[parameter] = tuple(matrix.state[key] for key, s in declared if s.held == "slice")
+        return found
 
     def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State that all data-parallel ranks of a shard hold alike, by name."""

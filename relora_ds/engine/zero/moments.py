@@ -1,8 +1,9 @@
-"""Adam's moments on top of a layout: the port `Moments`."""
+"""Moments on top of a layout: the port `Moments`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import nn
@@ -12,8 +13,12 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.train_state import Moments, MomentShard
 from relora_ds.numerics.order_statistic import order_statistics
+from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import global_shape, shard_of
+
+MatrixMoments = Mapping[nn.Parameter, tuple[torch.Tensor, ...]]
+"""Moments of parameters that are updated matrix-wise: this rank's slices, live and 1-D."""
 
 
 class _RotatedRows:
@@ -71,13 +76,14 @@ class _RotatedRows:
 
 
 class ZeroMoments(Moments):
-    """The slices of both moments that the optimizer keeps on this rank.
+    """The slices of all moments that the optimizer keeps on this rank.
 
     Args:
-        layout: where moments are.
+        layout: where Adam's moments are.
         clocks: clock of every parameter that has one.
         completed_steps: the optimizer's own count of updates.
         collectives: sums over the ranks that hold other parts.
+        by_matrix: moments of parameters that are updated matrix-wise, slices of this rank, 1-D.
     """
 
     def __init__(
@@ -86,7 +92,9 @@ class ZeroMoments(Moments):
         clocks: Mapping[nn.Parameter, VectorClock],
         completed_steps: Callable[[], int],
         collectives: StateCollectives,
+        by_matrix: MatrixMoments,
     ) -> None:
+        self._by_matrix = by_matrix
         self._layout = layout
         self._clocks = clocks
         self._completed_steps = completed_steps
@@ -97,12 +105,13 @@ class ZeroMoments(Moments):
         return self._completed_steps()
 
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
-        first = self._layout.optimizer_state(parameter, "exp_avg")
-        second = self._layout.optimizer_state(parameter, "exp_avg_sq")
-        if first is None or second is None:
+        stretch = self._layout.placements[parameter].stretch
+        if (held := self._by_matrix.get(parameter)) is None:
+            adam = [self._layout.optimizer_state(parameter, key) for key in MOMENTS]
+            held = tuple(moment for moment in adam if moment is not None)
+        elif not stretch.length:
             return None
-        start = self._layout.placements[parameter].stretch.start
-        return MomentShard(start, first, second, shard_of(parameter))
+        return MomentShard(stretch.start, held, shard_of(parameter)) if held else None
 
     def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         shards = [self._counted(parameter) for parameter in parameters]
@@ -110,25 +119,30 @@ class ZeroMoments(Moments):
         total = torch.zeros((), dtype=torch.int64, device=device)
         for shard in shards:
             if shard is not None:
-                here = shard.exp_avg.count_nonzero() + shard.exp_avg_sq.count_nonzero()
-                total += here.to(device)
+                for moment in shard.moments:
+                    total += moment.count_nonzero().to(device)
         return self._collectives.sum_over_state(total)
 
     def order_statistics(
         self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> list[tuple[torch.Tensor, ...]]:
         sizes = [global_shape(parameter).numel() for parameter in parameters]
         inside = all(0 < k <= size for k, size in zip(ks, sizes, strict=True))
         assert inside, f"k beyond the size of a parameter: {ks} of {sizes}"
-        values = []
-        for parameter in parameters:
+        values, each = [], []
+        counts = [self._count(parameter) for parameter in parameters]
+        for parameter, k, count in zip(parameters, ks, counts, strict=True):
             shard = self._counted(parameter)
             empty = torch.empty(0, device=self._collectives.device)
-            values += [empty, empty] if shard is None else [shard.exp_avg, shard.exp_avg_sq]
-        both = [k for k in ks for _ in range(2)]
+            values += [empty] * count if shard is None else shard.moments
+            each += [k] * count
         sums = self._collectives
-        found = order_statistics(values, both, sums.sum_over_state, sums.device)
-        return list(zip(found[::2], found[1::2], strict=True))
+        found = iter(order_statistics(values, each, sums.sum_over_state, sums.device))
+        return [tuple(islice(found, count)) for count in counts]
+
+    def _count(self, parameter: nn.Parameter) -> int:
+        """How many moments a parameter has, also where this rank has nothing of it."""
+        return len(self._by_matrix.get(parameter, MOMENTS))
 
     def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
         found, cut = {}, []

@@ -11,7 +11,7 @@ from relora_ds.accounting.recorder import recorder
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.host_memory import ZeroHostMemory
 from relora_ds.engine.zero.layout import Layout
-from relora_ds.engine.zero.moments import ZeroMoments
+from relora_ds.engine.zero.moments import MatrixMoments, ZeroMoments
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.engine.zero.vectors import ZeroVectors
 from relora_ds.engine.zero.weights import ZeroWeights
@@ -27,7 +27,7 @@ class ZeroState(TrainState):
     """Weights, masters and moments, whole or sliced, wherever the layout says they are.
 
     Args:
-        layout: where working weights, masters and moments are.
+        layout: where working weights, masters and Adam's moments are.
         bases: authoritative store of every frozen weight that may be edited.
         clocks: clock of every parameter that has one.
         completed_steps: the optimizer's own count of updates.
@@ -35,6 +35,7 @@ class ZeroState(TrainState):
         gradients: runs the model outside of updates.
         edited: called with every frozen parameter that was edited.
         tp: the tensor-parallel group whose ranks hold other parts.
+        by_matrix: moments of what is updated matrix-wise; None where nothing is.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class ZeroState(TrainState):
         gradients: FrozenGradients,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
         tp: TensorParallel = SINGLE,
+        by_matrix: MatrixMoments | None = None,
     ) -> None:
+        matrices = by_matrix or {}
         # collectives are where the parameters are, also if moments are offloaded
         device = next(iter((*layout.placements, *bases))).device
         self._collectives = collectives = StateCollectives(layout, tp, device)
@@ -56,8 +59,8 @@ class ZeroState(TrainState):
         host = ZeroHostMemory(layout, collectives)
         super().__init__(
             ZeroWeights(layout, bases, edited, collectives),
-            ZeroMoments(layout, clocks, completed_steps, collectives),
-            ZeroVectors(layout, clocks, completed_steps, host, collectives),
+            ZeroMoments(layout, clocks, completed_steps, collectives, matrices),
+            ZeroVectors(layout, clocks, completed_steps, host, collectives, matrices),
             host,
             gradients,
         )

@@ -11,6 +11,7 @@ from torch import nn
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.layout import Layout
+from relora_ds.engine.zero.moments import MatrixMoments
 from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
 from relora_ds.numerics.batched.rows import Move, Rows, clear_rows, copy_matrices, copy_rows
 from relora_ds.numerics.gpu import launch
@@ -62,11 +63,12 @@ class ZeroVectors(Vectors):
     """Rows and columns of factors, whole or in pieces, wherever the layout says they are.
 
     Args:
-        layout: where working weights, masters and moments are.
+        layout: where working weights, masters and Adam's moments are.
         clocks: clock of every parameter that has one.
         completed_steps: the optimizer's own count of updates.
         host: knows which span of a stored vector is kept here.
         collectives: sums over the ranks that hold other parts.
+        by_matrix: moments of parameters that are updated matrix-wise, slices of this rank, 1-D.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class ZeroVectors(Vectors):
         completed_steps: Callable[[], int],
         host: HostMemory,
         collectives: StateCollectives,
+        by_matrix: MatrixMoments,
     ) -> None:
+        self._by_matrix = by_matrix
         self._layout = layout
         self._clocks = clocks
         self._completed_steps = completed_steps
@@ -204,10 +208,10 @@ class ZeroVectors(Vectors):
         rows: dict[torch.device, list[Rows]] = {}
         for each in vectors:
             parameter, places = each.parameter, _here(each).master
-            placement, clock = self._layout.placements[parameter], self._clocks[parameter]
-            state = self._layout.optimizer.state.get(placement.owner, {})
-            fragment = self._fragment(parameter, placement.stretch)
-            for moment in (state[key] for key in MOMENTS if key in state):
+            clock = self._clocks[parameter]
+            stretch, moments = self._moments(parameter)
+            fragment = self._fragment(parameter, stretch)
+            for moment in moments:
                 for part in fragment.parts(moment.view(-1), places):
                     rows.setdefault(moment.device, []).append(Rows(part.view, part.local))
                     cleared += len(part.local) * part.view.shape[1]
@@ -216,6 +220,14 @@ class ZeroVectors(Vectors):
         for device, here in rows.items():
             clear_rows(here, device)
         return cleared
+
+    def _moments(self, parameter: nn.Parameter) -> tuple[Stretch, tuple[torch.Tensor, ...]]:
+        """This rank's moments of a parameter, and where in them its elements lie."""
+        placement = self._layout.placements[parameter]
+        if parameter in self._by_matrix:
+            return replace(placement.stretch, offset=0), self._by_matrix[parameter]
+        state = self._layout.optimizer.state.get(placement.owner, {})
+        return placement.stretch, tuple(state[key] for key in MOMENTS if key in state)
 
     def _working(self, parameter: nn.Parameter) -> tuple[torch.Tensor, Fragment]:
         """What this rank stores of the working values, 1-D, and its vectors."""

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from relora_ds.methods.formulation.choice import GradientForm
+from relora_ds.numerics.products import matmul, place_of, scaled
 from relora_ds.parallel.low_rank import Factors
 
 Gradients = tuple[torch.Tensor | None, ...]
@@ -76,7 +77,9 @@ class ComposedProduct(torch.autograd.Function):
         # parameters as they are, nothing derived from them: ZeRO may swap their storage in between
         ctx.save_for_backward(x, *parts, *kept)
         ctx.composition, ctx.parts = composition, len(parts)
-        return (x.reshape(-1, x.shape[-1]) @ weight.t()).view(*x.shape[:-1], weight.shape[0])
+        ctx.places = place_of(parts[0]), place_of(parts[1])
+        rows = x.reshape(-1, x.shape[-1])
+        return matmul(rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -90,19 +93,22 @@ class ComposedProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             weight = kept[0] if kept else composition.compose(lora_a, lora_b, *rest)
-            grad_x = (grad @ weight).view_as(x)
+            grad_x = matmul(grad, weight).view_as(x)
             del weight, kept, tensors  # before dW takes as much again
         needed = ctx.needs_input_grad[3:]
         if not any(needed):
             return grad_x, None, None, *(None,) * len(needed)
-        scale = composition.scale
         if composition.gradient == "low_rank":
-            grad_a = (grad @ lora_b).mul_(scale).t() @ rows
-            grad_b = (grad.t() @ (rows @ lora_a.t())).mul_(scale)
+            grad_a = matmul(matmul(grad, lora_b).t(), rows)
+            grad_b = matmul(grad.t(), matmul(rows, lora_a.t()))
             others = composition.of_rows(rows, grad, *rest)
         else:
-            full = grad.t() @ rows
-            grad_a = (lora_b.t() @ full).mul_(scale)
-            grad_b = (full @ lora_a.t()).mul_(scale)
+            full = matmul(grad.t(), rows)
+            grad_a = matmul(lora_b.t(), full)
+            grad_b = matmul(full, lora_a.t())
             others = composition.of_dense(full, *rest)
-        return grad_x, None, None, *composition.divide(grad_a, grad_b), *others
+        factors = (
+            scaled(each, composition.scale, place)
+            for each, place in zip(composition.divide(grad_a, grad_b), ctx.places, strict=True)
+        )
+        return grad_x, None, None, *factors, *others

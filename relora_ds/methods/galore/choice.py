@@ -11,7 +11,7 @@ from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.methods.galore.layer import GaLoreLinear
 
 Choose = Callable[[str, torch.Tensor], torch.Tensor]
-"""From a projection's name and its whole gradient (m, n), fp32, to the basis (r, min(m, n))."""
+"""From a projection's name and its whole gradient (m, n), fp32, to its basis."""
 
 
 class BasisChoice:
@@ -83,7 +83,8 @@ class BasisChoice:
             own[name] = self._choose(name, whole)
         for turn, name in enumerate(self._round):
             layer = self._layers[name]
-            shape = layer.rank, min(layer.spec.out_features, layer.spec.in_features)
+            along = layer.spec.in_features if layer.right else layer.spec.out_features
+            shape = layer.rank, along
             value = own.get(name)
             if value is None:
                 value = torch.empty(shape, dtype=torch.float32, device=layer.weight.device)

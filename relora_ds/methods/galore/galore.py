@@ -42,7 +42,8 @@ class GaLore(Method[GaLoreConfig]):
     requirements = Requirements(islands_apart=False)
 
     def linear(self, spec: LinearSpec) -> Projection:
-        return GaLoreLinear(spec, self.config.rank)
+        right = self.config.is_right(spec.out_features, spec.in_features)
+        return GaLoreLinear(spec, self.config.rank, right)
 
     def initialize(self, layer: Projection, dense: torch.Tensor) -> None:
         assert isinstance(layer, GaLoreLinear)
@@ -63,8 +64,10 @@ class GaLore(Method[GaLoreConfig]):
         # the sums of gradients of this process's parts, which grow until the last micro-batch
         sums = sum(tp_local_shape(layer.weight).numel() for layer in layers)
         shapes = [(layer.spec.out_features, layer.spec.in_features) for layer in layers]
+        config = self.config
         choice = max(
-            _FP32 * m * n + choice_bytes(m, n, self.config.rank, self.config.svd) for m, n in shapes
+            _FP32 * m * n + choice_bytes(m, n, config.rank, config.svd, config.is_right(m, n))
+            for m, n in shapes
         )
         return choice + (_FP32 * sums if micro_batches > 1 else 0)
 
@@ -145,7 +148,9 @@ class GaLoreSession(Session[GaLore]):
     def _leading_basis(self, step: int, name: str, gradient: torch.Tensor) -> torch.Tensor:
         config = self.method.config
         stream = Stream(self.method.seed, "basis", name, step)
-        return leading_basis(gradient, config.rank, config.svd, stream)
+        return leading_basis(
+            gradient, config.rank, config.svd, stream, config.is_right(*gradient.shape)
+        )
 
     def _take(
         self, layer: GaLoreLinear, projected: torch.Tensor, basis: torch.Tensor, fresh: torch.Tensor

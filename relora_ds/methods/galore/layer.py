@@ -1,8 +1,9 @@
 """A projection whose weight moves within a subspace of rank r.
 
-Shapes: x (T, n), W (m, n); S is the shorter side of W and L the longer one. The weight in effect is
-W + P Q where m >= n and W + (P Q)^T otherwise. The `projected` P (L, r) is trained, the `basis` Q
-(r, S) is fixed. The gradient of P is G Q^T, or G^T Q^T, for the gradient G of W: training P is
+Shapes: x (T, n), W (m, n); the subspace lies along one side of W, of length S, and L is the other
+one. The weight in effect is W + P Q where that is the right side, S = n, and W + (P Q)^T where it
+is the left one, S = m. The `projected` P (L, r) is trained, the `basis` Q (r, S) is fixed. The
+gradient of P is G Q^T, or G^T Q^T, for the gradient G of W: training P is
 GaLore between two choices of the basis, and no gradient larger than P is formed.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from relora_ds.numerics.products import matmul, place_of
 from relora_ds.parallel.linear import LinearSpec, Projection
 
 Sink = Callable[[torch.Tensor], None]
@@ -34,17 +36,17 @@ class _ProjectedProduct(torch.autograd.Function):
         weight: torch.Tensor,
         projected: torch.Tensor,
         basis: torch.Tensor,
-        tall: bool,
+        right: bool,
         sink: Sink | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, projected, basis)
-        ctx.tall, ctx.sink = tall, sink
+        ctx.right, ctx.sink, ctx.place = right, sink, place_of(projected)
         rows = x.reshape(-1, x.shape[-1])
-        out = rows @ weight.t()
-        if tall:
-            out.addmm_(rows @ basis.t(), projected.t())
+        out = matmul(rows, weight.t())
+        if right:
+            out.addmm_(matmul(rows, basis.t()), projected.t())
         else:
-            out.addmm_(rows @ projected, basis)
+            out.addmm_(matmul(rows, projected), basis)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -53,59 +55,60 @@ class _ProjectedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         if ctx.sink is not None:
-            ctx.sink(grad.t() @ rows)
-        inner = grad @ (projected if ctx.tall else basis.t())
+            ctx.sink(matmul(grad.t(), rows))
+        inner = matmul(grad, projected if ctx.right else basis.t())
         grad_x = grad_projected = None
         if ctx.needs_input_grad[0]:
-            behind = basis if ctx.tall else projected.t()
-            grad_x = (grad @ weight).addmm_(inner, behind).view_as(x)
+            behind = basis if ctx.right else projected.t()
+            grad_x = matmul(grad, weight).addmm_(inner, behind).view_as(x)
         if ctx.needs_input_grad[2]:
-            tall = ctx.tall
-            grad_projected = grad.t() @ (rows @ basis.t()) if tall else rows.t() @ inner
+            factors = (grad, matmul(rows, basis.t())) if ctx.right else (rows, inner)
+            grad_projected = matmul(factors[0].t(), factors[1], ctx.place)
         return grad_x, None, grad_projected, None, None, None
 
 
 class GaLoreLinear(Projection):
     """A frozen `weight` (m, n), a frozen `basis` (r, S) and the trained `projected` (L, r).
 
+    Args:
+        spec: of the projection.
+        rank: r, at most min(m, n).
+        right: whether the subspace lies along n, so that S = n and L = m, or along m.
+
     Over tensor-parallel ranks the two small matrices are cut along the side that they have in
     common with what is cut of the weight; the one without such a side is whole on every rank.
     """
 
-    def __init__(self, spec: LinearSpec, rank: int) -> None:
+    def __init__(self, spec: LinearSpec, rank: int, right: bool) -> None:
         super().__init__(spec)
-        self.rank = rank
+        self.rank, self.right = rank, right
         m, n = spec.out_features, spec.in_features
+        other, along = (m, n) if right else (n, m)
         self.weight = nn.Parameter(torch.empty(m, n), requires_grad=False)
-        self.basis = nn.Parameter(torch.empty(rank, min(m, n)), requires_grad=False)
-        self.projected = nn.Parameter(torch.empty(max(m, n), rank))
+        self.basis = nn.Parameter(torch.empty(rank, along), requires_grad=False)
+        self.projected = nn.Parameter(torch.empty(other, rank))
         self.bias = self.allocate_bias()
         self.sink: Sink | None = None
         """Given the dense gradient of every backward pass whose forward pass it was set in."""
 
-    @property
-    def is_tall(self) -> bool:
-        """Whether the weight has as many rows as columns, or more."""
-        return self.spec.out_features >= self.spec.in_features
-
     def product(self, x: torch.Tensor) -> torch.Tensor:
         out = _ProjectedProduct.apply(
-            x, self.weight, self.projected, self.basis, self.is_tall, self.sink
+            x, self.weight, self.projected, self.basis, self.right, self.sink
         )
         assert isinstance(out, torch.Tensor)
         return out
 
     @property
-    def _cuts_long_side(self) -> bool:
-        return (self.spec.style == "column") == self.is_tall
+    def _cuts_projected(self) -> bool:
+        return (self.spec.style == "column") == self.right
 
     def shard_dims(self) -> dict[str, int]:
         weight = {"weight": 0 if self.spec.style == "column" else 1}
-        return weight | ({"projected": 0} if self._cuts_long_side else {"basis": 1})
+        return weight | ({"projected": 0} if self._cuts_projected else {"basis": 1})
 
     def partial_gradients(self) -> list[nn.Parameter]:
         partial = super().partial_gradients()
-        if self.spec.tp.size > 1 and not self._cuts_long_side:
+        if self.spec.tp.size > 1 and not self._cuts_projected:
             partial.append(self.projected)
         return partial
 
@@ -113,7 +116,7 @@ class GaLoreLinear(Projection):
         self, projected: torch.Tensor, basis: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What P and Q add to the weight, as the two factors (m, r) and (r, n) of a product."""
-        return (projected, basis) if self.is_tall else (basis.t(), projected.t())
+        return (projected, basis) if self.right else (basis.t(), projected.t())
 
     def extra_repr(self) -> str:
         return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"

@@ -1,4 +1,4 @@
-"""Resetting Adam moments at a restart, on whatever part of them this rank holds.
+"""Resetting moments at a restart, on whatever part of them this rank holds.
 
 Every mask is a pure function of (seed, parameter name, restart, element), or of an exact order
 statistic over the whole parameter, so the outcome does not depend on how the state is cut.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import nn
@@ -56,11 +57,11 @@ def reset_moments(
     for name, shard in shards.items():
         if shard is None:
             continue
-        first, second = masks[name]
+        survivors = masks[name]
         if config.joint:
-            first = second = first & second
-        shard.exp_avg.masked_fill_(~first, 0.0)
-        shard.exp_avg_sq.masked_fill_(~second, 0.0)
+            survivors = [reduce(torch.logical_and, survivors)] * len(survivors)
+        for moment, survive in zip(shard.moments, survivors, strict=True):
+            moment.masked_fill_(~survive, 0.0)
     return torch.stack([before, moments.count_non_zero(everything)])
 
 
@@ -78,7 +79,7 @@ def reset_share(before: int, after: int, config: ResetConfig) -> float:
     """
     if not before:
         raise DivergenceError(
-            "every Adam moment of the adapters is zero at a restart: they got no gradient since "
+            "every moment of the adapters is zero at a restart: they got no gradient since "
             "the last one; look for a learning rate, mask or loss that cuts them off"
         )
     asked = 1.0 if config.mode == "zero" else config.fraction
@@ -94,18 +95,17 @@ def reset_share(before: int, after: int, config: ResetConfig) -> float:
 
 def _random_masks(
     shard: MomentShard, name: str, config: ResetConfig, seed: int, event: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which elements survive. `zero` keeps none; `random` those whose uniform draw is more than the
-    fraction, one draw per moment."""
+) -> list[torch.Tensor]:
+    """Which elements of each moment survive. `zero` keeps none; `random` those whose uniform draw
+    is more than the fraction, one draw per moment."""
     if config.mode == "zero":
-        none = torch.zeros_like(shard.exp_avg, dtype=torch.bool)
-        return none, none
-    first, second = (
+        return [torch.zeros_like(moment, dtype=torch.bool) for moment in shard.moments]
+    drawn = [
         shard.uniform(Stream(seed, f"reset.{moment}", name, event)) > config.fraction
-        for moment in MOMENTS
-    )
+        for moment in MOMENTS[: len(shard.moments)]
+    ]
     # a joint mask is one draw: the intersection of two would keep (1 - p)^2 instead of 1 - p
-    return (first, first) if config.joint else (first, second)
+    return drawn[:1] * len(drawn) if config.joint else drawn
 
 
 def _magnitude_masks(
@@ -114,7 +114,7 @@ def _magnitude_masks(
     parameters: Mapping[str, nn.Parameter],
     shards: Mapping[str, MomentShard | None],
     fraction: float,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+) -> dict[str, list[torch.Tensor]]:
     """Survivors are strictly larger than the quantile `fraction` of the parameter's magnitudes.
 
     The threshold is the order statistic at which `torch.quantile` starts to interpolate, so the
@@ -124,7 +124,8 @@ def _magnitude_masks(
     ks = [math.floor(fraction * (count - 1)) + 1 for count in counts]
     thresholds = moments.order_statistics(list(parameters.values()), ks)
     masks = {}
-    for (name, shard), (first, second) in zip(shards.items(), thresholds, strict=True):
+    for (name, shard), of_each in zip(shards.items(), thresholds, strict=True):
         if shard is not None:
-            masks[name] = (shard.exp_avg.abs() > first, shard.exp_avg_sq.abs() > second)
+            pairs = zip(shard.moments, of_each, strict=True)
+            masks[name] = [moment.abs() > threshold for moment, threshold in pairs]
     return masks

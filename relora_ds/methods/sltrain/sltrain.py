@@ -182,6 +182,13 @@ class SLTrain(Method[SLTrainConfig]):
             lora_a, lora_b, values, row_starts.to(device), columns.to(device), layer.scale
         )
 
+    def parts(self, layer: Projection) -> dict[str, torch.Tensor]:
+        """The low-rank product and the sparse matrix."""
+        assert isinstance(layer, SparseLowRankLinear)
+        lora_a, lora_b = layer.lora_A.detach().float(), layer.lora_B.detach().float()
+        low_rank = layer.scale * lora_b @ lora_a
+        return {"low-rank": low_rank, "sparse": self.dense_weight(layer) - low_rank}
+
     def matrix_optimizer(
         self, settings: OptimizerConfig, name: str, parameter: nn.Parameter
     ) -> MatrixOptimizer | None:

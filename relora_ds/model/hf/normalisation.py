@@ -22,8 +22,24 @@ from sentencepiece import SentencePieceNormalizer
 NAMED = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 """Names of the rules that can be expressed."""
 _LAST_COMPOSED = 0x1FFFF  # no later one has marks
+_LATER_RANGES = (
+    (0x32FF, 0x32FF), (0xA7F1, 0xA7F4), (0xAB69, 0xAB69), (0x10780, 0x107BF), (0x1CCD6, 0x1CCF9),
+    (0x1E030, 0x1E06F), (0x1F16C, 0x1F16C), (0x1FBF0, 0x1FBF9),
+)  # fmt: skip
+_LATER = frozenset(code for first, last in _LATER_RANGES for code in range(first, last + 1))
+"""What Unicode 12 to 17 map to something else: Hugging Face's NFKC is that of an earlier one."""
+_LATER_PAIRS = (
+    *("\U00011935\U00011930", "\U000105d2\u0307", "\U000105da\u0307", "\U00011382\U000113c9"),
+    *("\U00011384\U000113bb", "\U0001138b\U000113c2", "\U00011390\U000113c9"),
+    *("\U000113c2\U000113c2", "\U000113c2\U000113b8", "\U000113c2\U000113c9"),
+    *("\U0001611e\U0001611e", "\U0001611e\U00016129", "\U0001611e\U0001611f"),
+    *("\U00016129\U0001611f", "\U0001611e\U00016120", "\U00016d67\U00016d67"),
+    "\U00016d63\U00016d67",
+)
+"""What they compose."""
+_REPLACEMENT = 0xFFFD  # in the place of bytes that are no character, and a blank to some rules
 _MARK = r"[\p{M}\x{FF9E}\x{FF9F}]"
-_LATER = r"[\p{M}\x{FF9E}\x{FF9F}\x{11A8}-\x{11C2}]"  # and what ends a syllable of Hangul
+_AFTER = r"[\p{M}\x{FF9E}\x{FF9F}\x{11A8}-\x{11C2}]"  # and what ends a syllable of Hangul
 _BREAK, *_PLACEHOLDERS = (chr(code) for code in range(0xFDD0, 0xFDF0))  # no text may hold them
 
 
@@ -47,21 +63,24 @@ def named_steps(name: str) -> list[dict[str, Any]]:
         remove_extra_whitespaces=False,
     )
     results = dict(zip(candidates, normaliser.Normalize(candidates), strict=True))
+    composed = dict(zip(_LATER_PAIRS, normaliser.Normalize(list(_LATER_PAIRS)), strict=True))
     before: dict[str, list[str]] = defaultdict(list)
     after: dict[str, str] = {}
     free = iter(_PLACEHOLDERS)
     for character, result in results.items():
-        plain = _nfkc(character, folds)
+        plain = character if ord(character) in _LATER else _nfkc(character, folds)
         if result == plain:
             continue
         if _nfkc(result, folds) == result:
             before[result].append(character)
         elif results.get(plain) == result:  # a pair whose other half is the folded one
             after[plain] = result
-        elif (placeholder := next(free, None)) is not None:
+        else:
+            placeholder = next(free)  # there are more than any rules need
             before[placeholder].append(character)
             after[placeholder] = result
     steps = [replace(_class(sources), result) for result, sources in before.items()]
+    steps += [replace(_escaped(pair), one) for pair, one in composed.items() if one != pair]
     steps += [replace(_apart(), _BREAK), {"type": "NFKC"}, replace(_BREAK, "")]
     if folds:
         steps.append({"type": "Lowercase"})
@@ -76,6 +95,8 @@ def _nfkc(text: str, folds: bool) -> str:
 def _may_matter(code: int, folds: bool) -> bool:
     """Whether NFKC, a folding or a rule about blanks and controls can name the character."""
     character = chr(code)
+    if code in _LATER or code == _REPLACEMENT:
+        return True
     category = unicodedata.category(character)
     if category in ("Cs", "Co", "Cn"):
         return False
@@ -107,7 +128,7 @@ def _apart() -> str:
     )
     double = [character for character in several if unicodedata.category(character)[0] == "M"]
     return (
-        f"(?<={_MARK})(?={_MARK})(?!{stacks})|(?<={_class(several)})(?={_LATER})"
+        f"(?<={_MARK})(?={_MARK})(?!{stacks})|(?<={_class(several)})(?={_AFTER})"
         rf"|(?<=[\s\S])(?={_class(double)})"
     )
 

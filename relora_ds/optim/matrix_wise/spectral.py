@@ -37,7 +37,8 @@ class SpectralPair(MatrixOptimizer):
 
     A is (r, n), B is (m, r). M = mu M + (1 - mu) G and N = (1 - mu) G + mu M per factor; without
     Nesterov's look-ahead N is M. c = sqrt(max(1, m / n)). Decay is decoupled: each factor is
-    multiplied by 1 - lr wd first.
+    multiplied by 1 - lr wd first. A frozen row of A or column of B takes part in O and stays as it
+    is.
 
     Nothing of the size of B A is formed. With P = [N_B B] and Q = [A^T N_A^T], which have 2 r
     columns, D = P Q^T; triangular factors of the Gram matrices of P and Q leave a polar factor of
@@ -68,13 +69,12 @@ class SpectralPair(MatrixOptimizer):
         values = [(update.master, self._ahead(update)) for update in matrices]
         directions = yield OfWhole(values, self.directions)
         for update, direction in zip(matrices, directions, strict=True):
-            update.master.mul_(1 - update.lr * update.weight_decay)
-            update.master.add_(direction, alpha=-update.lr)
+            update.move(direction)
 
     def _ahead(self, update: MatrixUpdate) -> torch.Tensor:
-        momentum = update.matrix.state["momentum"]
-        momentum.lerp_(update.grad, 1 - self.momentum)
-        return update.grad.lerp(momentum, self.momentum) if self.nesterov else momentum
+        momentum, grad = update.matrix.state["momentum"], update.live_grad()
+        momentum.lerp_(grad, 1 - self.momentum)
+        return grad.lerp(momentum, self.momentum) if self.nesterov else momentum
 
     def directions(
         self,

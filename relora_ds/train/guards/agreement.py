@@ -51,11 +51,15 @@ class Agreement:
     """Meetings of all ranks, in a group of their own on the host: the answer must not wait for work
     that is queued on a device. Made on every rank.
 
+    Within a round of islands each island meets by itself, and a wish to stop waits for its end.
+
     Args:
         islands: whose ranks can meet among themselves.
+        every: updates of a round.
     """
 
-    def __init__(self, islands: Islands = ALONE) -> None:
+    def __init__(self, islands: Islands = ALONE, every: int = 1) -> None:
+        self._every = every
         world = range(torch.distributed.get_world_size())
         self._everyone = join_one_of([world], torch.distributed.get_rank(), backend="gloo")
         self._within = self._everyone
@@ -66,13 +70,12 @@ class Agreement:
             parts = sorted(set(parts))
             self._within = join_one_of(parts, torch.distributed.get_rank(), backend="gloo")
 
-    def meet(self, place: Place, stop: bool = False, *, within: bool = False) -> bool:
+    def meet(self, place: Place, stop: bool = False) -> bool:
         """Wait for all ranks and make sure that they are at the same place. A collective call.
 
         Args:
             place: where this rank is.
             stop: whether this rank wants the run to end here.
-            within: leave the ranks of other islands alone.
 
         Returns:
             Whether any rank wants that.
@@ -80,9 +83,9 @@ class Agreement:
         Raises:
             DesyncError: on every rank: they are at different places; names them.
         """
-        digest = place.digest()
+        digest, within = place.digest(), place.step % self._every > 0
         # the largest and, inverted, the smallest in one reduction
-        flags = torch.tensor([int(stop), digest, ~digest])
+        flags = torch.tensor([int(stop and not within), digest, ~digest])
         group = self._within if within else self._everyone
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=group)
         wanted, high, low = flags.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relora_ds.errors import ConfigError
-from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.sinks.base import read_metrics
+from relora_ds.train.views.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LOSSES = "train/loss", "eval/loss"
 _LOSS_COLOUR = "#1f5fa8"
@@ -40,8 +40,6 @@ def plot_run(metrics_path: Path, output_path: Path) -> Path:
     Raises:
         ConfigError: there is no such file, it holds no loss, or the picture cannot be written.
     """
-    from matplotlib.figure import Figure  # draws with Agg: needs no display, keeps no global state
-
     try:
         records = read_metrics(metrics_path)
     except OSError as error:
@@ -50,24 +48,25 @@ def plot_run(metrics_path: Path, output_path: Path) -> Path:
         ) from error
     if not has_losses(records):
         raise ConfigError(f"{metrics_path} holds no finite loss; there is nothing to plot")
+    save_figure(loss_figure(records, metrics_path.resolve().parent.name), output_path)
+    return output_path
 
-    figure = Figure(figsize=(9.0, 5.4), dpi=150, layout="constrained")
+
+def loss_figure(records: Sequence[dict[str, Any]], name: str) -> Figure:
+    """Losses, learning rate and events of a run.
+
+    Args:
+        records: of its metrics.jsonl, with a loss among them.
+        name: of the run.
+    """
+    figure = new_figure()
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     _draw_loss(loss_axes, records)
     _draw_learning_rate(lr_axes, records)
     _draw_events(loss_axes, records)
     loss_axes.legend(loc="upper right", frameon=True, framealpha=0.9, fontsize=9)
-    loss_axes.set_title(_title(metrics_path, records), fontsize=11, loc="left")
-
-    image = io.BytesIO()
-    try:
-        figure.savefig(image, format=output_path.suffix.lstrip(".") or "png")
-        write_atomically(output_path, image.getvalue())
-    except ValueError as error:  # matplotlib lists the formats that it knows
-        raise ConfigError(f"cannot write {output_path}: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"cannot write {output_path}: {error.strerror}") from error
-    return output_path
+    loss_axes.set_title(_title(name, records), fontsize=11, loc="left")
+    return figure
 
 
 def has_losses(records: Sequence[dict[str, Any]]) -> bool:
@@ -190,9 +189,8 @@ def _loss_limits(
     return low - margin, high + margin
 
 
-def _title(metrics_path: Path, records: Sequence[dict[str, Any]]) -> str:
-    """The run's directory and, where there is one, its last evaluation."""
-    name = metrics_path.resolve().parent.name
+def _title(name: str, records: Sequence[dict[str, Any]]) -> str:
+    """The run's name and, where there is one, its last evaluation."""
     for record in reversed(records):
         if record.get("eval/loss") is not None:
             text = f"{name}: eval loss {record['eval/loss']:.3f}"

@@ -41,14 +41,15 @@ class PlainGaLore:
     """The authors' update of one matrix, with the moments of both rules and eps after the bias
     correction."""
 
-    def __init__(self, transport: str) -> None:
-        self._rotates = transport == "rotate"
+    def __init__(self, transport: str, side: str) -> None:
+        self._rotates, self._side = transport == "rotate", side
         self._basis = self._first = self._second = torch.zeros(())
         self._step = 0
 
     def direction(self, grad: torch.Tensor) -> torch.Tensor:
-        tall = grad.shape[0] >= grad.shape[1]
-        seen = grad if tall else grad.T
+        rows, cols = grad.shape
+        right = {"shorter": rows >= cols, "longer": rows <= cols, "left": False}[self._side]
+        seen = grad if right else grad.T
         if self._step % EVERY == 0:
             basis = torch.linalg.svd(seen.double(), full_matrices=False).Vh[:RANK].float()
             place = torch.arange(RANK), basis.abs().argmax(1)
@@ -66,13 +67,16 @@ class PlainGaLore:
         self._second = 0.999 * self._second + 0.001 * low.square()
         root = (self._second / (1 - 0.999**self._step)).sqrt() + EPS
         change = self._first / (1 - 0.9**self._step) / root @ self._basis
-        return change if tall else change.T
+        return change if right else change.T
 
 
-def config_of(transport: str, every: int, tensor: int = 1, **train: object) -> RunConfig:
+def config_of(
+    transport: str, every: int, tensor: int = 1, side: str = "shorter", **train: object
+) -> RunConfig:
     """A run without clipping at a constant rate."""
+    method = {"rank": RANK, "update_every": every, "transport": transport, "side": side}
     return run_config(
-        {"name": "galore", "rank": RANK, "update_every": every, "transport": transport},
+        {"name": "galore", **method},
         train={"steps": STEPS, **train},
         optimizer={"eps": EPS, "clip": 0.0},
         schedule={"name": "constant"},
@@ -80,14 +84,14 @@ def config_of(transport: str, every: int, tensor: int = 1, **train: object) -> R
     )
 
 
-def plain(transport: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain(transport: str, side: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final dense weights of autograd, torch's Adam and the formula."""
     config = run_config({"name": "full"})
     train, device = config.train, torch.device("cpu")
     method = plan_phases(config)[-1].method
     model = build_model(MODEL, method, train, InitialWeights(MODEL, train.seed), device)
     named = dict(model.named_parameters())
-    updates = {f"{name}.weight": PlainGaLore(transport) for name in projection_layers(model)}
+    updates = {f"{name}.weight": PlainGaLore(transport, side) for name in projection_layers(model)}
     rest = [p for name, p in named.items() if name not in updates]
     adam, losses = torch.optim.Adam(rest, lr=RATES["dense"], eps=EPS), []
     for tokens in batches(STEPS):
@@ -105,12 +109,12 @@ def plain(transport: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: p.detach() for name, p in named.items()}
 
 
-def check(topology: Topology, tensor: int, transport: str) -> dict[str, dict[str, Any]]:
+def check(topology: Topology, tensor: int, transport: str, side: str) -> dict[str, dict[str, Any]]:
     """By stage: the relative difference of every loss, and the largest difference of a dense weight
     in the end; how far this rank's number of state elements is from its share, and the elements of
     the largest matrix of state."""
-    expected, weights = plain(transport)
-    config = config_of(transport, EVERY, tensor)
+    expected, weights = plain(transport, side)
+    config = config_of(transport, EVERY, tensor, side)
     place = share_models(topology, config)
     found: dict[str, dict[str, Any]] = {}
     for stage in range(4):

@@ -61,7 +61,8 @@ class Island(Training):
                 recorder.name_group(group, name)
         probe = _batch(0)[:1, :-1]
         super().__init__(as_one_island(config), topology, {"stage": stage}, CUT, probe=probe)
-        self.every = config.islands.every
+        self.rounds_end = True
+        """Whether rounds end by themselves."""
 
     def own_share(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """This rank's micro-batches of a global batch of all islands."""
@@ -78,8 +79,8 @@ class Island(Training):
         self.before_step(step)
         recorder.begin_step()
         loss, _ = self.train_step(self.own_share(tokens))
-        if (step + 1) % self.every == 0:
-            self.engine.end_round(self.session.products_to_merge(step + 1))
+        if self.rounds_end:
+            self.engine.end_round(step + 1, self.session.products_to_merge(step + 1))
         return float(distributed.mean_over_ranks(loss)), self.after_step(step + 1)
 
 
@@ -132,14 +133,13 @@ def common_weights(topology: Topology, cells: list[tuple[str, int, int, str]]) -
         run = Island(config, topology, stage)
         for step in range(3):
             run.step(step)
-        run.every = 1 << 30  # the end of the round follows by hand
         tokens = _batch(3)
         run.set_rates(3, RATES)
         run.train_step(run.own_share(tokens))
         figures: dict[str, Any] = {"differ": [spread_over_islands(run)]}
         wanted = _mean_projections(run)
         recorder.begin_step()
-        run.engine.end_round(run.session.products_to_merge(4))
+        run.engine.end_round(4, run.session.products_to_merge(4))
         products = run.session.products_to_merge(4)
         merged = [factor for product in products for factor in product.factors]
         closed = end_of_round(_groups(run), run.zero, 2, run.topology.dp_rank, merged=merged)
@@ -178,12 +178,12 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
         figures: dict[str, Any] = {"error": []}
         for _ in range(2):
             start = _masters(run)
-            run.every = 1 << 30  # the end of the round follows by hand
+            run.rounds_end = False
             for step in range(2):
                 run.step(step)
             wanted, momentum = _outer_step(run, start, momentum)
             recorder.begin_step()
-            run.engine.end_round(run.session.products_to_merge(1))
+            run.engine.end_round(2, ())
             step_size = (wanted - start).norm()
             figures["error"].append(float((_masters(run) - wanted).norm() / step_size))
             momentum = None if bits < 32 else momentum  # what was left out is in the next round

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Rule:
     settings: dict[str, Any]
     plain: Callable[[str], PlainMuon | PlainScale]
     rates: dict[str, float]
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "full"})
 
 
 _FAST, _SLOW = {"dense": 1e-2, "adapter": 1e-2}, {"dense": 1e-3, "adapter": 1e-3}
@@ -86,20 +87,23 @@ RULES = {
         _FAST,
     ),
     "scale": Rule({"matrix": "scale"}, PlainScale, _SLOW),
+    # embedding and head alone
+    "ends": Rule({"matrix": "scale"}, PlainScale, _SLOW, {"name": "low_rank", "rank": 4}),
 }
 
 
 def plain(rule: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of so many updates and final weights of dense autograd, torch's AdamW and the formula
+    """Losses of so many updates and final weights of autograd, torch's AdamW and the formula
     of the rule."""
-    config, rates = run_config({"name": "full"}), RULES[rule].rates
+    config, rates = run_config(RULES[rule].method), RULES[rule].rates
     train, device = config.train, torch.device("cpu")
     method = plan_phases(config)[-1].method
     model = build_model(MODEL, method, train, InitialWeights(MODEL, train.seed), device)
-    moved = {f"{name}.weight": "adapter" for name in projection_layers(model)}
-    if rule == "scale":
-        moved |= {EMBEDDING: "dense", HEAD: "dense"}
     named = dict(model.named_parameters())
+    weights = (f"{name}.weight" for name in projection_layers(model))
+    moved = {name: "adapter" for name in weights if name in named}
+    if rule in ("scale", "ends"):
+        moved |= {EMBEDDING: "dense", HEAD: "dense"}
     dense = [p for name, p in named.items() if name not in moved]
     adam = torch.optim.AdamW(
         [
@@ -129,9 +133,9 @@ def plain(rule: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def config_of(rule: str, tensor: int = 1) -> RunConfig:
-    """A run of full rank at a constant rate that is clipped at every step."""
+    """A run at a constant rate that is clipped at every step."""
     return run_config(
-        {"name": "full"},
+        RULES[rule].method,
         optimizer={"eps": EPS, "clip": CLIP, "weight_decay": DECAY, **RULES[rule].settings},
         schedule={"name": "constant"},
         parallel={"tensor": tensor},

@@ -21,8 +21,17 @@ def figures(topology: Topology) -> dict[str, Any]:
     return found
 
 
+def pairs(topology: Topology) -> dict[str, Any]:
+    """Methods with events whose pairs of factors are updated as one, in both precisions."""
+    return {
+        f"{name}/{precision}": compare(topology, name, precision, 4, 0.0, adapter="spectral")
+        for name in ("relora", "switchlora")
+        for precision in ("fp32", "bf16")
+    }
+
+
 def compare(
-    topology: Topology, name: str, precision: str, micro: int, clip: float
+    topology: Topology, name: str, precision: str, micro: int, clip: float, **optimizer: object
 ) -> dict[str, Any]:
     """What the run found; beside it `plain`, what the run with ordinary updates found."""
     both, parameters = [], []
@@ -30,7 +39,7 @@ def compare(
         config = eventful(
             name,
             {"precision": precision, "micro_batch_size": micro, "per_layer_update": per_layer},
-            {"lr": 2e-2, "eps": 1e-3, "clip": clip},
+            {"lr": 2e-2, "eps": 1e-3, "clip": clip, **optimizer},
         )
         run = Training(config, topology, {"stage": 0})
         both.append(train_eventful(run, RATES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,24 +14,47 @@ from relora_ds.accounting.matrix_traffic import MatrixTraffic, Place, matrix_tra
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
 from relora_ds.methods.build import build_model, sharded_meta_model
-from relora_ds.methods.interface import matrix_rules, optimizer_groups, projection_layers
+from relora_ds.methods.interface import (
+    Method,
+    Session,
+    matrix_rules,
+    optimizer_groups,
+    projection_layers,
+)
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
 from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, polar
+from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config
+from tests.unit.methods.memory_state import MemoryState, StoredMoments, memory_state
 
 STEPS, EPS, CLIP, DECAY = 12, 1e-3, 0.3, 0.1
-RATES = {"dense": 1e-2, "adapter": 2e-2}
+RATES = {"dense": 1e-2, "adapter": 5e-3, "pair": 2e-2}
 MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
 """Slices cut factors at every stage, and shards differ in size."""
 METHODS: dict[str, dict[str, Any]] = {
     "low_rank": {"name": "low_rank", "rank": 4},
     "sltrain": {"name": "sltrain", "rank": 4, "scale": 0.5, "sparsity": 0.1},
     "lora": {"name": "lora", "rank": 4, "alpha": 8},
+    "relora": {
+        "name": "relora",
+        "rank": 4,
+        "alpha": 8,
+        "merge_every": 5,
+        "restart_warmup_steps": 1,
+    },
+    # vectors are switched before two of three updates, and frozen for two
+    "switchlora": {
+        "name": "switchlora",
+        "rank": 4,
+        "interval": 4,
+        "freeze_steps": 2,
+        "descent_rate": 1.0,
+    },
 }
-"""In `sltrain` and `lora` B starts at zero."""
+"""In `sltrain` and `lora` B starts at zero, in `relora` after every merge too."""
 
 
 def described(method: str, tensor: int, plan: str) -> RunConfig:
@@ -46,16 +70,17 @@ def described(method: str, tensor: int, plan: str) -> RunConfig:
 
 def plain(method: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights of autograd, torch's AdamW, and polar factors of dense changes of
-    the products, in fp64."""
+    the products, in fp64. Events happen on plain tensors."""
     config = described(method, 1, "auto")
     train = config.train
-    of_run = plan_phases(config)[-1].method
+    phase = plan_phases(config)[-1]
+    of_run = phase.method
     weights = InitialWeights(MODEL, train.seed)
     model = build_model(MODEL, of_run, train, weights, torch.device("cpu"))
     pairs = [(f"{name}.lora_A", f"{name}.lora_B") for name in projection_layers(model)]
-    factors = {name for pair in pairs for name in pair}
+    paired = {name for pair in pairs for name in pair}
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rest = {name: p for name, p in named.items() if name not in factors}
+    rest = {name: p for name, p in named.items() if name not in paired}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in rest.items():
         role = "adapter" if name.endswith(".values") else "dense"
@@ -65,9 +90,15 @@ def plain(method: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         for (role, decays), found in groups.items()
     ]
     adam = torch.optim.AdamW(described_groups, eps=EPS)
-    momenta = {name: torch.zeros_like(named[name]).double() for name in factors}
+    momenta = {name: torch.zeros_like(named[name]).double() for name in paired}
+    state, session = _events(of_run, model, momenta)
     losses = []
-    for tokens in batches(STEPS):
+    for step, tokens in enumerate(batches(STEPS)):
+        with torch.no_grad():
+            session.before_step(step)
+        factor = of_run.lr_multiplier(step, phase.schedule)
+        for group, (role, _) in zip(adam.param_groups, groups, strict=True):
+            group["lr"] = factor * RATES[role]
         model.zero_grad()
         logits = model.logits(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -76,24 +107,53 @@ def plain(method: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         adam.step()
         with torch.no_grad():
             for pair in pairs:
-                _step(*(named[name] for name in pair), *(momenta[name] for name in pair))
+                factors = [named[name] for name in pair]
+                _step(factors, [momenta[n] for n in pair], factor * RATES["pair"], state)
+            state.completed += 1
+            session.after_step(step + 1)
         losses.append(float(loss))
     return losses, {name: p.detach() for name, p in named.items()}
 
 
+def _events(
+    method: Method[Any], model: nn.Module, momenta: Mapping[str, torch.Tensor]
+) -> tuple[MemoryState, Session[Any]]:
+    """The method at work on the model, with the momenta where it looks for moments."""
+    state = memory_state(model, "working")
+    state.completed = 0
+    for name, parameter in model.named_parameters():
+        if name in momenta:
+            nothing = torch.zeros_like(parameter)
+            state.stored[parameter] = StoredMoments(momenta[name], nothing)
+    for parameter, axis in method.vector_axes(model).items():
+        state.clocks[parameter] = VectorClock(parameter.shape[axis], axis)
+    with torch.no_grad():
+        return state, method.start(state, model)
+
+
 def _step(
-    lora_a: nn.Parameter, lora_b: nn.Parameter, momentum_a: torch.Tensor, momentum_b: torch.Tensor
+    factors: Sequence[nn.Parameter],
+    momenta: Sequence[torch.Tensor],
+    lr: float,
+    state: MemoryState,
 ) -> None:
-    ahead = []
-    for factor, momentum in ((lora_a, momentum_a), (lora_b, momentum_b)):
+    """Move A and B; vectors that are frozen have no gradient and stay where they are."""
+    ahead, live = [], []
+    for factor, momentum in zip(factors, momenta, strict=True):
         assert factor.grad is not None
-        momentum.copy_(0.95 * momentum + 0.05 * factor.grad)
-        ahead.append(0.05 * factor.grad + 0.95 * momentum)
-    a, b = lora_a.double(), lora_b.double()
+        clock = state.clocks.get(factor)
+        mask = torch.ones(1, 1)
+        if clock is not None:
+            mask = clock.live(state.completed).unsqueeze(1 - clock.axis).float()
+        grad = factor.grad * mask
+        momentum.copy_(0.95 * momentum + 0.05 * grad)
+        ahead.append(0.05 * grad + 0.95 * momentum)
+        live.append(mask)
+    a, b = (factor.double() for factor in factors)
     direction = polar((ahead[1] @ a + b @ ahead[0])[None], POLAR_EXPRESS)[0]
-    rate = 0.5 * RATES["adapter"] * math.sqrt(max(1.0, b.shape[0] / a.shape[1]))
-    for factor, move in ((lora_a, b.T @ direction), (lora_b, direction @ a.T)):
-        factor.mul_(1 - RATES["adapter"] * DECAY).sub_(rate * move)
+    rate = 0.5 * lr * math.sqrt(max(1.0, b.shape[0] / a.shape[1]))
+    for factor, mask, move in zip(factors, live, (b.T @ direction, direction @ a.T), strict=True):
+        factor.sub_(mask * (lr * DECAY * factor + rate * move))
 
 
 def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, dict[str, Any]]:

@@ -20,10 +20,14 @@ SCRIPTS = {
     "prepare-data": "tools/prepare_data.py",
     "train-tokenizer": "tools/train_tokenizer.py",
     "evaluate": "tools/evaluate.py",
+    "generate": "tools/generate.py",
     "export": "tools/export_hf.py",
     "import": "tools/import_hf.py",
     "reshape": "tools/reshape_checkpoint.py",
+    "doctor": "tools/doctor.py",
     "plot": "tools/plot_run.py",
+    "plot-spectrum": "tools/plot_spectrum.py",
+    "report": "tools/report.py",
 }
 
 

@@ -129,11 +129,6 @@ ProblemsOf = Callable[..., list[str]]
             "optimizer.matrix",
             ("is muon", "does not train them", "method.warm_start_steps"),
         ),
-        (
-            ["optimizer.matrix=scale"],
-            "optimizer.matrix",
-            ("is scale", "does not train them", "method.name=full"),
-        ),
         (["parallel.tensor=3"], "parallel.tensor", ("must divide", "write 2 or 4")),
         (["parallel.sequence=true"], "parallel.sequence", ("parallel.tensor is 1", "use false")),
         (

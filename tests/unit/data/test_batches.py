@@ -151,6 +151,11 @@ def test_unigram_perplexity_counts_the_targets(
 ) -> None:
     assert unigram_perplexity(files[0], SEQ) == pytest.approx(100)
     assert unigram_perplexity(files[0], SEQ, max_sequences=3) == pytest.approx(12)
+    # 3 of 8 targets follow an id that ends a document
+    ended = write_tokens([[1, 9], [2, 9], [3, 4, 5, 9], [6, 7, 8, 10]], "ended")
+    assert unigram_perplexity(ended, SEQ, 2, document_end=9) == pytest.approx(
+        math.exp(-(3 / 5) * math.log(3 / 5) - 2 * (1 / 5) * math.log(1 / 5))
+    )
     skewed = write_tokens([[9, 1, 1, 1, 2, 7]], "skewed")
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert unigram_perplexity(skewed, SEQ) == pytest.approx(math.exp(entropy))

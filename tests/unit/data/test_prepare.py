@@ -22,7 +22,7 @@ def test_megatron_reads_the_documents(
     tokenizer: Tokenizer, text_file: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "new" / "corpus"
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int | None]] = []
     report = prepare(
         [text_file], tokenizer.path, prefix, progress=lambda done, total: seen.append((done, total))
     )

@@ -93,3 +93,22 @@ def test_tokenizers_must_agree(
         open_corpus(DataConfig(train=prefix, valid=str(tmp_path / "valid")))
     with pytest.raises(DataError, match="tokenizer model cannot be read"):
         open_corpus(DataConfig(train=prefix, tokenizer=str(tmp_path / "missing.model")))
+
+
+def test_documents_are_told_apart_by_the_id_that_ends_them(
+    prefix: str, tokenizer: Tokenizer, write_tokens: Callable[..., TokenFile]
+) -> None:
+    end = tokenizer.eos_id
+    assert open_corpus(DataConfig(train=prefix)).document_end is None
+    assert open_corpus(DataConfig(train=prefix, document_mask=True)).document_end == end
+    elsewhere = write_tokens([[5, 6, end], [7, end]], "elsewhere").prefix
+    with pytest.raises(ConfigError, match=r"neither data.tokenizer nor .*elsewhere\.json says"):
+        open_corpus(DataConfig(train=elsewhere, document_mask=True))
+    named = DataConfig(train=elsewhere, document_mask=True, tokenizer=str(tokenizer.path))
+    assert open_corpus(named).document_end == end
+    for texts, at, last in (([[5, 6], [7, end]], 1, 6), ([[], [5, end], [7, 8]], 3, 8)):
+        unended = write_tokens(texts, "unended").prefix
+        with pytest.raises(
+            DataError, match=f"ends at token {at} with id {last} and not with {end}"
+        ):
+            open_corpus(named.model_copy(update={"train": unended}))

@@ -128,7 +128,7 @@ class MemoryMoments(Moments):
         if parameter not in self.stored:
             return None
         stored = self.stored[parameter]
-        return MomentShard(0, stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1))
+        return MomentShard(0, (stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1)))
 
     def count_non_zero(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         held = [self.shard(parameter) for parameter in parameters]
@@ -138,7 +138,7 @@ class MemoryMoments(Moments):
 
     def order_statistics(
         self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> list[tuple[torch.Tensor, ...]]:
         found = []
         for parameter, k in zip(parameters, ks, strict=True):
             shard = self.shard(parameter)

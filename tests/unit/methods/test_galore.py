@@ -34,22 +34,23 @@ from tests.unit.methods.memory_state import MemoryState, StoredMoments
 STREAM = Stream(1, "basis")
 
 
-def layer_of(rows: int, cols: int, rank: int) -> GaLoreLinear:
-    draw = torch.Generator().manual_seed(rows)
-    layer = GaLoreLinear(LinearSpec("a", cols, rows, bias=False, style="column"), rank).double()
+def layer_of(rows: int, cols: int, rank: int, right: bool) -> GaLoreLinear:
+    draw, spec = torch.Generator().manual_seed(rows), LinearSpec("a", cols, rows, False, "column")
+    layer = GaLoreLinear(spec, rank, right).double()
     for parameter in layer.parameters():
         parameter.data.normal_(generator=draw)
     return layer
 
 
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize(("rows", "cols"), [(9, 5), (5, 9), (6, 6)])
 def test_the_factor_gets_the_projected_gradient_and_the_sink_the_whole(
-    rows: int, cols: int
+    rows: int, cols: int, right: bool
 ) -> None:
-    layer, x = layer_of(rows, cols, 3), torch.randn(2, 4, cols, dtype=torch.float64)
+    layer, x = layer_of(rows, cols, 3, right), torch.randn(2, 4, cols, dtype=torch.float64)
     x.requires_grad_()
-    left, right = layer.factors(layer.projected, layer.basis)
-    dense = (layer.weight + left @ right).detach().requires_grad_()
+    first, second = layer.factors(layer.projected, layer.basis)
+    dense = (layer.weight + first @ second).detach().requires_grad_()
     taken: list[torch.Tensor] = []
     layer.sink = taken.append
     out = layer(x)
@@ -59,52 +60,77 @@ def test_the_factor_gets_the_projected_gradient_and_the_sink_the_whole(
     torch.testing.assert_close(grad_x, wanted_x)
     torch.testing.assert_close(taken[-1], wanted)
     (grad,) = torch.autograd.grad(out.pow(3).sum(), layer.projected)
-    torch.testing.assert_close(grad, (wanted if rows >= cols else wanted.t()) @ layer.basis.t())
+    torch.testing.assert_close(grad, (wanted if right else wanted.t()) @ layer.basis.t())
 
 
 @pytest.mark.parametrize("svd", ["exact", "randomised"])
-@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
-def test_a_basis_spans_the_leading_directions_of_the_shorter_side(
-    svd: Any, shape: tuple[int, int]
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+def test_a_basis_spans_the_leading_directions_of_its_side(
+    svd: Any, shape: tuple[int, int], right: bool
 ) -> None:
     low = torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
     gradient = low + 1e-4 * torch.randn(shape)
-    basis = leading_basis(gradient, 3, svd, STREAM)
-    assert basis.shape == (3, 7)
+    basis = leading_basis(gradient, 3, svd, STREAM, right)
+    assert basis.shape == (3, shape[1] if right else shape[0])
     torch.testing.assert_close(basis @ basis.t(), torch.eye(3), atol=1e-5, rtol=0)
-    side = gradient if shape[0] > shape[1] else gradient.t()
+    side = gradient if right else gradient.t()
     left = side - side @ basis.t() @ basis
     assert float(left.norm()) <= 1e-2 * float(side.norm())
     assert bool((basis.gather(1, basis.abs().argmax(1, keepdim=True)) > 0).all())
-    again = leading_basis(gradient, 3, svd, STREAM)
+    again = leading_basis(gradient, 3, svd, STREAM, right)
     assert torch.equal(basis, again)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+def test_a_long_side_has_as_many_directions_as_are_asked_for(svd: Any) -> None:
+    """Also where the gradient has fewer: they stay orthonormal, and the leading one comes first."""
+    gradient = torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, 10.0))
+    basis = leading_basis(gradient, 3, svd, STREAM, right=True)
+    torch.testing.assert_close(basis @ basis.t(), torch.eye(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(basis[0], F.normalize(torch.arange(1.0, 10.0), dim=0))
+
+
+def test_which_side_a_subspace_lies_along() -> None:
+    shapes = [(3, 2), (2, 3), (2, 2)]
+    found = {}
+    for side in ("shorter", "longer", "left", "right"):
+        method = config_of(side=side).method
+        assert isinstance(method, GaLoreConfig)
+        found[side] = [method.is_right(m, n) for m, n in shapes]
+    assert found == {
+        "shorter": [True, False, True],
+        "longer": [False, True, True],
+        "left": [False, False, False],
+        "right": [True, True, True],
+    }
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(9, 5), (5, 9), (6, 6)])
 def test_with_all_directions_and_plain_descent_it_is_full_rank(rows: int, cols: int) -> None:
-    rank, rate = min(rows, cols), 0.05
-    layer, draw = layer_of(rows, cols, rank), torch.Generator().manual_seed(5)
+    rank, rate, right = min(rows, cols), 0.05, rows >= cols
+    layer, draw = layer_of(rows, cols, rank, right), torch.Generator().manual_seed(5)
     layer.projected.data.zero_()
     dense = layer.weight.detach().clone().requires_grad_()
     for step in range(6):
         x = torch.randn(4, cols, dtype=torch.float64, generator=draw)
         (grad,) = torch.autograd.grad(F.linear(x, dense).pow(2).sum(), dense)
         if step % 3 == 0:  # a refresh
-            basis = leading_basis(grad.float(), rank, "exact", STREAM)
-            left, right = layer.factors(layer.projected.detach(), layer.basis)
-            layer.weight.data += left @ right
+            basis = leading_basis(grad.float(), rank, "exact", STREAM, right)
+            first, second = layer.factors(layer.projected.detach(), layer.basis)
+            layer.weight.data += first @ second
             layer.projected.data.zero_()
             layer.basis.data.copy_(torch.linalg.qr(basis.double().t()).Q.t())
         (low,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.projected)
         layer.projected.data -= rate * low
         dense.data -= rate * grad
-    left, right = layer.factors(layer.projected, layer.basis)
-    torch.testing.assert_close(layer.weight + left @ right, dense, rtol=1e-5, atol=1e-8)
+    first, second = layer.factors(layer.projected, layer.basis)
+    torch.testing.assert_close(layer.weight + first @ second, dense, rtol=1e-5, atol=1e-8)
 
 
 def test_a_random_basis_leaves_the_generator_of_the_process_alone() -> None:
     before = torch.get_rng_state()
-    leading_basis(torch.randn(8, 6, generator=torch.Generator()), 2, "randomised", STREAM)
+    leading_basis(torch.randn(8, 6, generator=torch.Generator()), 2, "randomised", STREAM, True)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -113,7 +139,7 @@ def test_a_gradient_without_direction_has_no_basis(value: float) -> None:
     gradient = torch.zeros(6, 4)
     gradient[1, 2] = value
     for svd in get_args(GaLoreConfig.model_fields["svd"].annotation):
-        basis = leading_basis(gradient, 2, svd, STREAM)
+        basis = leading_basis(gradient, 2, svd, STREAM, True)
         assert basis.shape == (2, 4)
         assert bool(basis.isnan().all())
 
@@ -121,24 +147,25 @@ def test_a_gradient_without_direction_has_no_basis(value: float) -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_gradients_of_any_size_have_a_basis(size: float) -> None:
     gradient = torch.randn(6, 4)
-    scaled = leading_basis(gradient * size, 2, "exact", STREAM)
-    basis = leading_basis(gradient, 2, "exact", STREAM)
+    scaled = leading_basis(gradient * size, 2, "exact", STREAM, True)
+    basis = leading_basis(gradient, 2, "exact", STREAM, True)
     torch.testing.assert_close(scaled, basis, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize("shape", [(256, 256), (192, 640)])
 def test_a_choice_takes_the_memory_that_planning_counts(
-    shape: tuple[int, int], svd: Any, tmp_path: Path
+    shape: tuple[int, int], right: bool, svd: Any, tmp_path: Path
 ) -> None:
     gradient, trace = torch.randn(shape), tmp_path / "trace.json"
-    leading_basis(gradient, 32, svd, STREAM)
+    leading_basis(gradient, 32, svd, STREAM, right)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        leading_basis(gradient, 32, svd, STREAM)
+        leading_basis(gradient, 32, svd, STREAM, right)
     watched.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
     grown = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
-    assert max(accumulate(grown)) == pytest.approx(choice_bytes(*shape, 32, svd), rel=0.1)
+    assert max(accumulate(grown)) == pytest.approx(choice_bytes(*shape, 32, svd, right), rel=0.1)
 
 
 def config_of(**settings: object) -> RunConfig:

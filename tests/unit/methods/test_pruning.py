@@ -209,13 +209,13 @@ class ShardMoments(MemoryMoments):
                 first, second = stored.exp_avg.view(-1), stored.exp_avg_sq.view(-1)
                 if start == stop:
                     return None
-                return MomentShard(start, first[start:stop], second[start:stop])
+                return MomentShard(start, (first[start:stop], second[start:stop]))
             offset += size
         raise KeyError(parameter)
 
     def order_statistics(
         self, parameters: Sequence[nn.Parameter], ks: Sequence[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> list[tuple[torch.Tensor, ...]]:
         values = []
         for parameter in parameters:
             shard = self.shard(parameter)

@@ -32,7 +32,7 @@ class OptimizerMoments(MemoryMoments):
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         assert self.optimizer is not None
         state = self.optimizer.state[parameter]
-        return MomentShard(0, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+        return MomentShard(0, (state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)))
 
     def restart(self, parameter: nn.Parameter) -> int:
         clock = self.clocks[parameter]

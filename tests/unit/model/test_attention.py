@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend
 from relora_ds.config.sections import TrainConfig
 from relora_ds.errors import ConfigError
 from relora_ds.model import attention_kernels as kernels
+from relora_ds.model import documents
 from relora_ds.model.attention import check_attention
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import DenseLinear
@@ -170,6 +171,46 @@ def test_flash_gets_heads_in_its_own_layout(plain, gpu, build, monkeypatch):
     monkeypatch.setattr(kernels, "_select", lambda *args: kernels.Kernel("flash", kernels._flash))
     assert torch.equal(build(plain)(tokens), expected)
     assert calls == [False, False]
+
+
+def test_documents_take_lengths_where_there_is_a_kernel_for_them(gpu, monkeypatch):
+    gpu(9)
+    by_torch = kernels._Lengths(documents.torch_lengths)
+    for backend in ("auto", "sdpa"):
+        kernel = kernels.select_kernel(backend, GPU, BF16, 64, documents=True)
+        assert kernel == kernels.Kernel("sdpa", by_torch)
+    for backend, device, dtype in (("auto", CPU, BF16), ("sdpa", CPU, FP32)):
+        kernel = kernels.select_kernel(backend, device, dtype, 64, documents=True)
+        assert kernel.attend == kernels._Sdpa(())
+    order = (CUDNN, FLASH, EFFICIENT, MATH)
+    in_fp32 = kernels.select_kernel("auto", GPU, FP32, 64, documents=True)
+    assert in_fp32 == kernels.Kernel("sdpa", kernels._Sdpa(order))
+    by_package = kernels.Kernel("flash", kernels._Lengths(documents.flash_lengths))
+    assert kernels.select_kernel("flash", GPU, BF16, 64, documents=True) == by_package
+    monkeypatch.setattr(kernels, "_activate_fa4", lambda: "")
+    fourth = kernels.select_kernel("fa4", GPU, BF16, 64, documents=True)
+    assert fourth == kernels.Kernel("fa4", by_torch)
+    math = kernels.select_kernel("math", GPU, BF16, 64, documents=True)
+    assert math == kernels.Kernel("math", kernels._Sdpa((MATH,)))
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+def test_documents_take_a_mask_where_lengths_cannot_be_computed(
+    capability, gpu, monkeypatch, caplog
+):
+    gpu(capability)
+
+    def refuse(kernel, *args, **kwargs):
+        if isinstance(kernel.attend, kernels._Lengths):
+            raise ConfigError("no kernel image")
+
+    monkeypatch.setattr(kernels, "_try", refuse)
+    with caplog.at_level(logging.INFO):
+        kernel = kernels.select_kernel("auto", GPU, BF16, 64, documents=True)
+    assert isinstance(kernel.attend, kernels._Sdpa)
+    assert "documents by a mask" in caplog.text
+    with pytest.raises(ConfigError, match="no kernel image"):
+        kernels.select_kernel("flash", GPU, BF16, 64, documents=True)
 
 
 def test_math_equals_the_fused_kernel_in_both_directions(plain, build):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from relora_ds import randomness
 from relora_ds.numerics import draws
 from relora_ds.numerics.draws import draw_normal, draw_uniform
-from relora_ds.numerics.host_kernels import load_kernels
+from relora_ds.numerics.host.kernels import load_kernels
 from relora_ds.randomness import Stream
 
 STREAM = Stream(42, "init", "model.layers.0.self_attn.q_proj.weight")

@@ -93,7 +93,7 @@ def test_a_slice_is_rounded_as_within_the_whole() -> None:
 def test_the_kernel_and_the_operations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = values(100_003)
     expected = rounded(exact, 3)
-    monkeypatch.setattr("relora_ds.numerics.host_kernels._SHARED_FROM", 1)
+    monkeypatch.setattr("relora_ds.numerics.host.kernels._SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(bits(rounded(exact, 3)), bits(expected))
     monkeypatch.setattr(rounding, "load_kernels", lambda source: None)

@@ -85,7 +85,7 @@ def test_the_kernel_and_the_operations_give_the_same_bits(
     assert int(tables.nearby.int().diff().max()) == 1  # what the kernel relies on
     found = codes_of(values, kind)
     loaded = found.load()
-    monkeypatch.setattr("relora_ds.numerics.host_kernels._SHARED_FROM", 1)
+    monkeypatch.setattr("relora_ds.numerics.host.kernels._SHARED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     threaded = codes_of(values, kind)
     assert torch.equal(threaded.load(), loaded)

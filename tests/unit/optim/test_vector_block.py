@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from relora_ds.numerics import host_kernels
+from relora_ds.numerics.host import kernels as host_kernels
 from relora_ds.optim import vector_block
 from relora_ds.optim.vector_block import Rectangle, Tensors, update_blocks
 

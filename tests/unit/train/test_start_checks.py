@@ -9,19 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from relora_ds.checkpoint.export.dense import ResizedVocabulary
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.load import load_run_config
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import DataConfig
 from relora_ds.data.prepare import prepare
 from relora_ds.data.source import Corpus, open_corpus
 from relora_ds.data.tokenizer import train_tokenizer
 from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError, DataError
+from relora_ds.model.hf.directory import write_hf
+from relora_ds.model.init import InitialWeights, dense_shapes
 from relora_ds.train.checks import (
     check_start,
     doubt_about_the_resume,
+    doubt_about_the_start,
     doubts_about_the_export,
+    initial_model,
 )
 from tests.golden.make_checkpoint import checkpoint
 
@@ -94,6 +100,57 @@ def test_other_arithmetic_than_the_checkpoint_s_is_named() -> None:
     assert doubt is not None
     assert f"was computed by {there}, and goes on by {here}" in doubt
     assert doubt.endswith("not bit for bit")
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Path:
+    """A model with 40 rows more than the tokenizer has ids."""
+    config = architecture(vocab_size=340, num_key_value_heads=2)
+    weights = InitialWeights(config, seed=1)
+    named = ((name, weights(name, shape)) for name, shape in dense_shapes(config).items())
+    write_hf(tmp_path / "grown", config, named, None, torch.float32)
+    return tmp_path / "grown"
+
+
+def begun_from(directory: Path) -> RunConfig:
+    sizes = {"steps": 1, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 1}
+    run = {"output_dir": "x", "model": "m", "deepspeed": "z", "method": {"name": "full"}}
+    return RunConfig.model_validate({**run, "train": {**sizes, "init_from": str(directory)}})
+
+
+@pytest.mark.parametrize(("rows", "said"), [(340, None), (512, "340 to 511"), (310, "310 to 339")])
+def test_a_vocabulary_may_grow_and_lose_rows_that_nobody_uses(
+    make: Make, grown: Path, rows: int, said: str | None
+) -> None:
+    """The data have a tokenizer with 300 ids."""
+    wanted = architecture(vocab_size=rows, num_key_value_heads=2)
+    model = initial_model(begun_from(grown), wanted, make())
+    assert model is not None
+    doubt = doubt_about_the_start(model, wanted)
+    assert doubt is None if said is None else doubt is not None and f"rows {said} of" in doubt
+    before = dict(model.weights())
+    after = dict(ResizedVocabulary(before, rows))
+    for name, weight in before.items():
+        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert after[name] is weight
+            continue
+        assert after[name].shape == (rows, 32)
+        kept = min(rows, 340)
+        assert torch.equal(after[name][:kept], weight[:kept])
+        mean = weight.double().mean(0).float().expand(rows - kept, -1)
+        assert torch.equal(after[name][kept:], mean)
+
+
+@pytest.mark.parametrize(("rows", "named"), [(299, True), (310, False)])
+def test_rows_that_somebody_may_use_are_not_left_out(
+    make: Make, grown: Path, rows: int, named: bool
+) -> None:
+    wanted = architecture(vocab_size=rows, num_key_value_heads=2)
+    why = "tokenizer.model has 300 ids" if named else "no tokenizer is there to say"
+    with pytest.raises(
+        CheckpointError, match=rf"the rows from {rows} on would be lost, and .*{why}"
+    ):
+        initial_model(begun_from(grown), wanted, make(named=named))
 
 
 @pytest.fixture

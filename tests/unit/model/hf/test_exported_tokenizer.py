@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 
 from relora_ds.errors import DataError
+from relora_ds.model.hf.normalisation import NAMED, named_steps
 from relora_ds.model.hf.tokenizer import export_obstacle, write_tokenizer
 
 TEXTS = [
@@ -140,6 +141,27 @@ def test_transformers_encodes_as_sentencepiece(tmp_path, kind):
             assert theirs.decode(ids) == text
         if ours.unk_id() not in ids:  # the two show an unknown character differently
             assert theirs.decode(ids) == ours.Decode(ids), text
+
+
+@pytest.mark.parametrize("rules", NAMED)
+def test_every_character_that_rules_name_is_normalised_alike(rules):
+    """Whatever versions of Unicode Python, SentencePiece and Hugging Face's package know."""
+    tokenizers = pytest.importorskip("tokenizers")
+    steps = {"type": "Sequence", "normalizers": named_steps(rules)}
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    description = {"version": "1.0", "normalizer": steps, "model": empty}
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(description)).normalizer
+    ours = sentencepiece.SentencePieceNormalizer(
+        rule_name=rules,
+        add_dummy_prefix=False,
+        escape_whitespaces=False,
+        remove_extra_whitespaces=False,
+    )
+    characters = [chr(code) for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]
+    named = [c for c, n in zip(characters, ours.Normalize(characters), strict=True) if c != n]
+    assert len(named) > 3000
+    texts = [*named, "\ufffd", "\U00011935\U00011930", "\U000105d2\u0307"]
+    assert [theirs.normalize_str(text) for text in texts] == ours.Normalize(texts)
 
 
 def test_special_tokens_and_size(tmp_path, model_path):

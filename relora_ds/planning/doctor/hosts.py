@@ -1,0 +1,151 @@
+"""Checks of the nodes of a hostfile: its form, ssh, environment, clocks and the way back."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+from relora_ds.planning.doctor.finding import Finding
+
+_LINE = re.compile(r"([A-Za-z0-9._-]+)\s+slots=([1-9][0-9]*)\s*(?:#.*)?")
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "StrictHostKeyChecking=yes")
+_PATIENCE_S = 30.0
+_CLOCK_SECONDS = 2.0
+_VERSIONS = (
+    "import torch, sys; from importlib.metadata import version as v; "
+    "print(sys.version.split()[0], torch.__version__, v('deepspeed'))"
+)
+
+
+def read_hostfile(path: Path) -> tuple[list[str], list[Finding]]:
+    """Names of the nodes, and what is wrong with the file."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        said = f"{path}: {error.strerror}"
+        return [], [Finding("hostfile", "problem", said, "write one line `name slots=N` per node")]
+    nodes, findings = list[str](), list[Finding]()
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        match = _LINE.fullmatch(text)
+        if not text or text.startswith("#"):
+            continue
+        if match is None:
+            remedy = "write `name slots=N`; users and ports go into ~/.ssh/config"
+            findings.append(Finding("hostfile", "problem", f"{path}:{number}: {text}", remedy))
+        elif match[1] in nodes:
+            said, remedy = f"{path}:{number}: {match[1]} once more", "name every node once"
+            findings.append(Finding("hostfile", "problem", said, remedy))
+        else:
+            nodes.append(match[1])
+    if not nodes and not findings:
+        remedy = "write one line `name slots=N` per node"
+        findings.append(Finding("hostfile", "problem", f"{path}: names no node", remedy))
+    if not findings:
+        findings.append(Finding("hostfile", "ok", f"{len(nodes)} nodes: {', '.join(nodes)}"))
+    return nodes, findings
+
+
+def programs() -> Iterator[Finding]:
+    """Whether the programs that reach other nodes are there."""
+    for name in ("ssh", "pdsh"):
+        found = shutil.which(name)
+        if found is not None:
+            yield Finding(name, "ok", found)
+        else:
+            remedy = f"apt-get install {'openssh-client' if name == 'ssh' else name}"
+            yield Finding(name, "problem", f"{name} is not installed", remedy)
+
+
+def node(name: str, versions: str) -> Iterator[Finding]:
+    """Whether a node is reached without a password, and has this environment and this time.
+
+    Args:
+        name: of the node.
+        versions: what `own_versions` says here.
+    """
+    before = time.time()
+    command = f"date +%s.%N; {shlex.quote(sys.executable)} -c {shlex.quote(_VERSIONS)}"
+    code, said, problem = _run([*_SSH, name, command])
+    passed = time.time() - before
+    lines = said.splitlines()
+    if not lines:
+        remedy = f"make `ssh {name} true` work without a password: ssh-copy-id {name}"
+        yield Finding("ssh", "problem", f"{name}: {problem or f'exit code {code}'}", remedy)
+        return
+    yield Finding("ssh", "ok", f"{name} answers")
+    yield _clock(name, float(lines[0]), before, passed)
+    there = lines[1] if len(lines) > 1 else ""
+    check = "environment"
+    if there == versions:
+        yield Finding(check, "ok", f"{name} has Python, torch and deepspeed {there}")
+    elif there:
+        remedy = "install the same versions on all nodes, or share one environment"
+        said = f"{name} has Python, torch and deepspeed {there}; here they are {versions}"
+        yield Finding(check, "problem", said, remedy)
+    else:
+        remedy = f"make the environment at the same path on {name}, or share it"
+        yield Finding(check, "problem", f"{name}: {sys.executable} does not run", remedy)
+
+
+def _clock(name: str, there: float, before: float, passed: float) -> Finding:
+    """The node answered within `passed` seconds of `before`: its clock is known to within those."""
+    skew = max(before - there, there - before - passed, 0.0)
+    if skew > _CLOCK_SECONDS:
+        remedy = "synchronise the clocks: chronyc makestep"
+        return Finding("clock", "warning", f"{name} is {skew:.0f} s off this machine", remedy)
+    return Finding("clock", "ok", f"{name} agrees with this machine")
+
+
+def way_back(name: str, address: str) -> Finding:
+    """Whether a node can open a connection to this one, as ranks do where they meet.
+
+    Args:
+        address: of this machine, as the node is to reach it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        listener.settimeout(_PATIENCE_S)
+        port = listener.getsockname()[1]
+        thread = Thread(target=_accept, args=(listener,), daemon=True)
+        thread.start()
+        command = f"timeout 10 bash -c {shlex.quote(f'exec 3<>/dev/tcp/{address}/{port}')}"
+        code, _, problem = _run([*_SSH, name, command])
+    if code == 0:
+        return Finding("network", "ok", f"{name} reaches {address}")
+    remedy = "open the ports between the nodes, or set MASTER_ADDR to an address that they reach"
+    reason = problem or "the connection was not answered"
+    return Finding("network", "problem", f"{name} does not reach {address}: {reason}", remedy)
+
+
+def own_versions() -> str:
+    """Versions of Python, torch and deepspeed here."""
+    return _run([sys.executable, "-c", _VERSIONS])[1].strip()
+
+
+def _accept(listener: socket.socket) -> None:
+    try:
+        listener.accept()[0].close()
+    except OSError:
+        return  # nobody came, or the check is over
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Exit code, output, and the last line of what was complained about."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return 1, "", f"no answer within {_PATIENCE_S:.0f} s"
+    except OSError as error:
+        return 1, "", f"{command[0]}: {error.strerror}"
+    complaint = done.stderr.strip().splitlines()
+    return done.returncode, done.stdout, complaint[-1] if complaint else ""
