@@ -88,12 +88,13 @@ def test_documents_are_kept_apart_on_every_cut(
     assert parts[3]["eval/loss"] == pytest.approx(whole[3]["eval/loss"], rel=1e-5)
 
     scored = []
-    for more in ([], ["--no-document-mask"]):
+    for more in ([], ["--no-document-mask"], ["--valid-share", "0.5"]):
         arguments = ["--checkpoint", str(output_dir), "--data", str(tiny_corpus.valid), *more]
         code, output = run(arguments, script="tools/evaluate.py")
         assert code == 0, output
         scored.append(json.loads(output.splitlines()[-1]))
-    apart, crossing = scored
+    apart, crossing, held = scored
+    assert 0 < held["tokens"] < 0.8 * apart["tokens"]
     assert apart["loss"] != crossing["loss"]
     file, windows = TokenFile(tiny_corpus.valid), crossing["tokens"] // 32
     assert file.metadata is not None
