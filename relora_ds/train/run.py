@@ -185,6 +185,7 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
         whole = loaded.config.data.verify == "whole"
         verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
+        corpus.check_length(loaded.config.train.seq_length)
     return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
 
 

@@ -61,6 +61,10 @@ def test_sources_and_split_last_over_a_resume(blend_run: dict[str, Any], tmp_pat
     code, output = run([description, "data.valid_share=0.2"])
     assert code == 4
     assert re.search(r"data\.valid_share +0\.1 +0\.2", output)
+    code, output = run([description, "data.valid_share=0.0001", "checkpoint.resume=false"])
+    assert code == 3
+    assert "data.valid_share 0.0001 holds out" in output
+    assert not [*output_dir.glob("previous_*")], "what there was stays where it is"
 
 
 def test_documents_are_kept_apart_on_every_cut(

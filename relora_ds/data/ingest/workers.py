@@ -148,10 +148,12 @@ class _Workers:
         process = self._processes[connection]
         process.join()
         code = process.exitcode or 0
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
-        return DataError(
-            f"{task.share}: the worker that read it {how}; if memory is short, use fewer --workers"
-        )
+        if code < 0:
+            name = signal.Signals(-code).name
+            how = f"was ended by {name}; if memory is short, use fewer --workers"
+        else:
+            how = f"left with code {code}; its own words stand above"
+        return DataError(f"{task.share}: the worker that read it {how}")
 
 
 def _work(connection: Connection, tokenizer_path: str, dtype: str, threads: int) -> None:

@@ -28,6 +28,7 @@ from relora_ds.engine.deepspeed.reading.keys import (
     LARGEST_BUCKET,
     LARGEST_NUMBER,
     OFFLOAD_FIXED,
+    ONLY_STAGES_1_AND_2,
     OWNED_KEYS,
     REFUSED_KEYS,
     TOP_CHOICES,
@@ -216,7 +217,9 @@ def _check_zero(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]
             "over processes while they are reduced, so no whole one is left to update with; use "
             "stage 0, or stage 2 or 3 with a small reduce_bucket_size and per_layer_update: false",
         )
-    yield from _check_section("zero_optimization", zero, ZERO_KEYS, ZERO_FIXED)
+    unread = {} if any(_same(stage, other) for other in (1, 2)) else ONLY_STAGES_1_AND_2
+    fixed = {key: value for key, value in ZERO_FIXED.items() if key not in unread}
+    yield from _check_section("zero_optimization", zero, ZERO_KEYS, fixed)
     yield from _check_offload(zero, config)
 
 

@@ -170,6 +170,8 @@ ZERO_FIXED: dict[str, tuple[bool | int, str]] = {
     "zero_quantized_gradients": (False, _ROUNDS),
     "save_muon_momentum_buffer_in_memory": (False, "Muon is not among optimizer.name"),
 }
+ONLY_STAGES_1_AND_2 = frozenset(["round_robin_gradients"])
+"""Those of them that DeepSpeed does not read at the other stages."""
 
 # Keys of offload_optimizer and offload_param with the only value that is supported, and why
 OFFLOAD_FIXED: dict[str, tuple[bool | int, str]] = {

@@ -142,7 +142,11 @@ def test_top_level_refusals(config: RunConfig, source: Any, key: str, part: str)
         ({"reduce_bucket_size": 1e30}, "reduce_bucket_size", "must be at most 100000000000"),
         ({"allgather_bucket_size": 10**12}, "allgather_bucket_size", "must be at most"),
         ({"sub_group_size": 2**63}, "sub_group_size", "must be at most 9223372036854775807"),
-        ({"round_robin_gradients": True}, "round_robin_gradients", "change other parameters"),
+        (
+            {"stage": 2, "round_robin_gradients": True},
+            "round_robin_gradients",
+            "change other parameters",
+        ),
         ({"load_from_fp32_weights": False}, "load_from_fp32_weights", "must be true or absent"),
         ({"zero_quantized_gradients": True}, "zero_quantized_gradients", "rounds the weights"),
         ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size", "is 8, but needs stage 3"),
