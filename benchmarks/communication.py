@@ -187,7 +187,7 @@ def _measure(
     zero = resolve_deepspeed_config(source, config, topology.dp_size)
     in_charge = plan_phases(config)[-1].method
     engine = build_engine(architecture, in_charge, config, zero, topology)
-    engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
+    engine.set_learning_rates(dict.fromkeys(("dense", "adapter", "pair"), 1e-4))
     expected = _expected(workload, config, zero, topology, engine.update_size)
     # processes that share a copy of the model read the same tokens
     draw = torch.Generator().manual_seed(topology.dp_rank)

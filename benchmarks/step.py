@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=list(_METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[96, 32])
     parser.add_argument("--formulations", nargs="+", choices=_FORMULATIONS, default=["auto"])
+    parser.add_argument("--adapter", choices=("spectral",), help="updates pairs of factors")
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO")
     parser.add_argument("--repeat", type=int, default=9, help="timed steps of each case")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers")
@@ -251,6 +252,13 @@ def _settings(case: StepCase) -> dict[str, object]:
     return {"name": case.method, **rank, **more.get(case.method, {})}
 
 
+def _optimizer(case: StepCase, parsed: argparse.Namespace) -> dict[str, object]:
+    if case.method in _MATRIX_OPTIMIZERS:
+        return {"matrix": case.method}
+    has_pairs = case.rank is not None and case.method != "galore"
+    return {"adapter": parsed.adapter} if has_pairs and parsed.adapter else {}
+
+
 def _ours(
     case: StepCase, parsed: argparse.Namespace, tokens: torch.Tensor, clock: Clock
 ) -> Callable[[int], Timed]:
@@ -265,7 +273,7 @@ def _ours(
     zero = resolve_deepspeed_config(source, config, topology.dp_size)
     method = plan_phases(config)[-1].method
     engine = build_engine(_architecture(parsed), method, config, zero, topology)
-    engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
+    engine.set_learning_rates(dict.fromkeys(("dense", "adapter", "pair"), 1e-3))
     with torch.no_grad():
         session = method.start(engine.state, engine.model)
     engine.state.gradients.batch = lambda: tokens.unbind(0)
@@ -292,7 +300,7 @@ def _description(case: StepCase, parsed: argparse.Namespace) -> dict[str, object
         "model": "unused",
         "deepspeed": "unused",
         "method": _settings(case),
-        "optimizer": {"matrix": case.method} if case.method in _MATRIX_OPTIMIZERS else {},
+        "optimizer": _optimizer(case, parsed),
         "train": {
             "steps": 1000,
             "seq_length": parsed.seq,

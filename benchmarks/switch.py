@@ -266,7 +266,7 @@ def benchmark_share(
         for layer in projection_layers(model).values()
     ]
     engine = build_engine(architecture, method, config, zero, world)
-    engine.set_learning_rates({"dense": 1e-4, "adapter": 1e-4})
+    engine.set_learning_rates(dict.fromkeys(("dense", "adapter", "pair"), 1e-4))
     with torch.no_grad():
         session = method.start(engine.state, engine.model)
     size = (train.micro_batch_size, train.seq_length + 1)

@@ -112,7 +112,7 @@ class _Stepper:
         source = {"zero_optimization": {"stage": stage}}
         zero = resolve_deepspeed_config(source, config, topology.dp_size)
         self._engine = build_engine(architecture, method, config, zero, topology)
-        self._engine.set_learning_rates({"dense": 1e-3, "adapter": 1e-3})
+        self._engine.set_learning_rates(dict.fromkeys(("dense", "adapter", "pair"), 1e-3))
         generator = torch.Generator().manual_seed(topology.dp_rank)
         shape = (train.micro_batch_size, train.seq_length + 1)
         self._tokens = torch.randint(0, architecture.vocab_size, shape, generator=generator)

@@ -27,7 +27,7 @@ from relora_ds.parallel.topology import Topology, share_models
 TIMEOUT_MINUTES = 2.0
 STEPS = 12
 _TAG = "tag"
-_RATES = {"dense": 1e-2, "adapter": 1e-2}
+_RATES = {"dense": 1e-2, "adapter": 1e-2, "pair": 1e-2}
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},

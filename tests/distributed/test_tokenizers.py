@@ -144,11 +144,33 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
     assert code == 0, output
     code, output = run([path])
     assert code == 0, output
-    last = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
-    assert last.config.eos_token_id == [2, 5]
     ids = torch.arange(64).unsqueeze(0)
-    with torch.no_grad():
-        torch.testing.assert_close(last(ids).logits, first(ids).logits, atol=1e-5, rtol=0)
+
+    def check_export(directory: Path) -> None:
+        last = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        assert last.config.eos_token_id == [2, 5]
+        with torch.no_grad():
+            torch.testing.assert_close(last(ids).logits, first(ids).logits, atol=1e-5, rtol=0)
+
+    check_export(tmp_path / "run" / "hf")
+    # a step further from its own checkpoint; and the same from an import, whose export is the model
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    for script, source, target in (
+        ("import_hf", ["--input", str(directory)], imported),
+        ("export_hf", ["--checkpoint", str(imported)], exported),
+    ):
+        code, output = run([*source, "--output", str(target)], script=f"tools/{script}.py")
+        assert code == 0, output
+    check_export(exported)
+    longer = ["train.steps=4", "checkpoint.allow_change=[train.steps]"]
+    code, output = run([path, *longer])
+    assert code == 0, output
+    assert "resuming from" in output
+    check_export(tmp_path / "run" / "hf")
+    other = f"output_dir={tmp_path / 'other'}"
+    code, output = run([path, other, f"checkpoint.resume={imported}", "train.init_from=null"])
+    assert code == 0, output
+    check_export(tmp_path / "other" / "hf")
 
     # another function: named key by key, before an earlier run makes way
     plain = write_model(tmp_path, tie_word_embeddings=True, num_key_value_heads=2)

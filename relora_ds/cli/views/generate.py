@@ -37,7 +37,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
 
 def _generate(parsed: argparse.Namespace) -> None:
     from relora_ds.model.generation.sample import Sampling
-    from relora_ds.train.generate import generate_from_checkpoint
+    from relora_ds.train.saved_model.generate import generate_from_checkpoint
 
     prompts = parsed.prompt if parsed.prompt is not None else [sys.stdin.read()]
     sampling = Sampling(parsed.max_tokens, parsed.temperature, parsed.top_p, parsed.seed)

@@ -65,6 +65,7 @@ def named_steps(name: str) -> list[dict[str, Any]]:
     results = dict(zip(candidates, normaliser.Normalize(candidates), strict=True))
     composed = dict(zip(_LATER_PAIRS, normaliser.Normalize(list(_LATER_PAIRS)), strict=True))
     before: dict[str, list[str]] = defaultdict(list)
+    later: dict[str, list[str]] = defaultdict(list)
     after: dict[str, str] = {}
     free = iter(_PLACEHOLDERS)
     for character, result in results.items():
@@ -72,14 +73,19 @@ def named_steps(name: str) -> list[dict[str, Any]]:
         if result == plain:
             continue
         if _nfkc(result, folds) == result:
-            before[result].append(character)
+            target = later if ord(character) in _LATER else before
+            target[result].append(character)
         elif results.get(plain) == result:  # a pair whose other half is the folded one
             after[plain] = result
         else:
             placeholder = next(free)  # there are more than any rules need
             before[placeholder].append(character)
             after[placeholder] = result
-    steps = [replace(_class(sources), result) for result, sources in before.items()]
+    # what rules of their own make of a character composes with none beside it
+    steps = [
+        replace(_class(sources), f"{_BREAK}{result}{_BREAK}") for result, sources in before.items()
+    ]
+    steps += [replace(_class(sources), result) for result, sources in later.items()]
     steps += [replace(_escaped(pair), one) for pair, one in composed.items() if one != pair]
     steps += [replace(_apart(), _BREAK), {"type": "NFKC"}, replace(_BREAK, "")]
     if folds:

@@ -5,9 +5,11 @@ ways, and then ids differ from those the model was trained on. So the export car
 `tokenizer.json` that says exactly what SentencePiece does. Nothing but the `sentencepiece` package
 is needed to write it.
 
-Two differences are left. The text of a control token, such as ``</s>``, is read as that token by
-Hugging Face, and as ordinary characters by SentencePiece. And `normalisation` says what is left
-where marks are stacked.
+Three differences are left. The text of a control token, such as ``</s>``, is read as that token by
+Hugging Face, and as ordinary characters by SentencePiece. `normalisation` says what is left where
+marks are stacked. And where a unigram model has several splits of one score, as of a run of some
+dozen equal characters, SentencePiece adds scores in fp32 and Hugging Face in fp64: the pieces are
+the same, in another order.
 """
 
 from __future__ import annotations

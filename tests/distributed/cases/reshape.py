@@ -43,6 +43,11 @@ def spectral() -> RunConfig:
     return clipped(method, adapter="spectral")
 
 
+def paired(config: RunConfig) -> RunConfig:
+    """The run with pairs of factors updated as one."""
+    return changed(config, "optimizer", adapter="spectral")
+
+
 def shared(config: RunConfig, tensor: int) -> RunConfig:
     """The run with every so many ranks sharing a model."""
     return changed(config, "parallel", tensor=tensor)
@@ -62,13 +67,16 @@ CASES: dict[str, tuple[RunConfig, int]] = {
     "muon_fp32_zero2": (muon(), 2),
     "muon_fp32_shared": (shared(muon(), 2), 1),
     "spectral_fp32_zero2": (spectral(), 2),
+    "relora_pairs_fp32_zero2": (paired(relora("zero", "fp32")), 2),
+    "switchlora_pairs_bf16_zero1": (paired(switchlora("bf16")), 1),
 }
 """A run and its stage."""
 TARGETS = {
     (1, 1): {"relora_fp32_zero2": 3, "relora_bf16_zero3": 1, "relora_bf16_zero0": 3,
              "switchlora_fp32_zero3": 0, "switchlora_bf16_zero1": 3, "galore_fp32_zero2": 3,
              "galore_bf16_zero3": 1, "galore_fp32_shared": 0, "muon_fp32_shared": 3,
-             "spectral_fp32_zero2": 3},
+             "spectral_fp32_zero2": 3, "relora_pairs_fp32_zero2": 3,
+             "switchlora_pairs_bf16_zero1": 3},
     (4, 1): {"relora_fp32_zero2": 1, "relora_bf16_zero3": 3, "switchlora_fp32_zero3": 3,
              "galore_fp32_zero2": 1, "muon_fp32_zero2": 3},
 }  # fmt: skip

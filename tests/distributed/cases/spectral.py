@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from relora_ds.accounting.matrix_traffic import MatrixTraffic, Place, matrix_traffic
 from relora_ds.accounting.recorder import recorder
 from relora_ds.config.schema import RunConfig
+from relora_ds.engine.assemble import AwaitedState
 from relora_ds.methods.build import build_model, sharded_meta_model
 from relora_ds.methods.interface import (
     Method,
@@ -28,9 +30,12 @@ from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import CUT, Training, batches, run_config
+from tests.harness.resume import load, save
 from tests.unit.methods.memory_state import MemoryState, StoredMoments, memory_state
 
 STEPS, EPS, CLIP, DECAY = 12, 1e-3, 0.3, 0.1
+_BREAK = 7
+"""Updates before an interruption: after a merge, while vectors are frozen."""
 RATES = {"dense": 1e-2, "adapter": 5e-3, "pair": 2e-2}
 MODEL = CUT.model_copy(update={"num_hidden_layers": 3, "attention_bias": False})
 """Slices cut factors at every stage, and shards differ in size."""
@@ -158,7 +163,7 @@ def _step(
 
 def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, dict[str, Any]]:
     """By stage: largest relative difference of a loss, largest difference of a weight, bytes that
-    factors moved in a step and the same in closed form, elements of the momenta on this rank."""
+    factors moved in a step and the same in closed form, elements of the momenta on all ranks."""
     expected, weights = plain(method)
     found: dict[str, dict[str, Any]] = {}
     config = described(method, tensor, plan)
@@ -193,11 +198,43 @@ def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, 
             "weight": worst,
             "moved": moved,
             "expected": _closed_form(config, run, place),
-            "held": sum(state.numel() for each in slices for state in each.state.values()),
+            "held": _over_ranks(sum(s.numel() for each in slices for s in each.state.values())),
             "factors": sum(weight.numel() for name, weight in weights.items() if ".lora_" in name),
         }
         run.destroy()
     return found
+
+
+def _over_ranks(count: int) -> int:
+    total = torch.tensor(count)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def resume(
+    topology: Topology, directory: Path, method: str, tensor: int, plan: str, stage: int
+) -> dict[str, Any]:
+    """Losses and weights after an interruption, and without it; the gradients' norms too."""
+    config = described(method, tensor, plan)
+    place, tokens, found = share_models(topology, config), batches(STEPS), {}
+    run = Training(config, place, {"stage": stage}, MODEL)
+    for step in range(_BREAK):
+        run.update(step, tokens[step], RATES)
+    saved = save(run, directory)
+    found["whole"] = _rest(run, tokens)
+    run = Training(config, place, {"stage": stage}, MODEL, weights=AwaitedState())
+    load(run, saved)
+    found["resumed"] = _rest(run, tokens)
+    return found
+
+
+def _rest(run: Training, tokens: Sequence[torch.Tensor]) -> list[float]:
+    """Losses and norms of the updates after the interruption, and a sum of every weight."""
+    found = [run.update(step, tokens[step], RATES) for step in range(_BREAK, STEPS)]
+    weights = run.gather(list(run.named.values()))
+    run.destroy()
+    sums = [float(weight.double().sum()) for weight in weights]
+    return [*(each.loss for each in found), *(each.norm for each in found), *sums]
 
 
 def _closed_form(config: RunConfig, run: Training, place: Topology) -> dict[str, int]:

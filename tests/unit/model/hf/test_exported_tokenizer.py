@@ -160,7 +160,8 @@ def test_every_character_that_rules_name_is_normalised_alike(rules):
     characters = [chr(code) for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]
     named = [c for c, n in zip(characters, ours.Normalize(characters), strict=True) if c != n]
     assert len(named) > 3000
-    texts = [*named, "\ufffd", "\U00011935\U00011930", "\U000105d2\u0307"]
+    texts = [*named, "\ufffd", "\U00011935\U00011930", "\U000105d2\u0307", "n\x07\u0301"]
+    texts += ["\u0345\u0300", "e\ufffd\u0301", "\U0001ccd6\u0301", "\t\u0301a"]
     assert [theirs.normalize_str(text) for text in texts] == ours.Normalize(texts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from tests.unit.model.hf.test_exported_tokenizer import KINDS, corpus, train
 
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>"]
 _LONGEST = 20_000
+_RUN = re.compile(r"(.)\1{11}")
+"""Of which a unigram model may have several splits of one score; see `sentence_piece`."""
 _SCRIPTS = (
     *("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "HANGUL", "HIRAGANA"),
     *("CJK UNIFIED", "TAMIL", "GEORGIAN", "ETHIOPIC", "KHMER", "TIBETAN"),
@@ -90,7 +93,8 @@ TOKENIZERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def check(make: Callable[[Path], Path], directory: Path, count: int) -> None:
+def check(kind: str, directory: Path, count: int) -> None:
+    make, ties = TOKENIZERS[kind], kind.startswith("unigram") and kind != "unigram like T5's"
     transformers: Any = pytest.importorskip("transformers")
     source = make(directory)
     exported = directory / "exported"
@@ -103,15 +107,21 @@ def check(make: Callable[[Path], Path], directory: Path, count: int) -> None:
     ours = open_tokenizer(source).encode_batch(lines)
     expected = theirs(lines, add_special_tokens=False)["input_ids"]
     wrong = [n for n in range(count) if ours[n] != expected[n]]
+    if ties:
+        equal = {
+            n for n in wrong if _RUN.search(lines[n]) and sorted(ours[n]) == sorted(expected[n])
+        }
+        assert len(equal) <= count / 500
+        wrong = [n for n in wrong if n not in equal]
     assert wrong == [], f"{len(wrong)} lines, first {lines[wrong[0]][:200]!r}"
 
 
 @pytest.mark.parametrize("kind", ["byte-level bpe", "bpe", "unigram like T5's"])
 def test_ids_of_some_hundred_odd_lines(tmp_path: Path, kind: str) -> None:
-    check(TOKENIZERS[kind], tmp_path, 300)
+    check(kind, tmp_path, 300)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_ids_of_ten_thousand_odd_lines(tmp_path: Path, kind: str) -> None:
-    check(TOKENIZERS[kind], tmp_path, 10_000)
+    check(kind, tmp_path, 10_000)

@@ -1,0 +1,1 @@
+"""A saved model at work: texts from it, and tasks of lm-eval."""

@@ -1,0 +1,137 @@
+"""Tasks of lm-eval on an export or a checkpoint, with the results where people look for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from relora_ds.checkpoint.export.card import CARD, with_scores
+from relora_ds.checkpoint.export.hf import export_hf
+from relora_ds.engine.accelerator import check_accelerator
+from relora_ds.engine.deepspeed.process_group import accelerator_type
+from relora_ds.errors import ConfigError
+from relora_ds.extras import require
+from relora_ds.files.regular import read_regular
+from relora_ds.train.telemetry.atomic import write_atomically
+
+_MAX_BYTES = 64 << 20
+KEY = "lm_eval"
+"""Of `summary.json`."""
+
+
+def run_tasks(
+    path: Path,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 8,
+    include: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Score a model, in fp32 and one process.
+
+    The results go into the model card of an export, and into the `summary.json` of the run that the
+    model lies in.
+
+    Args:
+        path: a Hugging Face directory, or a checkpoint, of which an export is made meanwhile.
+        tasks: their names.
+        limit: examples of each task; None for all.
+        batch_size: sequences per forward pass.
+        include: directory of further tasks.
+
+    Returns:
+        Value by metric by task.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task is unknown or cannot be run.
+        CheckpointError: the model cannot be read.
+    """
+    lm_eval, manager = _opened(tasks, include)
+    check_accelerator()
+    with TemporaryDirectory() as scratch:
+        model = path
+        if not (path / "config.json").is_file():
+            model = Path(scratch) / "model"
+            export_hf(path, model, torch.float32)
+        try:
+            found = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(model), "dtype": "float32"},
+                tasks=list(tasks),
+                limit=limit,
+                batch_size=batch_size,
+                device=accelerator_type(),
+                task_manager=manager,
+            )
+        except (OSError, ValueError, LookupError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"lm-eval cannot run {' '.join(tasks)} ({type(error).__name__}: {reason}): where "
+                "this machine has no network, put the task's data into its cache first"
+            ) from error
+    scores = _scores(found["results"])
+    _note(path, scores)
+    return scores
+
+
+def _opened(tasks: Sequence[str], include: Path | None) -> tuple[Any, Any]:
+    """The package and what knows its tasks, of which all that are asked for are there.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or does not know a task.
+    """
+    packages = {"lm_eval": "lm_eval[hf]", "transformers": "transformers"}
+    lm_eval, _ = (require(module, name, "--lm-eval") for module, name in packages.items())
+    manager = require("lm_eval.tasks", "lm_eval[hf]", "--lm-eval").TaskManager(
+        include_path=None if include is None else str(include)
+    )
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(
+            f"--lm-eval {' '.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` lists "
+            "those that it has"
+        )
+    return lm_eval, manager
+
+
+def _scores(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Numbers by metric, without lm-eval's names of tasks and without errors that are unknown."""
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for task, values in results.items()
+    }
+
+
+def _note(path: Path, scores: dict[str, dict[str, float]]) -> None:
+    """Write the scores into card and summary, where there are any."""
+    card = path / CARD
+    if (path / "config.json").is_file() and card.is_file():
+        rows = [(task, metric, v) for task, all_ in scores.items() for metric, v in all_.items()]
+        text = read_regular(card, _MAX_BYTES).decode()
+        write_atomically(card, with_scores(text, rows).encode())
+    for summary in _summaries(path):
+        try:
+            content = json.loads(read_regular(summary, _MAX_BYTES))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(content, dict):
+            earlier = content.get(KEY)
+            content[KEY] = (earlier if isinstance(earlier, dict) else {}) | scores
+            write_atomically(summary, (json.dumps(content, indent=2) + "\n").encode())
+        return
+
+
+def _summaries(path: Path) -> Iterator[Path]:
+    """Where the summary of a model's run may lie: it, `hf/` and `checkpoints/step_N` are in it."""
+    place = path.resolve()
+    for each in (place, *list(place.parents)[:2]):
+        if (each / "summary.json").is_file() and (each / "metrics.jsonl").is_file():
+            yield each / "summary.json"
