@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,8 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.device import check_places, device_memory
 from relora_ds.engine.finite import FiniteCheck, is_finite_everywhere
+from relora_ds.engine.islands.gradients import IslandGradients
+from relora_ds.engine.islands.rounds import start_rounds
 from relora_ds.engine.optimizer import build_optimizer, unapplied
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
@@ -35,13 +37,20 @@ from relora_ds.engine.zero.tensor_gradients import (
     square_sums_of_slices,
 )
 from relora_ds.methods.formulation.choice import update_of
-from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups, projection_layers
+from relora_ds.methods.interface import (
+    Method,
+    Product,
+    matrix_rules,
+    optimizer_groups,
+    projection_layers,
+)
 from relora_ds.numerics.base_weight import KINDS, BaseWeight
 from relora_ds.numerics.transfers import upload
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.footprint import UpdateSize
+from relora_ds.parallel.islands import ALONE, Islands
 from relora_ds.parallel.linear import weights_stay
 from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -69,6 +78,7 @@ class TrainEngine:
         probe: output of the working model on a fixed batch; methods report drift with it.
         exact: fp32 slices of parameters that a `ZeroPartitioner` rounded; emptied.
         tp: the group that shares this copy of the model; the model is already cut over it.
+        islands: whom it meets, and as seldom as `config.islands` says.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class TrainEngine:
         probe: Probe,
         exact: dict[nn.Parameter, torch.Tensor] | None = None,
         tp: TensorParallel = SINGLE,
+        islands: Islands = ALONE,
     ) -> None:
         self._tp = tp
         groups = optimizer_groups(method, config.optimizer, model)
@@ -111,12 +122,16 @@ class TrainEngine:
             self.clocks,
             self.completed_steps,
             self._probe,
-            FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp),
+            FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp, islands),
             lambda weight: self._digest.seal([weight]),
             tp,
             self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
+        shares = islands if config.islands.share_gradients else ALONE
+        self._across = IslandGradients(self.layout, shares, self.device)
+        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
+        """What islands do together, where they do not share gradients."""
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
@@ -235,6 +250,8 @@ class TrainEngine:
             global gradient norm before clipping. Both fp32 scalars on the device: reading them
             waits for it.
         """
+        if self.rounds is not None:
+            self.rounds.begin()
         self._engine.train()
         # until the update is over: its backward passes may be where it happens
         with weights_stay(self._layers, self.update_size):
@@ -242,6 +259,17 @@ class TrainEngine:
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+
+    def end_round(self, done: int, products: Sequence[Product]) -> None:
+        """Make the weights of islands common, where a round ends. A collective call of all of them.
+
+        Args:
+            done: updates of the run.
+            products: of factors that the method is about to merge.
+        """
+        if self.rounds is not None and self.rounds.ends_at(done):
+            with recorder.phase("step"), doing("end of a round"):
+                self.rounds.end(products)
 
     def weights_kept(self, batches: int) -> AbstractContextManager[None]:
         """Within it the weights stay as they are for so many forward passes."""
@@ -281,6 +309,7 @@ class TrainEngine:
                 self._engine.step()
                 return None
             self._shares.complete()
+            self._across.average()
             norm = None if self._engine.reports_norm else self._gradient_norm()
             if admit is None or admit(self._figures(losses)):
                 self._engine.step()
@@ -317,7 +346,7 @@ class TrainEngine:
         """Free the engine so that another phase can build its own."""
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
-        del self._digest, self.memory, self._shares, self.matrices
+        del self._digest, self.memory, self._shares, self.matrices, self._across, self.rounds
         del self._probe_output, self._layers
         self._before_forward.remove()
         self.bases, self.clocks = {}, {}

@@ -15,7 +15,7 @@ from relora_ds.config.load import LoadedRun, dump_run_config, load_run_config
 from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.methods.build import meta_model
-from relora_ds.methods.registry import plan_phases
+from relora_ds.methods.registry import METHODS, plan_phases
 from relora_ds.planning.dry_run import dry_run
 from relora_ds.train.main import main
 
@@ -174,4 +174,6 @@ def test_zero(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_missing() -> None:
     assert {path.stem for path in MODELS} == NAMES | {"llama_quickstart"}
     assert {path.stem for path in ZERO} == {"zero0", "zero1", "zero2", "zero3"}
-    assert len(RUNS) >= 8
+    sizes = ("60m", "130m", "350m", "1b", "7b")
+    wanted = {f"llama_{size}_{method}" for size in sizes for method in METHODS}
+    assert wanted <= {path.stem for path in RUNS}
