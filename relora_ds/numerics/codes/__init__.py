@@ -1,1 +1,1 @@
-"""Numbers in few bits: moments in blocks of eight, weight changes on the wire in four to sixteen."""
+"""Numbers in few bits: moments in blocks of eight, changes on the wire in four to sixteen."""
