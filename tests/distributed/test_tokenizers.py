@@ -136,8 +136,7 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=True, eos_token_id=[2, 5], rope_parameters=rope,
-    )  # fmt: skip
+        tie_word_embeddings=True, eos_token_id=[2, 5], rope_parameters=rope)  # fmt: skip
     torch.manual_seed(0)
     first = transformers.LlamaForCausalLM(config)
     directory = tmp_path / "llama"
@@ -172,13 +171,12 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
         code, output = run([*source, "--output", str(target)], script=f"tools/{script}.py")
         assert code == 0, output
     check_export(exported)
-    longer = ["train.steps=4", "checkpoint.allow_change=[train.steps]"]
-    code, output = run([path, *longer])
+    code, output = run([path, "train.steps=4", "checkpoint.allow_change=[train.steps]"])
     assert code == 0, output
     assert "resuming from" in output
     check_export(tmp_path / "run" / "hf")
-    other = f"output_dir={tmp_path / 'other'}"
-    code, output = run([path, other, f"checkpoint.resume={imported}", "train.init_from=null"])
+    resumed = [f"checkpoint.resume={imported}", "train.init_from=null"]
+    code, output = run([path, f"output_dir={tmp_path / 'other'}", *resumed])
     assert code == 0, output
     check_export(tmp_path / "other" / "hf")
 
@@ -187,6 +185,6 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
     arguments = [path, f"model={plain}", "checkpoint.resume=false"]
     code, output = run(arguments)
     assert code == 4, output
-    for part in ("rope_theta 500000.0 instead of 10000.0", "rope_scaling", "another one than"):
-        assert part in output
+    parts = "rope_theta 500000.0 instead of 10000.0", "rope_scaling", "another one than"
+    assert all(part in output for part in parts), output
     assert not (tmp_path / "run" / "previous_1").exists()
