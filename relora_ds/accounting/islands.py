@@ -24,7 +24,7 @@ from torch import nn
 
 from relora_ds.accounting.recorder import Traffic
 from relora_ds.accounting.zero_traffic import Payloads, dtype_name, sub_groups
-from relora_ds.numerics.wire_codes import coded_bytes
+from relora_ds.numerics.codes.wire_codes import coded_bytes
 from relora_ds.parallel.ownership import padded, slices_of_groups
 from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.zero import ZeroSettings

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.errors import ConfigError, PreemptedError, ReloraError
 from relora_ds.redaction import mask_urls
 
 _INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.json.gz'"
@@ -109,4 +109,7 @@ def run_tool(work: Callable[[], None]) -> int:
         problems = error.shown if isinstance(error, ConfigError) else [error]
         sys.stderr.writelines(f"error: {mask_urls(str(problem))}\n" for problem in problems)
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: what was not finished has left nothing\n")
+        return PreemptedError.exit_code
     return 0

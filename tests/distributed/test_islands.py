@@ -5,50 +5,54 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.cases import islands
+from tests.harness.build import STAGES
 from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-TWO = [
-    ("full", 0, 1),
-    ("full", 2, 1),
-    ("relora", 1, 1),
-    ("relora", 3, 1),
-    ("switchlora", 2, 1),
-    ("sltrain", 3, 1),
-    ("low_rank", 1, 1),
-    ("lora", 0, 1),
-    ("galore", 1, 1),
+Cell = tuple[str, int, int]
+"""Method, ZeRO stage, tensor-parallel size."""
+
+USUAL: list[Cell] = [("full", 0, 1), ("relora", 3, 1), ("switchlora", 2, 1), ("galore", 1, 1)]
+REST = [
+    (method, stage, 1)
+    for method in islands.METHODS
+    for stage in STAGES
+    if (method, stage, 1) not in USUAL
 ]
-"""Method, ZeRO stage and tensor-parallel size of runs on two ranks."""
-
-
-def test_gradients_shared_by_two_islands_are_data_parallelism() -> None:
-    cells = [(method, count, stage, tensor) for method, stage, tensor in TWO for count in (1, 2)]
-    found = run_ranks(islands.losses, 2, cells=cells)
-    for method, stage, tensor in TWO:
-        plain, apart = (found[f"{method}/{count}/{stage}/{tensor}"] for count in (1, 2))
-        assert plain[0] > plain[-1]
-        assert apart == pytest.approx(plain, rel=1e-6), (method, stage)
-
-
-FOUR = [
-    ("full", 0, 2, 2),
-    ("relora", 1, 2, 2),
-    ("switchlora", 3, 2, 2),
-    ("relora", 2, 1, 2),
-    ("sltrain", 3, 1, 2),
-    ("full", 1, 1, 4),
+FOUR: list[tuple[str, int, int, int]] = [
+    *((method, stage, 2, 2) for method in ("full", "relora", "switchlora") for stage in STAGES),
+    ("sltrain", 3, 2, 2),
+    ("low_rank", 2, 2, 2),
+    ("lora", 1, 2, 2),
+    *(("relora", stage, 1, 2) for stage in STAGES),
+    *(("full", stage, 1, 4) for stage in STAGES),
 ]
 """Method, ZeRO stage, tensor-parallel size and islands on four ranks."""
 
 
-def test_islands_of_several_ranks_share_gradients_too() -> None:
-    cells = [(method, n, stage, size) for method, stage, size, many in FOUR for n in (1, many)]
-    found = run_ranks(islands.losses, 4, cells=cells)
-    for method, stage, size, many in FOUR:
+def test_gradients_shared_by_islands_are_data_parallelism() -> None:
+    _compare(2, [(*cell, 2) for cell in USUAL])
+
+
+@pytest.mark.slow
+def test_every_method_shares_gradients_at_every_stage() -> None:
+    _compare(2, [(*cell, 2) for cell in REST])
+
+
+@pytest.mark.slow
+def test_islands_of_several_ranks_share_gradients() -> None:
+    _compare(4, FOUR)
+
+
+def _compare(ranks: int, cells: list[tuple[str, int, int, int]]) -> None:
+    """Losses of islands against those of one."""
+    asked = {(method, n, stage, size) for method, stage, size, many in cells for n in (1, many)}
+    found = run_ranks(islands.losses, ranks, cells=sorted(asked))
+    for method, stage, size, many in cells:
         plain, apart = (found[f"{method}/{n}/{stage}/{size}"] for n in (1, many))
-        assert apart == pytest.approx(plain, rel=1e-6), (method, stage, size)
+        assert plain[-1] < plain[0]
+        assert apart == pytest.approx(plain, rel=1e-6), (method, stage, size, many)
 
 
 MERGED = [("relora", 0, 1, "fp32"), ("relora", 2, 1, "fp32"), ("relora_scaled", 3, 1, "bf16")]
@@ -92,6 +96,7 @@ def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
             assert second < _ERROR[32], cell
 
 
+@pytest.mark.slow
 def test_rounds_of_islands_with_several_ranks() -> None:
     cells = [("full", 2, 1, 32), ("sltrain", 1, 2, 8), ("low_rank", 3, 1, 4)]
     found = run_ranks(islands.rounds_apart, 4, cells=cells)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -85,15 +84,26 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
             assert any(files[0][name].any() for name in files[0] if name.startswith(kind))
         assert all(torch.equal(files[1][name], tensor) for name, tensor in files[0].items())
 
+    # more islands go on from the same weights
+    source, more = tmp_path / "unbroken" / "checkpoints" / "step_6", tmp_path / "more"
+    overrides = [f"checkpoint.resume={source}", f"output_dir={more}", "parallel.islands=4"]
+    code, output = run([description, *overrides], processes=4)
+    assert code == 0, output
+    lines = metrics(more)
+    assert sorted(lines) == list(range(7, LAST + 1))
+    assert lines[7]["train/loss"] == pytest.approx(expected[7]["train/loss"], rel=1e-6)
+
 
 def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
     tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
     description = described(tmp_path, tiny_corpus)
-    told: dict[str, Any] = {
-        "parallel.islands=3": "must be a multiple of parallel.islands (3)",
-        "checkpoint.every=4": "is 4, but must be a multiple of islands.every (3)",
+    told: dict[tuple[str, int], str] = {
+        ("parallel.islands=3", 1): "must be a multiple of parallel.islands (3)",
+        ("checkpoint.every=4", 1): "is 4, but must be a multiple of islands.every (3)",
+        ("train.seed=1", 1): "parallel.islands is 2, but must divide the copies of the model",
+        ("method={name: switchlora, rank: 4}", 2): "islands.every: is 3, but method switchlora",
     }
-    for override, text in told.items():
-        code, output = run([description, override])
+    for (override, processes), text in told.items():
+        code, output = run([description, override], processes)
         assert (code, text in output) == (2, True), output

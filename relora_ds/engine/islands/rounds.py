@@ -24,7 +24,7 @@ from relora_ds.engine.islands.products import MeanProducts
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.methods.interface import Product
 from relora_ds.methods.train_state import Weights
-from relora_ds.numerics.wire_codes import BLOCK, decode, encode
+from relora_ds.numerics.codes.wire_codes import BLOCK, decode, encode
 from relora_ds.parallel.islands import Islands
 
 _STRETCH = 1 << 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relora_ds.numerics.wire_codes import BLOCK, Bits, coded_bytes, decode, encode
+from relora_ds.numerics.codes.wire_codes import BLOCK, Bits, coded_bytes, decode, encode
 
 SIZES = (1, 2, 255, 256, 257, 1000)
 
