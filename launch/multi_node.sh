@@ -5,6 +5,8 @@
 #
 # HOSTFILE has one line per node, `name slots=N` with N ranks (GPUs) each. Every node needs ssh without
 # a password, and this directory, its .venv, the data and the output directory at the same paths.
+# Where every line ends with `island=NAME`, nodes of one name, which follow each other, are an island:
+# the run gets as many parallel.islands as there are names.
 #
 # Settings: MASTER_ADDR (default: the first node's first address), MASTER_PORT (default 29500), FORWARD
 # (names of further variables to forward), and those of launch/supervise.sh.
@@ -31,11 +33,35 @@ set -- "${arguments[@]}"
 hostfile="$1"
 shift
 [ -f "$hostfile" ] || fail "there is no hostfile $hostfile"
-awk '!/^[[:space:]]*(#|$)/ && !/^[[:space:]]*[A-Za-z0-9._-]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$/ \
+awk '!/^[[:space:]]*(#|$)/ && !/^[[:space:]]*[A-Za-z0-9._-]+[[:space:]]+slots=[1-9][0-9]*([[:space:]]+island=[A-Za-z0-9._-]+)?[[:space:]]*(#.*)?$/ \
   { print FILENAME ":" FNR ": not `name slots=N`: " $0; bad = 1 } END { exit bad }' "$hostfile" >&2 ||
   fail "the hostfile must have one line \`name slots=N\` per node; users and ports go into ~/.ssh/config"
 nodes="$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile" | paste -sd ,)"
 [ -n "$nodes" ] || fail "$hostfile: names no node"
+
+# processes are numbered in the order of the hostfile, and neighbours are of one island
+islands="$(awk -v file="$hostfile" '
+  function stop(text) { print file ":" FNR ": " text >"/dev/stderr"; bad = 1; exit 1 }
+  /^[[:space:]]*(#|$)/ { next }
+  { sub(/#.*/, ""); sub(/^slots=/, "", $2); mark = $3; nodes++; marked += mark != "" }
+  marked && marked < nodes { stop("every node needs an island=NAME, or none") }
+  mark == "" { next }
+  mark != last && mark in slots { stop(mark " is named again after another island: order nodes by island") }
+  { slots[mark] += $2; count += mark != last; last = mark }
+  END {
+    if (bad) exit 1
+    for (name in slots) if (slots[name] != slots[last]) {
+      print file ": " name " has " slots[name] " slots and " last " has " slots[last] ": islands are equally large" >"/dev/stderr"
+      exit 1
+    }
+    print count + 0
+  }' "$hostfile")" || fail "the marks of islands in $hostfile do not fit"
+if [ "$islands" -gt 0 ]; then
+  plain="$state_dir/hostfile" # as the launcher knows it
+  sed 's/[[:space:]]island=[^[:space:]]*//' "$hostfile" >"$plain"
+  hostfile="$plain"
+  set -- "$@" "parallel.islands=$islands"
+fi
 
 export PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="$ssh_options"
 

@@ -105,7 +105,7 @@ def _stage3_payloads(
             )
     sizes = [[-(-p.numel() // dp_size) for p in parameters] for parameters in groups]
     reduced = dp_size * sum(map(sum, sizes)) * (1 if zero.reduces_once else zero.accumulation)
-    norms = sum(_sub_groups(each, zero.sub_group) for each in sizes)
+    norms = sum(len(sub_groups(each, zero.sub_group)) for each in sizes)
     gradients, size = dtype_name(zero.gradient_dtype), zero.gradient_dtype.itemsize
     found = {
         ("reduce_scatter", group, dp_size, gradients, "backward"): reduced * size,
@@ -138,16 +138,22 @@ def _gather_payloads(replay: Replay, zero: ZeroSettings, everyone: tuple[str, in
     }
 
 
-def _sub_groups(partitions: Sequence[int], limit: int) -> int:
-    """Flat tensors that DeepSpeed cuts an optimizer group into, given its parameters' slices."""
+def sub_groups(partitions: Sequence[int], limit: int) -> list[int]:
+    """Sizes of the flat tensors that DeepSpeed cuts an optimizer group into at stage 3.
+
+    Args:
+        partitions: elements of its parameters' slices, in order.
+        limit: `sub_group_size`.
+    """
     if limit >= sum(partitions):
-        return 1
-    count = held = 0
+        return [sum(partitions)]
+    sizes, held = [], 0
     for number, size in enumerate(partitions, 1):
         held += size
         if held >= limit or number == len(partitions):
-            count, held = count + 1, 0
-    return count
+            sizes.append(held)
+            held = 0
+    return sizes
 
 
 def step_payloads(

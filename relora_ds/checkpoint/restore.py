@@ -6,7 +6,7 @@ weights exactly: `side_tensors`, the same on every rank, and `side_slices`, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import MOMENTS, VectorAdamW, storage_key
+from relora_ds.parallel.topology import Topology
 
 
 @torch.no_grad()
@@ -133,6 +134,66 @@ def _base_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
     }
 
 
+def round_tensors(engine: TrainEngine, topology: Topology) -> dict[str, torch.Tensor]:
+    """What this rank saves of islands that train apart, as live tensors by name.
+
+    Weights are common at the end of a round, where checkpoints are saved. The first island's
+    moments are where they are without islands, those of others are here. The momentum of the outer
+    step is common, and saved by the first island; each keeps what its codes left out.
+    """
+    whole = engine.layout.partition_group is None
+    if engine.rounds is None or (whole and topology.dp_rank > 0):
+        return {}
+    residual = _numbered("residual", engine.rounds.residual)
+    if topology.islands.rank == 0:
+        return residual | _numbered("momentum", engine.rounds.momentum)
+    return residual | _moments_by_owner(engine)
+
+
+def _numbered(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{number}": tensor for number, tensor in enumerate(tensors)}
+
+
+def _moments_by_owner(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    return {
+        f"moments.{number}.{key}": value
+        for number, owner in enumerate(engine.layout.owners())
+        for key, value in engine.optimizer.state.get(owner, {}).items()
+        if isinstance(value, torch.Tensor) and value.ndim
+    }
+
+
+def load_round_tensors(
+    engine: TrainEngine, first: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Restore `round_tensors` in place, after everything else was.
+
+    What was not saved begins anew: without islands there was no momentum, and an island that was
+    not there has left nothing out and goes on with the moments of the first one.
+
+    Args:
+        first: of this rank's place on the first island.
+        own: of the same place on this island; None where there was no such island.
+
+    Raises:
+        CheckpointError: names, shapes or kinds of numbers are not the ones of this run.
+    """
+    assert engine.rounds is not None
+    momentum = _numbered("momentum", engine.rounds.momentum)
+    residual = _numbered("residual", engine.rounds.residual)
+    saved = {name: tensor for name, tensor in first.items() if name in momentum}
+    live = momentum | residual
+    if own is not None:
+        saved |= {name: tensor for name, tensor in own.items() if name not in momentum}
+        live |= _moments_by_owner(engine) if any(n.startswith("moments") for n in own) else {}
+    fresh = {name: torch.zeros_like(live[name]) for name in live if name not in saved}
+    _check_names(live, saved | fresh)
+    for name, tensor in live.items():
+        _check_form(name, (saved | fresh)[name], tensor)
+    for name, tensor in live.items():
+        tensor.copy_((saved | fresh)[name])
+
+
 def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) -> None:
     """Restore `side_tensors` and `side_slices` in place.
 
@@ -140,12 +201,7 @@ def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) ->
         CheckpointError: the saved names, shapes or kinds of numbers are not the ones of this run.
     """
     live = side_tensors(engine) | side_slices(engine)
-    if live.keys() != saved.keys():
-        odd = sorted(live.keys() ^ saved.keys())
-        raise CheckpointError(
-            f"the checkpoint's method state differs from the run's, first at {odd[0]!r}: it "
-            "was written with another method or precision; resume with the run file it names"
-        )
+    _check_names(live, saved)
     for name, tensor in live.items():
         _check_form(name, saved[name], tensor)
     for name, tensor in live.items():
@@ -153,6 +209,15 @@ def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) ->
     for clock in engine.clocks.values():
         clock.refresh()
     engine.seal_frozen()
+
+
+def _check_names(live: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    if live.keys() != saved.keys():
+        odd = sorted(live.keys() ^ saved.keys())
+        raise CheckpointError(
+            f"the checkpoint's method state differs from the run's, first at {odd[0]!r}: it "
+            "was written with another method or precision; resume with the run file it names"
+        )
 
 
 def _check_form(name: str, saved: torch.Tensor, live: torch.Tensor) -> None:

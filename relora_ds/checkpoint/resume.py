@@ -19,7 +19,13 @@ from relora_ds.checkpoint.format.manifest import Listed
 from relora_ds.checkpoint.format.record import RunRecord
 from relora_ds.checkpoint.format.tensors import read_tensors
 from relora_ds.checkpoint.format.verify import shares, verify_description, verify_files
-from relora_ds.checkpoint.restore import check_moments, load_side_tensors, load_state, side_slices
+from relora_ds.checkpoint.restore import (
+    check_moments,
+    load_round_tensors,
+    load_side_tensors,
+    load_state,
+    side_slices,
+)
 from relora_ds.checkpoint.saved_run import SavedRun, fitting
 from relora_ds.checkpoint.saved_state import SavedState, is_written_state
 from relora_ds.checkpoint.saving.recovery import recover
@@ -303,6 +309,7 @@ def _restore(
             saved.check_updates(engine.completed_steps())
             check_moments(engine)
         else:
+            _refuse_rounds(saved, engine)
             load_state(engine, other)
     own = saved.own_method_state(topology.tp)
     with fitting(saved.checkpoint, "the entries of its method's state"):
@@ -325,5 +332,30 @@ def _load_as_written(checkpoint: Path, engine: TrainEngine, topology: Topology) 
     engine.load(str(checkpoint.parent), checkpoint.name)
     side = read_tensors(checkpoint / layout.side(topology.tp.suffix))
     if side_slices(engine):
-        side |= read_tensors(checkpoint / layout.side_of_rank(topology.rank))
+        side |= read_tensors(checkpoint / layout.side_of_rank(topology.island_rank))
     load_side_tensors(engine, side)
+    if engine.rounds is not None:
+        _load_rounds(checkpoint, engine, topology)
+
+
+def _refuse_rounds(saved: SavedRun, engine: TrainEngine) -> None:
+    """Raise where moments of several islands would have to be put together and cut anew."""
+    if engine.rounds is not None and saved.record.config.parallel.islands > 1:
+        raise CheckpointError(
+            f"{saved.checkpoint}: its islands have moments of their own, which are continued with "
+            "as many processes per island, the same parallel.tensor and ZeRO stage only: restore "
+            "these, or go on with parallel.islands=1 and islands.every=1 from the moments of the "
+            "first island"
+        )
+
+
+def _load_rounds(checkpoint: Path, engine: TrainEngine, topology: Topology) -> None:
+    """What islands hold apart; an island that was not there before begins as the first one."""
+    place, size = topology.island_rank, topology.world_size // topology.islands.size
+    if engine.layout.partition_group is None:  # one copy of the model has written for all
+        place %= topology.tp.size
+    found = []
+    for island in (0, topology.islands.rank):
+        file = checkpoint / layout.round_of_rank(place + size * island)
+        found.append(read_tensors(file) if file.is_file() else None)
+    load_round_tensors(engine, found[0] or {}, found[1])

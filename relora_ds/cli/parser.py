@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from relora_ds.errors import ConfigError, ReloraError
+from relora_ds.errors import ConfigError, PreemptedError, ReloraError
 from relora_ds.redaction import mask_urls
 
 _INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.json.gz'"
@@ -93,11 +93,12 @@ def add_texts(parser: argparse.ArgumentParser, or_dataset: bool = False) -> None
 
 
 def amount(text: str) -> float:
-    """A number with a decimal unit: 80GB, 450GB/s, 989.4T."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(?:B|B/s|FLOP/s)?", text)
+    """A number with a decimal unit: 80GB, 450GB/s, 989.4T; of bits as bytes, 100Mbit."""
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(B|B/s|FLOP/s|bit|bit/s)?", text)
     if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB or 450GB/s")
-    return float(match[1]) * _UNITS[match[2]]
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB, 450GB/s or 100Mbit")
+    bits = (match[3] or "").startswith("bit")
+    return float(match[1]) * _UNITS[match[2]] / (8 if bits else 1)
 
 
 def run_tool(work: Callable[[], None]) -> int:
@@ -108,4 +109,7 @@ def run_tool(work: Callable[[], None]) -> int:
         problems = error.shown if isinstance(error, ConfigError) else [error]
         sys.stderr.writelines(f"error: {mask_urls(str(problem))}\n" for problem in problems)
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: what was not finished has left nothing\n")
+        return PreemptedError.exit_code
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from relora_ds.cli.parser import add_run, amount, run_tool, tool_parser
 
@@ -24,19 +25,31 @@ def _plan(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from relora_ds.config.load import load_run_config
+    from relora_ds.planning.islands import plan_islands
     from relora_ds.planning.plan import plan
-    from relora_ds.planning.report import show_plan
-    from relora_ds.planning.results import Cluster
+    from relora_ds.planning.report import show_islands, show_plan
+    from relora_ds.planning.results import Cluster, IslandLink
 
     names = ("gpus", "gpus_per_node", "gpu_memory", "node_bandwidth", "bandwidth")
     names += ("latency", "peak_flops", "efficiency")
     given = {name: getattr(parsed, name) for name in names}
     cluster = Cluster(**{name: value for name, value in given.items() if value is not None})
-    found = plan(load_run_config(parsed.run, parsed.overrides), cluster)
-    if parsed.json:
-        print(json.dumps(found.as_dict(), indent=1))
+    overrides = [*parsed.overrides]
+    if parsed.islands is not None:
+        overrides.append(f"parallel.islands={parsed.islands}")
+    loaded, between = load_run_config(parsed.run, overrides), {}
+    if loaded.config.parallel.islands == 1:
+        found = plan(loaded, cluster)
     else:
-        show_plan(found, Console(highlight=False))
+        link = IslandLink(parsed.island_bandwidth, parsed.island_latency)
+        found, between = plan_islands(loaded, cluster, link)
+    if parsed.json:
+        islands = {name: asdict(each) for name, each in between.items()}
+        print(json.dumps(found.as_dict() | ({"islands": islands} if islands else {}), indent=1))
+        return
+    console = Console(highlight=False)
+    show_plan(found, console)
+    show_islands(between, console)
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -50,5 +63,13 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--latency", type=float, help="seconds of a collective per doubling, 1e-5")
     parser.add_argument("--peak-flops", type=amount, help="per GPU, 989.4T")
     parser.add_argument("--efficiency", type=float, help="share of the peak that is reached, 0.4")
+    parser.add_argument("--islands", type=int, help="parallel.islands; --gpus are those of all")
+    parser.add_argument(
+        "--island-bandwidth",
+        type=amount,
+        default=125e6,
+        help="of the link that the GPUs of an island share: 100Mbit, 1Gbit (default), 12.5MB/s",
+    )
+    parser.add_argument("--island-latency", type=float, default=0.01, help="seconds one way, 0.01")
     parser.add_argument("--json", action="store_true", help="everything, to be read by a program")
     return parser

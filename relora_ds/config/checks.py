@@ -18,6 +18,7 @@ from relora_ds.config.rules.corpora import (
     data_keys_match_source,
     rows_have_documents,
 )
+from relora_ds.config.rules.islands import ISLAND_RULES
 from relora_ds.config.rules.optimizers import (
     matrices_are_trained,
     pairs_are_moved,
@@ -98,5 +99,6 @@ RULES: tuple[Rule, ...] = (
     matrices_are_trained,
     pairs_are_moved,
     scaled_head_is_free,
+    *ISLAND_RULES,
 )
 WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd, pairs_have_their_own_rate)

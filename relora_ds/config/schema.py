@@ -19,6 +19,7 @@ from relora_ds.config.sections import (
     ScheduleConfig,
     TrainConfig,
 )
+from relora_ds.config.spread.islands import IslandsConfig
 
 
 class RunConfig(Section):
@@ -43,7 +44,9 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
     parallel: Free[ParallelConfig] = ParallelConfig()
-    """Tensor parallelism."""
+    """Tensor parallelism and islands."""
+    islands: IslandsConfig = IslandsConfig()
+    """Rounds of islands, over slow links."""
     eval: Free[EvalConfig] = EvalConfig()
     """Validation."""
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()

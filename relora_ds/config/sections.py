@@ -243,7 +243,11 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How one copy of the model is cut over processes."""
+    """How the model is cut over processes, and how often it is there apart."""
+
+    islands: PositiveInt = 1
+    """Equal parts of the job, each with copies of the model of its own, that exchange little: see
+    the section `islands`. Neighbouring processes are of one island."""
 
     tensor: PositiveInt = 1
     """Tensor-parallel size: neighbouring processes that share one copy of the model. It divides

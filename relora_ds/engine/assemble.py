@@ -73,7 +73,7 @@ def build_engine(
     probe = _Probe(model, probe_tokens)
     # reading and drawing weights takes as long as it takes, and DeepSpeed meets on the devices next
     barrier()
-    engine = TrainEngine(model, method, config, zero, probe, exact, tp)
+    engine = TrainEngine(model, method, config, zero, probe, exact, tp, topology.islands)
     if partitioner is None and whole is not None:
         restore_masters(engine, whole)
     return engine

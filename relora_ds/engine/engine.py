@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.accounting.memory_meter import MemoryMeter
+from relora_ds.accounting.memory.meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
@@ -21,6 +21,8 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.backend import Backend, start_backend
 from relora_ds.engine.device import check_places, device_memory
 from relora_ds.engine.finite import FiniteCheck, is_finite_everywhere
+from relora_ds.engine.islands.gradients import IslandGradients
+from relora_ds.engine.islands.rounds import start_rounds
 from relora_ds.engine.optimizer import build_optimizer, unapplied
 from relora_ds.engine.precision import base_precision
 from relora_ds.engine.zero.digest import ReplicaDigest
@@ -35,13 +37,20 @@ from relora_ds.engine.zero.tensor_gradients import (
     square_sums_of_slices,
 )
 from relora_ds.methods.formulation.choice import update_of
-from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups, projection_layers
-from relora_ds.numerics.base_weight import KINDS, BaseWeight
+from relora_ds.methods.interface import (
+    Method,
+    Product,
+    matrix_rules,
+    optimizer_groups,
+    projection_layers,
+)
+from relora_ds.numerics.base_weight import KINDS, BaseWeight, store_whole
 from relora_ds.numerics.transfers import upload
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.footprint import UpdateSize
+from relora_ds.parallel.islands import ALONE, Islands
 from relora_ds.parallel.linear import weights_stay
 from relora_ds.parallel.shape import method_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -69,6 +78,7 @@ class TrainEngine:
         probe: output of the working model on a fixed batch; methods report drift with it.
         exact: fp32 slices of parameters that a `ZeroPartitioner` rounded; emptied.
         tp: the group that shares this copy of the model; the model is already cut over it.
+        islands: whom it meets, and as seldom as `config.islands` says.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class TrainEngine:
         probe: Probe,
         exact: dict[nn.Parameter, torch.Tensor] | None = None,
         tp: TensorParallel = SINGLE,
+        islands: Islands = ALONE,
     ) -> None:
         self._tp = tp
         groups = optimizer_groups(method, config.optimizer, model)
@@ -91,7 +102,7 @@ class TrainEngine:
         kind = KINDS[base_precision(config)]
         self.bases: dict[nn.Parameter, BaseWeight] = {}
         if exact is None:  # the weights are whole: their fp32 values need not outlive the cast
-            self.bases = {w: _store_whole(w, kind, zero.dtype) for w in edited}
+            self.bases = {w: store_whole(w, kind, zero.dtype) for w in edited}
         self._engine: Backend = start_backend(model, self.optimizer, config, zero, tp)
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
@@ -111,23 +122,30 @@ class TrainEngine:
             self.clocks,
             self.completed_steps,
             self._probe,
-            FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp),
+            FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp, islands),
             lambda weight: self._digest.seal([weight]),
             tp,
             self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
+        shares = islands if config.islands.share_gradients else ALONE
+        self._across = IslandGradients(self.layout, shares, self.device)
+        # what islands do together where they do not share gradients
+        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
         )
-        kept = [base.tensors() for base in self.bases.values()]
-        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
-        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
+        self.memory = self._meter()
         self._engine.watch_updates(self.memory.after_backward)
         self._reduces_once = zero.reduces_once
         self._layers = list(projection_layers(model).values())
         self.update_size = self._update_size(config.train, zero)
+
+    def _meter(self) -> MemoryMeter:
+        kept = [base.tensors() for base in self.bases.values()]
+        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
+        return MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
 
     def _place_optimizer(self, seed: int) -> None:
         """Tell the optimizer what lies where in its flat tensors."""
@@ -235,6 +253,8 @@ class TrainEngine:
             global gradient norm before clipping. Both fp32 scalars on the device: reading them
             waits for it.
         """
+        if self.rounds is not None:
+            self.rounds.begin()
         self._engine.train()
         # until the update is over: its backward passes may be where it happens
         with weights_stay(self._layers, self.update_size):
@@ -242,6 +262,17 @@ class TrainEngine:
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
+
+    def end_round(self, done: int, products: Sequence[Product]) -> None:
+        """Make the weights of islands common, where a round ends. A collective call of all of them.
+
+        Args:
+            done: updates of the run.
+            products: of factors that the method is about to merge.
+        """
+        if self.rounds is not None and self.rounds.ends_at(done):
+            with recorder.phase("step"), doing("end of a round"):
+                self.rounds.end(products)
 
     def weights_kept(self, batches: int) -> AbstractContextManager[None]:
         """Within it the weights stay as they are for so many forward passes."""
@@ -281,6 +312,7 @@ class TrainEngine:
                 self._engine.step()
                 return None
             self._shares.complete()
+            self._across.average()
             norm = None if self._engine.reports_norm else self._gradient_norm()
             if admit is None or admit(self._figures(losses)):
                 self._engine.step()
@@ -317,7 +349,7 @@ class TrainEngine:
         """Free the engine so that another phase can build its own."""
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
-        del self._digest, self.memory, self._shares, self.matrices
+        del self._digest, self.memory, self._shares, self.matrices, self._across, self.rounds
         del self._probe_output, self._layers
         self._before_forward.remove()
         self.bases, self.clocks = {}, {}
@@ -358,14 +390,3 @@ class TrainEngine:
 
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tp)
-
-
-def _store_whole(weight: nn.Parameter, kind: type[BaseWeight], dtype: torch.dtype) -> BaseWeight:
-    """Cast a weight and keep its authoritative value, before anything else casts the model.
-
-    Weight by weight, so that no more than one of them is there twice.
-    """
-    exact = weight.data.view(-1)
-    if weight.dtype != dtype:
-        weight.data = torch.empty_like(weight.data, dtype=dtype)
-    return kind(weight.data.view(-1), exact)

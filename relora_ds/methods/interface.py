@@ -9,7 +9,7 @@ given. The defaults of both are full-rank training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -102,6 +102,18 @@ class Adapter:
     """The same for all projections."""
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product of trained factors beside a frozen weight that is edited: s * left @ right."""
+
+    weight: nn.Parameter
+    """(out, in), frozen."""
+    factors: tuple[nn.Parameter, ...]
+    """`left` (out, r), `right` (r, in), and what `scale` takes besides."""
+    scale: Callable[..., float | torch.Tensor]
+    """s, given the values of the factors behind the first two."""
+
+
 MethodT = TypeVar("MethodT", bound="Method[Any]")
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -129,6 +141,13 @@ class Session(Generic[MethodT]):
     def after_step(self, step: int) -> Event | None:
         """Called right after update number `step` (counted from 1) was applied."""
         return None
+
+    def products_to_merge(self, step: int) -> Sequence[Product]:
+        """Products of factors that the frozen weights are about to absorb in `after_step(step)`.
+
+        Islands make the mean of these exact, and not only that of their factors.
+        """
+        return ()
 
     def report(self) -> Report:
         """Metrics for a line of the log; may wait for the device."""
@@ -358,10 +377,14 @@ def projection_layers(model: nn.Module) -> dict[str, Projection]:
 def matrix_rules(
     method: Method[Any], settings: OptimizerConfig, model: nn.Module
 ) -> dict[nn.Parameter, MatrixOptimizer]:
-    """The matrix-wise optimizer of every trained parameter that has one, in the model's order."""
+    """The matrix-wise optimizer of every trained parameter that has one, in the model's order.
+
+    Equal ones are one object: what is asked of one object is computed together.
+    """
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     chosen = (
         (p, method.matrix_optimizer(settings, name, p) or end_rule(settings, name))
         for name, p in trained
     )
-    return {parameter: rule for parameter, rule in chosen if rule is not None}
+    known: dict[MatrixOptimizer, MatrixOptimizer] = {}
+    return {p: known.setdefault(rule, rule) for p, rule in chosen if rule is not None}

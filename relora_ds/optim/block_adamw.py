@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from relora_ds.numerics.block_codes import BLOCK, Codes, take_roots
+from relora_ds.numerics.codes.block_codes import BLOCK, Codes, take_roots
 from relora_ds.optim.vector_adamw import Moments, VectorAdamW, cached_stretch
 
 _TYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}

@@ -166,8 +166,8 @@ def _frozen(fragment: Fragment | None, completed: int, device: torch.device) -> 
     live = fragment.clock.live(completed)
     if bool(live.all()):  # of the host
         return None
-    here = replace(fragment, offset=0)
-    mask = torch.zeros(fragment.length, dtype=torch.bool)
-    for block in here.blocks(mask):
-        block.view.copy_(block.along(~live, fragment.clock.axis).expand_as(block.view))
-    return upload(mask, device)
+    still = upload(~live, device)
+    mask = torch.empty(fragment.length, dtype=torch.bool, device=device)
+    for block in replace(fragment, offset=0).blocks(mask):
+        block.view.copy_(block.along(still, fragment.clock.axis).expand_as(block.view))
+    return mask

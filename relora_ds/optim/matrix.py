@@ -94,11 +94,11 @@ class MatrixUpdate:
 
     def move(self, direction: torch.Tensor) -> None:
         """Decay the slice and take `lr` times a direction off it; what is frozen stays as it is."""
-        kept = None if self.frozen is None else self.master[self.frozen]
-        self.master.mul_(1 - self.lr * self.weight_decay)
-        self.master.add_(direction, alpha=-self.lr)
-        if self.frozen is not None and kept is not None:
-            self.master[self.frozen] = kept
+        # a choice, as an index of what is frozen would have the host wait for it
+        moved = self.master if self.frozen is None else self.master.clone()
+        moved.mul_(1 - self.lr * self.weight_decay).add_(direction, alpha=-self.lr)
+        if self.frozen is not None:
+            self.master.copy_(torch.where(self.frozen, self.master, moved))
 
 
 @dataclass(frozen=True)

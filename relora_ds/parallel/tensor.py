@@ -40,8 +40,9 @@ class TensorParallel:
     Args:
         rank: within the group.
         size: processes that share one copy.
-        group: their process group; None for a group of one.
-        data_group: processes that hold the same part of other copies; None for all processes.
+        group: their process group; may be None for a group of one.
+        data_group: processes that hold the same part of other copies, of one island; None for all
+            processes.
         plan: what becomes of the factor of a low-rank product that the cut of the weight leaves
             alone. `act`: it is cut along the rank dimension, and the ranks exchange (tokens, r)
             activations in every pass. `fold`: it is whole on every rank, and its gradient is summed
@@ -216,10 +217,48 @@ def join_tensor_group(
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of Megatron: names that megatron-core has dropped, and those it kept."""
+    """What DeepSpeed asks Megatron for: the groups of its world, by their names of old.
 
-    def __getattr__(self, name: str) -> Any:
-        from megatron.core import parallel_state
+    Args:
+        tp: this process's part of one copy of the model; it has both groups.
+    """
 
-        renamed = name.replace("get_model_parallel", "get_tensor_model_parallel")
-        return getattr(parallel_state, renamed)
+    def __init__(self, tp: TensorParallel) -> None:
+        self._tp = tp
+
+    def get_model_parallel_group(self) -> ProcessGroup | None:
+        """Processes that share a copy of the model."""
+        return self._tp.group
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many these are."""
+        return self._tp.size
+
+    def get_model_parallel_rank(self) -> int:
+        """This process among them."""
+        return self._tp.rank
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_data_parallel_group(self) -> ProcessGroup | None:
+        """Processes that hold the same part of other copies."""
+        return self._tp.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of these."""
+        return torch.distributed.get_process_group_ranks(self._tp.data_group)
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many these are."""
+        return torch.distributed.get_world_size(self._tp.data_group)
+
+    def get_data_parallel_rank(self) -> int:
+        """This process among them."""
+        return torch.distributed.get_rank(self._tp.data_group)
+
+
+def model_parallel_unit(tp: TensorParallel) -> ModelParallelUnit | None:
+    """What DeepSpeed is to ask for its groups; None where its world is all processes."""
+    return None if tp.size == 1 and tp.data_group is None else ModelParallelUnit(tp)

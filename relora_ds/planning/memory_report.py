@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from relora_ds.accounting.memory_model import StoragePlan, expected_memory
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.model import StoragePlan, expected_memory
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
@@ -16,7 +16,7 @@ from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.formulation.choice import update_of
 from relora_ds.methods.interface import Method, matrix_rules, optimizer_groups, projection_layers
 from relora_ds.model.llama import Llama
-from relora_ds.numerics.block_codes import BLOCK
+from relora_ds.numerics.codes.block_codes import BLOCK
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.topology import part_of_model

@@ -9,10 +9,12 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from relora_ds.planning.results import Candidate, Cut, Estimate, Plan
+from relora_ds.planning.results import Candidate, Cut, Estimate, IslandsPlan, Plan
 
-_GB = 1e9
+_GB, _MB = 1e9, 1e6
 _ALIKE = "- alike on all GPUs of a copy"
+
+_ROUND = ("islands.every", "sent per update (MB)", "times less", "update (s)", "local speed")
 
 Shown = TypeVar("Shown")
 Row = tuple[str, Callable[[Shown], str]]
@@ -50,6 +52,26 @@ def show_plan(found: Plan, console: Console) -> None:
         console.print(
             f"\nsuggested: {_way(suggested)} instead of {_way(asked)}: the fastest that fits"
         )
+
+
+def show_islands(phases: Mapping[str, IslandsPlan], console: Console) -> None:
+    """Print what passes between islands."""
+    for name, found in phases.items():
+        console.print(
+            f"\nphase {name}: {found.islands} islands; each sends "
+            f"{found.round_bytes / _GB:.4f} GB at the end of a round in {found.bits} bits, "
+            f"{found.merge_bytes / _GB:.4f} GB more where a merge follows; data parallelism of the "
+            f"full model in bf16 sends {found.dense_bytes / _GB:.4f} GB per update, which then "
+            f"takes {found.dense_seconds:.3f} s instead of {found.local_seconds:.3f} s"
+        )
+        table = Table(*_ROUND)
+        for each in found.rounds:
+            sent = f"{each.bytes_per_update / _MB:.3f}"
+            speed = _seconds(each.seconds_per_update), f"{each.speed:.0%}"
+            table.add_row(str(each.every), sent, f"{each.less:.0f}", *speed)
+        console.print(table)
+        best = found.best and f"islands.every={found.best}, the shortest with nine tenths of it"
+        console.print(f"asked for: islands.every={found.asked.every}; suggested: {best or 'none'}")
 
 
 def _way(cut: Cut) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.parallel.tensor import LowRankPlan
 
 
@@ -29,6 +29,16 @@ class Cluster:
     """Share of the peak that the model reaches."""
     reserve: float = 0.08
     """Share of the memory left to CUDA, kernels and fragmentation."""
+
+
+@dataclass(frozen=True)
+class IslandLink:
+    """What connects an island with all others; its processes share it."""
+
+    bandwidth: float
+    """Bytes per second that an island sends."""
+    latency: float = 0.01
+    """Seconds one way."""
 
 
 @dataclass(frozen=True)
@@ -158,3 +168,43 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, as `tools/plan.py --json` prints them."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Rounds of one length."""
+
+    every: int
+    """Updates."""
+    bytes_per_update: float
+    """What an island sends, spread over the updates."""
+    seconds_per_update: float
+    speed: float
+    """Share of the speed of an island that meets nobody."""
+    less: float
+    """How many times less than data parallelism of the full model in bf16 it sends."""
+
+
+@dataclass(frozen=True)
+class IslandsPlan:
+    """What passes between the islands of a run in one of its phases."""
+
+    islands: int
+    bits: int
+    """Of an element at the end of a round."""
+    round_bytes: float
+    """What an island sends at the end of a round."""
+    merge_bytes: float
+    """What it sends besides where a merge follows."""
+    dense_bytes: float
+    """What it would send per update for data parallelism of the full model in bf16."""
+    local_seconds: float
+    """An update that is followed by no exchange."""
+    dense_seconds: float
+    """An update with data parallelism of the full model in bf16 over the link."""
+    rounds: list[Round]
+    """By length."""
+    asked: Round
+    """Of the length that the run asks for."""
+    best: int | None
+    """Updates of the shortest round that keeps nine tenths of the local speed, if one does."""

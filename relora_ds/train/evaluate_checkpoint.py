@@ -146,7 +146,7 @@ def _published(
     ]
     loss = sum(score.loss for score in scores) / ranks
     tokens = sum(score.tokens for score in scores)
-    token_loss = sum(score.token_loss * score.tokens for score in scores) / tokens
+    token_loss = sum(score.token_loss * score.tokens for score in scores if score.tokens) / tokens
     return {
         "loss": loss,
         "perplexity": perplexity(loss),

@@ -192,6 +192,7 @@ class Trainer:
             if not self.guard.skipped:
                 seen.note(step, loss, norm, targets.share)
         self.checkpoints.hold()  # a step that was left out has had no forward pass
+        engine.end_round(step + 1, session.products_to_merge(own_step + 1))
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         metrics = self._event_metrics(step + 1, before, after)
@@ -235,7 +236,8 @@ class Trainer:
 
     def _goes_on_from(self, phase: Phase, done: int) -> bool:
         """Whether a longer run may go on from here: the end of a stable phase is saved."""
-        return self.config.checkpoint.every > 0 and done == phase.last_stable_step
+        ends = done == phase.last_stable_step and _is_due(done, self.config.islands.every)
+        return self.config.checkpoint.every > 0 and ends
 
     def _remedy(self) -> str:
         return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -66,19 +67,21 @@ def _run(loaded: LoadedRun, lifetime: Lifetime) -> None:
 def _dry_run(loaded: LoadedRun) -> None:
     from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
     from relora_ds.methods.registry import check_requirements
-    from relora_ds.parallel.topology import copies_of_model
+    from relora_ds.parallel.topology import as_one_island, copies_of_island, copies_of_model
     from relora_ds.planning.dry_run import dry_run
     from relora_ds.train.checks import check_start
 
     # a single process speaks for one copy of the model, however many will share it
     processes, tensor = int(os.environ.get("WORLD_SIZE", "1")), loaded.config.parallel.tensor
     copies = 1 if processes == 1 else copies_of_model(processes, tensor)
+    own = 1 if processes == 1 else copies_of_island(copies, loaded.config.parallel.islands)
     check_processes(loaded, copies)
-    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, copies)
+    share = as_one_island(loaded.config)
+    zero = resolve_deepspeed_config(share.deepspeed, share, own)
     check_requirements(loaded, zero)
     if int(os.environ.get("RANK", "0")) == 0:
         console = Console()
-        dry_run(loaded, zero, console)
+        dry_run(replace(loaded, config=share), zero, console)
         doubts = check_start(loaded.config, loaded.architecture)  # last, so that tables are seen
         for warning in (*loaded.warnings, *doubts):
             console.print(f"warning: {warning}", highlight=False)

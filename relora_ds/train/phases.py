@@ -34,7 +34,7 @@ from relora_ds.errors import (
 )
 from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
-from relora_ds.parallel.topology import Topology
+from relora_ds.parallel.topology import Topology, as_one_island
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import (
     closed_form,
@@ -64,7 +64,13 @@ class Prepared:
     architecture: ModelConfig
     topology: Topology
     zero: ZeroSettings
+    """Of one island."""
     corpus: Corpus
+
+    @property
+    def share(self) -> RunConfig:
+        """The run as one island sees it, which is what engine and closed forms are about."""
+        return as_one_island(self.config)
 
 
 def train(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) -> None:
@@ -136,8 +142,9 @@ def _train_phases(prepared: Prepared, trainer: Trainer, saved: SavedRun | None) 
             engine.destroy()
             return rewind
         device = topology.device
-        plan = storage_plan(config, stage, topology.dp_size, device, device_memory(device))
-        expected = closed_form(config, architecture, phase.method, plan)
+        share = prepared.share
+        plan = storage_plan(share, stage, topology.dp_size, device, device_memory(device))
+        expected = closed_form(share, architecture, phase.method, plan)
         trainer.final |= memory_metrics(engine.memory.measured, expected)
         completed = phase.last_step
         if number + 1 < len(phases):
@@ -196,15 +203,15 @@ def _make_room(
     Raises:
         CheckpointError: on every rank: they cannot be.
     """
-    config, topology, stage = prepared.config, prepared.topology, prepared.zero.stage
+    share, topology, stage = prepared.share, prepared.topology, prepared.zero.stage
     if saved is not None:
         moved = trainer.checkpoints.continue_from(saved.checkpoint, saved.record.trainer.step)
         if moved is not None:
             _logger.info("moved checkpoints that this run does not continue to %s", moved)
     device = topology.device
-    plan = storage_plan(config, stage, topology.dp_size, device, device_memory(device))
+    plan = storage_plan(share, stage, topology.dp_size, device, device_memory(device))
     largest = max(
-        saved_bytes(closed_form(config, prepared.architecture, phase.method, plan), plan)
+        saved_bytes(closed_form(share, prepared.architecture, phase.method, plan), plan)
         for phase in phases
     )
     trainer.checkpoints.check_room(largest)
@@ -250,7 +257,7 @@ def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> Tr
     engine = build_engine(
         prepared.architecture,
         phase.method,
-        config,
+        prepared.share,
         prepared.zero,
         prepared.topology,
         weights,

@@ -35,7 +35,7 @@ from relora_ds.errors import (
 )
 from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
-from relora_ds.parallel.topology import share_models
+from relora_ds.parallel.topology import as_one_island, share_models
 from relora_ds.train.checks import (
     begun_with,
     doubt_about_the_resume,
@@ -166,7 +166,14 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     topology = distributed.start(timeout_minutes)
     lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
-    for name, group in (("tp", topology.tp.group), ("dp", topology.tp.data_group)):
+    tp, islands = topology.tp, topology.islands
+    groups = {
+        "tp": tp.group,
+        "dp": tp.data_group,
+        "islands": islands.group,
+        "island": islands.local,
+    }
+    for name, group in groups.items():
         if group is not None:
             recorder.name_group(group, name)
     output_dir = Path(loaded.config.output_dir)
@@ -174,8 +181,9 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     configure_logging(output_dir, topology.rank)
     if earlier_run is not None:
         _logger.warning(earlier_run)
-    check_processes(loaded, topology.dp_size)
-    zero = resolve_deepspeed_config(loaded.config.deepspeed, loaded.config, topology.dp_size)
+    check_processes(loaded, topology.data_size)
+    share = as_one_island(loaded.config)
+    zero = resolve_deepspeed_config(share.deepspeed, share, topology.dp_size)
     check_requirements(loaded, zero)
     masks = loaded.config.data.document_mask
     check_attention(loaded.config.train, loaded.architecture, topology.device, masks)
@@ -271,7 +279,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
     topology = prepared.topology
     state = saved.record.trainer if saved else None
     output_dir = Path(config.output_dir)
-    place = (train.micro_batch_size, topology.dp_rank, topology.dp_size)
+    place = (train.micro_batch_size, topology.data_rank, topology.data_size)
     train_data = TrainingBatches(
         corpus.training,
         corpus.weights,
@@ -309,7 +317,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         telemetry=telemetry,
         checkpoints=checkpoints,
         stop=stop,
-        agreement=Agreement(),
+        agreement=Agreement(topology.islands, config.islands.every),
         guard=StepGuard(config.guards, guards, bad_batches.note),
         trace=StepTrace(config.log.profile, output_dir / TRACES, topology.rank),
         final=earlier_figures(output_dir) if saved and topology.is_main else {},
@@ -323,7 +331,7 @@ def _valid_data(prepared: Prepared) -> ValidationBatches | DocumentBatches | Non
         return None
     train, batches = config.train, config.eval.batches
     limit = None if batches is None else batches * train.global_batch_size
-    place = train.micro_batch_size, topology.dp_rank, topology.dp_size
+    place = train.micro_batch_size, topology.data_rank, topology.data_size
     if config.eval.protocol == "exact":
         return ValidationBatches(samples, train.seq_length, *place, limit)
     assert prepared.corpus.valid is not None, "a rule asks for a file of its own"

@@ -11,7 +11,7 @@ import pytest
 
 from relora_ds.data.tokens import TokenFile
 from tests.conftest import TinyCorpus
-from tests.harness.descriptions import describe
+from tests.harness.descriptions import describe, write_zero
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
@@ -76,7 +76,9 @@ def test_documents_are_kept_apart_on_every_cut(
     output_dir, cut_dir = Path(blend_run["output_dir"]), tmp_path / "cut"
     code, output = run([str(write_run(run_file, tmp_path / "run.yaml"))])
     assert code == 0, output
+    cut_dir.mkdir()
     cut = run_file | {"output_dir": str(cut_dir), "parallel": {"tensor": 2, "sequence": True}}
+    cut["deepspeed"] = str(write_zero(cut_dir, 3))
     cut["train"] = cut["train"] | {"activation_checkpointing": True, "micro_batch_size": 1}
     code, output = run([str(write_run(cut, tmp_path / "cut.yaml"))], processes=2)
     assert code == 0, output

@@ -60,6 +60,8 @@ def prepared(tiny_corpus: TinyCorpus, tokenizer: Path, directory: Path) -> dict[
 def test_a_run_with_any_tokenizer_resumes_and_exports(
     tiny_corpus: TinyCorpus, tmp_path: Path, make: Any
 ) -> None:
+    from relora_ds.checkpoint.export.dense import DenseModel
+    from relora_ds.config.sections import TrainConfig
     from relora_ds.data.tokenizer import open_tokenizer
 
     transformers = pytest.importorskip("transformers")
@@ -87,11 +89,19 @@ def test_a_run_with_any_tokenizer_resumes_and_exports(
         assert json.loads((hf / file).read_text())["eos_token_id"] == ours.eos_id
     assert theirs.eos_token_id == ours.eos_id
 
+    train = TrainConfig.model_validate({**TRAIN, "steps": 1})
+    model = DenseModel(checkpoints).model(train, torch.device("cpu"))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model.logits(ids), atol=1e-5, rtol=0)
+
     arguments = ["--checkpoint", str(checkpoints), "--output", str(tmp_path / "bare")]
     code, output = run([*arguments, "--no-tokenizer"], script="tools/export_hf.py")
     assert code == 0, output
     names = {file.name for file in (tmp_path / "bare").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    card = {"README.md", "training_run.yaml", "training_zero.json"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", *card}
 
 
 def test_ids_of_another_tokenizer_are_refused(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
@@ -126,8 +136,7 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=True, eos_token_id=[2, 5], rope_parameters=rope,
-    )  # fmt: skip
+        tie_word_embeddings=True, eos_token_id=[2, 5], rope_parameters=rope)  # fmt: skip
     torch.manual_seed(0)
     first = transformers.LlamaForCausalLM(config)
     directory = tmp_path / "llama"
@@ -162,13 +171,12 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
         code, output = run([*source, "--output", str(target)], script=f"tools/{script}.py")
         assert code == 0, output
     check_export(exported)
-    longer = ["train.steps=4", "checkpoint.allow_change=[train.steps]"]
-    code, output = run([path, *longer])
+    code, output = run([path, "train.steps=4", "checkpoint.allow_change=[train.steps]"])
     assert code == 0, output
     assert "resuming from" in output
     check_export(tmp_path / "run" / "hf")
-    other = f"output_dir={tmp_path / 'other'}"
-    code, output = run([path, other, f"checkpoint.resume={imported}", "train.init_from=null"])
+    resumed = [f"checkpoint.resume={imported}", "train.init_from=null"]
+    code, output = run([path, f"output_dir={tmp_path / 'other'}", *resumed])
     assert code == 0, output
     check_export(tmp_path / "other" / "hf")
 
@@ -177,6 +185,6 @@ def test_a_model_as_llama_3_2_s_is_continued(tiny_corpus: TinyCorpus, tmp_path: 
     arguments = [path, f"model={plain}", "checkpoint.resume=false"]
     code, output = run(arguments)
     assert code == 4, output
-    for part in ("rope_theta 500000.0 instead of 10000.0", "rope_scaling", "another one than"):
-        assert part in output
+    parts = "rope_theta 500000.0 instead of 10000.0", "rope_scaling", "another one than"
+    assert all(part in output for part in parts), output
     assert not (tmp_path / "run" / "previous_1").exists()

@@ -106,7 +106,12 @@ def _matrix() -> Iterator[tuple[str, Fault]]:
             yield method, replace(fault, action=_LAUNCHER)
 
 
-@pytest.mark.parametrize("method", runs.METHODS)
+_USUAL, *_OTHERS = runs.METHODS
+
+
+@pytest.mark.parametrize(
+    "method", [_USUAL, *(pytest.param(other, marks=pytest.mark.slow) for other in _OTHERS)]
+)
 def test_a_run_that_is_killed_again_and_again_is_the_unbroken_one(
     method: str, tiny_corpus: TinyCorpus, unbroken: Unbroken, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from relora_ds.model.mlp import MLP
 from relora_ds.model.rope import rotary_tables, rotate
 from relora_ds.numerics.base_weight import Residual, apply_product
 from relora_ds.numerics.batched.fingerprints import fingerprint
-from relora_ds.numerics.block_codes import BLOCK, Codes
+from relora_ds.numerics.codes.block_codes import BLOCK, Codes
 from relora_ds.numerics.rounding import round_at_random
 from relora_ds.optim.vector_adamw import VectorAdamW
 from relora_ds.parallel.linear import DenseLinear

@@ -10,6 +10,7 @@
         method.safetensors          tensors of the method's state, if it has any
         side.safetensors            vector clocks and base-weight residuals
         side_rank_R.safetensors     residuals of rank R's slices, where ZeRO shards weights
+        round_rank_R.safetensors    what rank R's island holds apart from others, if it does
         manifest.json               size and SHA-256 of all of these
       step_N.tmp/                   one that is being written, or was when a process died
       step_N.stale/                 one that is being removed, or that a later save replaces
@@ -108,6 +109,12 @@ def side(suffix: str) -> str:
 def side_of_rank(rank: int) -> str:
     """Name of the file of what lies beside a global rank's slices of weights."""
     return f"side_rank_{rank}.safetensors"
+
+
+def round_of_rank(rank: int) -> str:
+    """Name of the file of a global rank's moments that other islands do not share, and of the
+    momentum of what islands do together."""
+    return f"round_rank_{rank}.safetensors"
 
 
 def method(suffix: str) -> str:

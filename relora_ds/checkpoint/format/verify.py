@@ -173,7 +173,32 @@ def _implied(
         required |= set(shard_files(state.zero_stage, state.dp_size, size, dtype))
         ranks = min(state.dp_size * size, len(listed))  # at stage 0 dp_size counts no files
         allowed |= {layout.side_of_rank(rank) for rank in range(ranks)}
+        required |= _of_rounds(checkpoint, record, listed)
     return required, allowed
+
+
+def _of_rounds(checkpoint: Path, record: RunRecord, listed: Mapping[str, Listed]) -> set[str]:
+    """Files that islands write which train apart.
+
+    Raises:
+        CheckpointError: it describes more of them than there are files.
+    """
+    state, config = record.trainer, record.config
+    count, place = config.parallel.islands, state.dp_size * state.tp_size
+    if count == 1 or config.islands.share_gradients:
+        return set()
+    writers = place if state.zero_stage else state.tp_size
+    if (count - 1) * writers > len(listed):
+        raise CheckpointError(
+            f"{checkpoint / layout.TRAINER}: {count} islands of {place} processes do not write "
+            f"{len(listed)} files: the file is damaged; use another checkpoint"
+        )
+    transport = config.islands.transport
+    residual = transport.bits < 32 and transport.error_feedback
+    # the moments of the first island are in DeepSpeed's files
+    first = 0 if config.islands.outer.momentum or residual else 1
+    ranks = (number * place + rank for number in range(first, count) for rank in range(writers))
+    return {layout.round_of_rank(rank) for rank in ranks}
 
 
 def _present(checkpoint: Path) -> set[str]:

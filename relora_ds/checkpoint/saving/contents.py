@@ -13,7 +13,7 @@ from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RECORD, RunRecord, encode_record
 from relora_ds.checkpoint.format.stamp import KEY as STAMP
 from relora_ds.checkpoint.format.stamp import Origin, stamp
-from relora_ds.checkpoint.restore import side_slices, side_tensors
+from relora_ds.checkpoint.restore import round_tensors, side_slices, side_tensors
 from relora_ds.data.tokenizer import tokenizer_files
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.files.durable import OutputFile
@@ -140,13 +140,16 @@ def contents_of_rank(
         method_tensors: of the method's state, as this tensor-parallel rank holds them.
         tokenizer: copied into the checkpoint.
         topology: the first rank writes what exists once, the first of each tensor-parallel place
-            what all copies of the model share.
+            what all copies of the model share, and the first island what is common to all.
         origin: of the checkpoint, the same on every rank.
     """
-    contents: dict[str, Content] = {
-        name: Pickled({**value, STAMP: stamp(name, origin)})
-        for name, value in engine.shards().items()
-    }
+    shards, contents = engine.shards(), dict[str, Content]()
+    apart, name = round_tensors(engine, topology), layout.round_of_rank(topology.rank)
+    if apart:
+        contents[name] = Tensors(apart, stamp(name, origin))
+    if topology.islands.rank > 0:
+        return contents
+    contents |= {n: Pickled({**value, STAMP: stamp(n, origin)}) for n, value in shards.items()}
     named = {layout.side_of_rank(topology.rank): side_slices(engine)}
     if topology.dp_rank == 0:
         named[layout.method(topology.tp.suffix)] = dict(method_tensors)

@@ -53,6 +53,12 @@ class MethodSettings(Section):
         return False
 
     @property
+    def merges_every(self) -> int | None:
+        """Optimizer steps between edits of frozen weights that islands make together; None without
+        such edits."""
+        return None
+
+    @property
     def rate_factor(self) -> float:
         """Factor on the learning rate of what is trained of the projections."""
         return 1.0

@@ -49,6 +49,10 @@ class ReLoRAConfig(WarmStarted, AdapterConfig):
     reset: ResetConfig = ResetConfig()
     """What happens to the adapters' optimizer state at a merge."""
 
+    @property
+    def merges_every(self) -> int:
+        return self.merge_every
+
     def rules(self) -> tuple[Rule, ...]:
         return (
             *super().rules(),

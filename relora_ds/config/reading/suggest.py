@@ -28,6 +28,7 @@ SPELLED_ELSEWHERE = {
     "lr_warmup_iters": "schedule.warmup_steps",
     "scheduler": "schedule.name",
     "lr_scheduler_type": "schedule.name",
+    "lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
     "clip_grad": "optimizer.clip",
     "clip_grad_norm": "optimizer.clip",

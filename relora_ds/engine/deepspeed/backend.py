@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -18,7 +19,7 @@ from relora_ds.engine.deepspeed.partition import name_hpz_group, release_stage3
 from relora_ds.engine.distributed import barrier, lost_peers
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.parallel.shape import keeps_tp_local_shape, shard_of
-from relora_ds.parallel.tensor import ModelParallelUnit, TensorParallel
+from relora_ds.parallel.tensor import TensorParallel, model_parallel_unit
 from relora_ds.parallel.zero import ZeroSettings
 
 _SETTINGS = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
@@ -50,7 +51,7 @@ class DeepSpeedBackend:
             optimizer=optimizer,
             config=zero.deepspeed,
             dist_init_required=False,
-            mpu=None if tp.size == 1 else ModelParallelUnit(),
+            mpu=model_parallel_unit(tp),
         )[0]
         self._files = self._engine.checkpoint_engine = TensorFiles()
         # it would copy scripts beside the checkpoint, which omit frozen weights at stage 1
@@ -175,6 +176,7 @@ class DeepSpeedBackend:
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the model and let go of it."""
         self._engine.destroy()
+        groups.mpu = None  # or an engine with other groups would be given this one's
         if self._stage == 3:
             release_stage3()
         del self._engine, self._optimizer, self.module

@@ -264,6 +264,10 @@ class PartitionedParameters(_Sliced[_Stage3Wrapper]):
         # earlier than here, because partition() makes one too
         _cut(parameter).ds_secondary_tensor = None
 
+    def take_masters(self, parameter: nn.Parameter) -> None:
+        self.working(parameter)[1].copy_(self.placements[parameter].master())
+        self.drop_copies(parameter)
+
     @property
     def weights_sharded(self) -> bool:
         return True

@@ -21,7 +21,7 @@ from torch import nn
 from relora_ds.accounting.recorder import recorder
 from relora_ds.accounting.zero_traffic import HPZ_GROUP
 from relora_ds.parallel.shape import keep_tp_local_shape, slice_of
-from relora_ds.parallel.tensor import SINGLE, ModelParallelUnit, TensorParallel
+from relora_ds.parallel.tensor import SINGLE, TensorParallel, model_parallel_unit
 from relora_ds.parallel.zero import ZeroSettings
 
 
@@ -63,7 +63,7 @@ class ZeroPartitioner:
             config_dict_or_path=zero.deepspeed,
             dtype=zero.dtype,
             data_parallel_group=self._group,
-            mpu=None if tp.size == 1 else ModelParallelUnit(),
+            mpu=model_parallel_unit(tp),
         )
         self._dtype = zero.dtype
         self._slices = slices

@@ -81,7 +81,7 @@ class ReplicaDigest:
         alike = _fingerprinted([*self._replicated(), *more.items()])
         entries = [*alike, *self._local()]
         problem = self._compare(entries, self._group, event)
-        if self._tp.group is not None:
+        if self._tp.group is not None and self._tp.size > 1:
             within = self._compare(_fingerprinted([*self._shared()]), self._tp.group, event)
             problem = self._agree(problem or within)
         if problem is not None:
@@ -94,9 +94,11 @@ class ReplicaDigest:
             torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
         if not int(found):
             return None
-        problems: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(problems, problem)
-        return next(text for text in problems if text is not None)
+        for group in (self._group, self._tp.group):
+            problems: list[str | None] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(problems, problem, group=group)
+            problem = next((text for text in problems if text is not None), None)
+        return problem
 
     def _compare(
         self, entries: Sequence[tuple[str, torch.Tensor]], group: ProcessGroup, event: str | None

@@ -105,6 +105,11 @@ class Layout(ABC):
         """Working values of whole parameters on every rank. A collective where they are cut."""
         return [parameter.detach() for parameter in parameters]
 
+    def take_masters(self, parameter: nn.Parameter) -> None:
+        """Set the working weight of a trained parameter to its master on every rank, after an edit
+        of masters. A collective where state is cut and working weights are whole."""
+        self.working(parameter)[1].copy_(self.full_master(parameter))
+
     def write_copies(self, parameter: nn.Parameter, value: torch.Tensor) -> None:  # noqa: B027
         """Set whole copies of a working weight that are kept beside its slices, if there are any"""
 

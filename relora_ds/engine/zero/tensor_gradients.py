@@ -21,6 +21,7 @@ from relora_ds.methods.dense_gradients import Gradients
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.llama import partial_gradients
 from relora_ds.numerics.transfers import upload
+from relora_ds.parallel.islands import ALONE, Islands
 from relora_ds.parallel.shape import TPShard, shard_of
 from relora_ds.parallel.tensor import TensorParallel
 from relora_ds.parallel.wholes import Wholes
@@ -100,12 +101,19 @@ class FrozenGradients(Gradients):
         device: where it computes.
         group: the data-parallel ranks; None for a single process.
         tp: the group that shares a copy of the model.
+        islands: whose mean a gradient is.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, group: ProcessGroup | None, tp: TensorParallel
+        self,
+        model: nn.Module,
+        device: torch.device,
+        group: ProcessGroup | None,
+        tp: TensorParallel,
+        islands: Islands = ALONE,
     ) -> None:
         self._model, self._device, self._group, self._tp = model, device, group, tp
+        self._islands = islands
         self._copies = 1 if group is None else torch.distributed.get_world_size(group)
         self._copy = 0 if group is None else torch.distributed.get_rank(group)
         self.batch: Callable[[], Iterable[torch.Tensor]] = tuple
@@ -147,6 +155,7 @@ class FrozenGradients(Gradients):
             self.count(part)
             if self._copy != owner:
                 return None
+        self._islands.mean(part)
         shard = shard_of(weight)
         if shard is None:
             return part if self._tp.rank == self._tensor_owner(turn) else None

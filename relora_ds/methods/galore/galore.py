@@ -24,6 +24,7 @@ from relora_ds.methods.galore.basis import choice_bytes, leading_basis
 from relora_ds.methods.galore.choice import BasisChoice
 from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.interface import Event, Method, Session, projection_layers
+from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.transfers import Stopwatch, read_together
@@ -37,6 +38,8 @@ _FP32 = 4
 
 class GaLore(Method[GaLoreConfig]):
     """Every projection moves within a subspace that is chosen anew every `update_every` updates."""
+
+    requirements = Requirements(islands_apart=False)
 
     def linear(self, spec: LinearSpec) -> Projection:
         right = self.config.is_right(spec.out_features, spec.in_features)

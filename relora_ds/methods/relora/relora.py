@@ -19,7 +19,7 @@ from relora_ds.methods.adapter import (
     draw_factors,
     refuse_lost_edits,
 )
-from relora_ds.methods.interface import Event, Session
+from relora_ds.methods.interface import Event, Product, Session
 from relora_ds.methods.relora.pruning import reset_moments, reset_share
 from relora_ds.methods.schedule import Schedule
 from relora_ds.methods.train_state import TrainState
@@ -102,6 +102,15 @@ class ReLoRASession(Session[ReLoRA]):
                 return None
             self._merged_at = updates
             return self._merge(step)
+
+    def products_to_merge(self, step: int) -> list[Product]:
+        if not self.method.is_merge_step(step):
+            return []
+        layers = adapter_layers(self.model).values()
+        return [
+            Product(layer.weight, tuple(_own_parameters(layer)), layer.merge_scale)
+            for layer in layers
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"merged_at": self._merged_at}

@@ -29,6 +29,7 @@ from relora_ds.methods.adapter import (
     refuse_lost_edits,
 )
 from relora_ds.methods.interface import Event, MemoryShare, Report, SavedTensor, Session
+from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.switchlora.candidate_pool import (
     Allocate,
     CandidatePool,
@@ -89,6 +90,7 @@ class _Work:
 class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     """Switches between updates: none before the first, none after the last."""
 
+    requirements = Requirements(islands_apart=False)
     events_depend_on_steps = True
 
     def edited_weights(self, model: nn.Module) -> list[nn.Parameter]:

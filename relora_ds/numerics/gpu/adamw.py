@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from relora_ds.numerics.block_codes import code_tables
+from relora_ds.numerics.codes.block_codes import code_tables
 from relora_ds.numerics.gpu import launch
 from relora_ds.numerics.gpu.hashing import words
 from relora_ds.randomness import Stream

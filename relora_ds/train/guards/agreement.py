@@ -12,8 +12,10 @@ import hashlib
 from dataclasses import astuple, dataclass
 
 import torch
+from torch.distributed import ProcessGroup
 
 from relora_ds.errors import DesyncError
+from relora_ds.parallel.islands import ALONE, Islands, join_one_of
 
 _BYTES = 7  # of a digest: it and its complement fit int64
 
@@ -47,10 +49,26 @@ def digest_of(content: bytes) -> str:
 
 class Agreement:
     """Meetings of all ranks, in a group of their own on the host: the answer must not wait for work
-    that is queued on a device. Made on every rank."""
+    that is queued on a device. Made on every rank.
 
-    def __init__(self) -> None:
-        self._group = torch.distributed.new_group(backend="gloo")
+    Within a round of islands each island meets by itself, and a wish to stop waits for its end.
+
+    Args:
+        islands: whose ranks can meet among themselves.
+        every: updates of a round.
+    """
+
+    def __init__(self, islands: Islands = ALONE, every: int = 1) -> None:
+        self._every = every
+        world = range(torch.distributed.get_world_size())
+        self._everyone = join_one_of([world], torch.distributed.get_rank(), backend="gloo")
+        self._within = self._everyone
+        if islands.local is not None:
+            own = tuple(torch.distributed.get_process_group_ranks(islands.local))
+            parts: list[tuple[int, ...]] = [()] * len(world)
+            torch.distributed.all_gather_object(parts, own, group=self._everyone)
+            parts = sorted(set(parts))
+            self._within = join_one_of(parts, torch.distributed.get_rank(), backend="gloo")
 
     def meet(self, place: Place, stop: bool = False) -> bool:
         """Wait for all ranks and make sure that they are at the same place. A collective call.
@@ -65,20 +83,23 @@ class Agreement:
         Raises:
             DesyncError: on every rank: they are at different places; names them.
         """
-        digest = place.digest()
+        digest, within = place.digest(), place.step % self._every > 0
         # the largest and, inverted, the smallest in one reduction
-        flags = torch.tensor([int(stop), digest, ~digest])
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        flags = torch.tensor([int(stop and not within), digest, ~digest])
+        group = self._within if within else self._everyone
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=group)
         wanted, high, low = flags.tolist()
         if high != ~low:
-            self._refuse(place)
+            self._refuse(place, group)
         return bool(wanted)
 
-    def _refuse(self, place: Place) -> None:
-        places: list[str] = ["" for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(places, str(place), group=self._group)
+    def _refuse(self, place: Place, group: ProcessGroup) -> None:
+        places: list[str] = ["" for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather_object(places, str(place), group=group)
         ranks: dict[str, list[str]] = {}
-        for rank, text in enumerate(places):
+        for rank, text in zip(
+            torch.distributed.get_process_group_ranks(group), places, strict=True
+        ):
             ranks.setdefault(text, []).append(str(rank))
         found = "; ".join(f"rank {', '.join(where)}: {text}" for text, where in ranks.items())
         raise DesyncError(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import nn
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
+from relora_ds.methods.formulation.composed import Composition
 from relora_ds.methods.interface import projection_layers
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.topology import Topology, share_models
@@ -78,14 +82,33 @@ def _losses(run: Training, keeps: bool) -> list[float]:
         kept.append(bool(module.held()))
 
     hooks = [layer.register_forward_hook(look) for layer in layers]
-    updates = [run.update(step, each, RATES) for step, each in enumerate(batches(STEPS))]
+    with _counted() as compositions:
+        updates = [run.update(step, each, RATES) for step, each in enumerate(batches(STEPS))]
     for hook in hooks:
         hook.remove()
     assert set(kept) == {keeps}
+    if keeps:  # a merge or a switch is no reason to compose again
+        assert len(compositions) == len(layers) * STEPS
     assert not any(layer.held() for layer in layers), "one outlived its update"
     run.check_replicas()
     run.destroy()
     return [update.loss for update in updates]
+
+
+@contextmanager
+def _counted() -> Iterator[list[str]]:
+    """One entry per dense weight that is composed."""
+    found: list[str] = []
+    with ExitStack() as stack:
+        for kind in Composition.__subclasses__():
+            compose = kind.compose
+
+            def noted(self: Any, *parts: torch.Tensor, _compose: Any = compose) -> torch.Tensor:
+                found.append(type(self).__name__)
+                return _compose(self, *parts)
+
+            stack.enter_context(patch.object(kind, "compose", noted))
+        yield found
 
 
 def resumed(topology: Topology, method: str, formulation: str, stage: int) -> list[list[float]]:

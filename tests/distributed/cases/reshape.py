@@ -77,12 +77,15 @@ TARGETS = {
              "galore_bf16_zero3": 1, "galore_fp32_shared": 0, "muon_fp32_shared": 3,
              "spectral_fp32_zero2": 3, "relora_pairs_fp32_zero2": 3,
              "switchlora_pairs_bf16_zero1": 3},
-    (2, 1): {"galore_fp32_shared": 3},
-    (2, 2): {"galore_fp32_zero2": 2, "muon_fp32_zero2": 1, "spectral_fp32_zero2": 1},
     (4, 1): {"relora_fp32_zero2": 1, "relora_bf16_zero3": 3, "switchlora_fp32_zero3": 3,
              "galore_fp32_zero2": 1, "muon_fp32_zero2": 3},
 }  # fmt: skip
 """By number of ranks, and of those that share a model, the stage at which each run goes on."""
+RARE = {
+    (2, 1): {"galore_fp32_shared": 3},
+    (2, 2): {"galore_fp32_zero2": 2, "muon_fp32_zero2": 1, "spectral_fp32_zero2": 1},
+}
+"""The same for topologies that are tried in the long tests alone."""
 
 
 def build(config: RunConfig, stage: int, topology: Topology) -> Training:
@@ -141,7 +144,7 @@ def write(topology: Topology, directory: Path, tensor: int) -> dict[str, list[fl
 
 def go_on(topology: Topology, directory: Path, tensor: int) -> dict[str, dict[str, Any]]:
     """Losses of runs that continue on this topology, and what their own checkpoints changed."""
-    targets = TARGETS[topology.world_size, tensor]
+    targets = (TARGETS | RARE)[topology.world_size, tensor]
     return {
         case: _go_on(topology, directory, case, stage, tensor) for case, stage in targets.items()
     }

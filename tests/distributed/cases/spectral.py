@@ -163,7 +163,7 @@ def _step(
 
 def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, dict[str, Any]]:
     """By stage: largest relative difference of a loss, largest difference of a weight, bytes that
-    factors moved in a step and the same in closed form, elements of the momenta on this rank."""
+    factors moved in a step and the same in closed form, elements of the momenta on all ranks."""
     expected, weights = plain(method)
     found: dict[str, dict[str, Any]] = {}
     config = described(method, tensor, plan)
@@ -198,11 +198,17 @@ def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, 
             "weight": worst,
             "moved": moved,
             "expected": _closed_form(config, run, place),
-            "held": sum(state.numel() for each in slices for state in each.state.values()),
+            "held": _over_ranks(sum(s.numel() for each in slices for s in each.state.values())),
             "factors": sum(weight.numel() for name, weight in weights.items() if ".lora_" in name),
         }
         run.destroy()
     return found
+
+
+def _over_ranks(count: int) -> int:
+    total = torch.tensor(count)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def resume(

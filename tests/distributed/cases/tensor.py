@@ -72,7 +72,6 @@ _STAGES = {
 }
 USUAL: list[Cell] = [
     *(cell for cell in MATRIX if cell[2] in _STAGES[cell[0]]),
-    ("relora_random", "act", 3),
     ("sltrain_step", "act", 2),
     *WHOLE_FACTORS,
     *CUT_SEQUENCE,
@@ -83,6 +82,7 @@ their combinations."""
 REST: list[Cell] = [
     *(cell for cell in MATRIX if cell not in USUAL),
     ("relora", "act", 1),
+    ("relora_random", "act", 3),
     ("relora", "fold", 2),
     ("sltrain", "bf16", 2),
 ]

@@ -12,6 +12,7 @@ import pytest
 
 from relora_ds import __version__
 from relora_ds.cli.main import VERBS, main
+from relora_ds.cli.parser import run_tool
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = {
@@ -106,6 +107,14 @@ def test_exit_codes_are_those_of_the_errors(
     assert lines[0].startswith("ROOT CAUSE rank 0 (start): ")
     assert lines[0].endswith("(exit code 2)")
     assert all(line.startswith("error: ") for line in lines[1:])
+
+
+def test_ctrl_c_is_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert run_tool(work) == 75
+    assert capsys.readouterr().err == "stopped: what was not finished has left nothing\n"
 
 
 def test_a_verb_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_the_detector_detects() -> None:
         with pytest.raises((DataDependentOutputException, UnsupportedOperatorException)):
             torch.ones(3).sum().item()
         with pytest.raises(RuntimeError, match=r"on the same device|different devices"):
-            torch.ones(3) + torch.ones(3, device="cpu")
+            torch.add(torch.ones(3), torch.ones(3, device="cpu"))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ds.numerics import block_codes
-from relora_ds.numerics.block_codes import BLOCK, Codes
+from relora_ds.numerics.codes import block_codes
+from relora_ds.numerics.codes.block_codes import BLOCK, Codes
 from relora_ds.optim.block_adamw import BlockAdamW
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
 from relora_ds.optim.vector_clock import Fragment, VectorClock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -223,6 +224,23 @@ def test_a_target_that_is_there_is_left_alone(source: Path) -> None:
     with pytest.raises(ConfigError, match="imported exists: name a new directory"):
         import_hf(source, target)
     assert list(target.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a file, and on a disk that is full when half of it is written."""
+    (source.parent / "file").touch()
+    with pytest.raises(CheckpointError, match=r"the checkpoint cannot be written: .*file"):
+        import_hf(source, source.parent / "file" / "imported")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "manifest.json")
+
+    monkeypatch.setattr("relora_ds.checkpoint.rewriting.import_hf.write_manifest", full)
+    with pytest.raises(CheckpointError, match="No space left on device; free some space there"):
+        import_hf(source, source.with_name("imported"))
+    assert sorted(path.name for path in source.parent.iterdir()) == ["file", "hf"]
 
 
 def test_a_tokenizer_that_cannot_be_read_can_be_left_out(source: Path) -> None:

@@ -135,3 +135,15 @@ def test_forty_updates_in_fp32_follow_the_formula(nesterov: bool) -> None:
             steps.send(tuple(each.reshape(-1) for each in request.function(*wholes)))
         for name in names:
             assert (live[name] - exact[name]).abs().max() <= 1e-5, (step, name)
+
+
+def test_what_is_frozen_neither_moves_nor_decays() -> None:
+    frozen = torch.tensor([False, True, False, True])
+    start, direction = torch.tensor([1.0, -0.0, 3.0, 4.0]), torch.ones(4)
+    matrix = MatrixSlice("lora_A", torch.Size((1, 4)), tuple(rectangles(0, 4, 4)), True)
+    update = MatrixUpdate(matrix, start.clone(), torch.ones(4), 1, 0.5, 0.1, frozen)
+    assert update.live_grad().tolist() == [1.0, 0.0, 1.0, 0.0]
+    update.move(direction)
+    assert torch.equal(update.master[frozen].view(torch.int32), start[frozen].view(torch.int32))
+    free = start[~frozen] * (1 - 0.5 * 0.1) - 0.5 * direction[~frozen]
+    assert torch.allclose(update.master[~frozen], free)

@@ -1,0 +1,120 @@
+"""Rules on islands: whatever all of them do together happens at the end of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relora_ds.config.methods.base import MethodSettings
+from relora_ds.config.reading.document import Finding, KeyPath
+from relora_ds.config.rules.training import multiples_near
+from relora_ds.config.sections import (
+    CheckpointConfig,
+    EvalConfig,
+    GuardsConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from relora_ds.config.spread.islands import IslandsConfig
+
+
+def rounds_need_islands(parallel: ParallelConfig, islands: IslandsConfig) -> Iterator[Finding]:
+    if parallel.islands == 1 and islands.every != 1:
+        yield Finding(
+            ("islands", "every"),
+            f"is {islands.every}, but parallel.islands is 1, and one island meets nobody: set "
+            "parallel.islands to the number of parts that a slow link connects, or remove it",
+        )
+
+
+def nesterov_has_momentum(islands: IslandsConfig) -> Iterator[Finding]:
+    if islands.outer.nesterov and not islands.outer.momentum:
+        yield Finding(
+            ("islands", "outer", "nesterov"),
+            "is true, but islands.outer.momentum is 0, along which nothing is looked ahead: set "
+            "it, 0.9 is usual, or write false",
+        )
+
+
+def islands_share_the_batch(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Finding]:
+    size, total = parallel.islands, train.global_batch_size
+    if total % size:
+        yield Finding(
+            ("train", "global_batch_size"),
+            f"is {total}, but must be a multiple of parallel.islands ({size}), which share it "
+            f"equally: write {multiples_near(total, size)}",
+        )
+
+
+def steps_end_rounds(
+    parallel: ParallelConfig,
+    islands: IslandsConfig,
+    train: TrainConfig,
+    method: MethodSettings,
+    eval: EvalConfig,
+    checkpoint: CheckpointConfig,
+) -> Iterator[Finding]:
+    if parallel.islands == 1:
+        return
+    every, warm = islands.every, method.warm_start
+    steps: dict[KeyPath, int | None] = {
+        ("train", "steps"): train.steps,
+        ("method", "warm_start_steps"): warm and warm.steps,
+        ("method", "merge_every"): method.merges_every,
+        ("eval", "every"): eval.every,
+        ("checkpoint", "every"): checkpoint.every,
+    }
+    for path, value in steps.items():
+        if value and value % every:
+            yield Finding(
+                path,
+                f"is {value}, but must be a multiple of islands.every ({every}): weights are "
+                "common to all islands at the end of a round only; write "
+                f"{multiples_near(value, every)}",
+            )
+
+
+def islands_are_supported(
+    parallel: ParallelConfig,
+    islands: IslandsConfig,
+    train: TrainConfig,
+    guards: GuardsConfig,
+    optimizer: OptimizerConfig,
+) -> Iterator[Finding]:
+    size = parallel.islands
+    if size == 1:
+        return
+    if train.per_layer_update:
+        yield Finding(
+            ("train", "per_layer_update"),
+            f"is true, but parallel.islands is {size}: gradients are gone before islands could "
+            "average them, and masters may be missing; write false",
+        )
+    if guards.decides_before_update:
+        skips = guards.non_finite != "stop"
+        key, value = ("non_finite",), guards.non_finite
+        if not skips:
+            key, value = ("loss_spike", "action"), guards.loss_spike.action
+        yield Finding(
+            ("guards", *key),
+            f"is {value}, but parallel.islands is {size}: all islands would have to agree before "
+            f"every update; write {'stop' if skips else 'off'}",
+        )
+    kinds = {"matrix": optimizer.matrix, "adapter": optimizer.adapter}
+    for key, kind in kinds.items():
+        if kind is not None and not islands.share_gradients:
+            yield Finding(
+                ("optimizer", key),
+                f"is {kind}, whose state is not kept by island: write islands.every: 1 with the "
+                "plain average, or remove it",
+            )
+
+
+ISLAND_RULES = (
+    rounds_need_islands,
+    nesterov_has_momentum,
+    islands_share_the_batch,
+    steps_end_rounds,
+    islands_are_supported,
+)
+"""All of them."""

@@ -1,0 +1,1 @@
+"""Sections on how a run is spread over processes that are far apart."""

@@ -1,0 +1,48 @@
+"""The section `islands`: when parts of a job meet that a slow link connects."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from relora_ds.config.base import PositiveFloat, PositiveInt, Section
+
+
+class OuterConfig(Section):
+    """What islands do with the mean of their changes, DELTA, at the end of a round."""
+
+    lr: PositiveFloat = 1.0
+    """Share of DELTA by which the common weights move. 1 without momentum is the plain average."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay rate mu of a momentum V = mu V + DELTA that moves the common weights in its place. 0.9
+    with `lr` 0.7 and `nesterov` is usual from a hundred updates per round on."""
+    nesterov: bool = False
+    """Look ahead along the momentum: the weights move by DELTA + mu V."""
+
+
+class TransportConfig(Section):
+    """How changes of weights travel between islands."""
+
+    bits: Literal[4, 8, 16, 32] = 32
+    """Size of an element. 32 is exact, 16 is bf16, 8 and 4 are multiples of a scale per 256."""
+    error_feedback: bool = True
+    """Add what rounding to fewer bits left out to the change of the next round, at the price of 4
+    bytes of host memory per trained weight and process."""
+
+
+class IslandsConfig(Section):
+    """When islands meet, and what they do then; `parallel.islands` is how many there are."""
+
+    every: PositiveInt = 1
+    """Optimizer steps per round, at the end of which the islands average what they train. 1 with
+    the plain average in 32 bits shares gradients before each update: data parallelism."""
+    outer: OuterConfig = OuterConfig()
+    """The step that is taken from the islands' mean."""
+    transport: TransportConfig = TransportConfig()
+    """What the mean is made of."""
+
+    @property
+    def share_gradients(self) -> bool:
+        """Whether islands average gradients before every update, not weights after it."""
+        return self.every == 1 and self.outer == OuterConfig() and self.transport.bits == 32

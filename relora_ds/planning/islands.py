@@ -1,0 +1,147 @@
+"""What islands send each other, how long that takes, and how long a round should be.
+
+Bytes are the closed forms of `accounting.islands`, added up over the ranks of an island, which
+share its link. Time is a model: an exchange passes every island's link, round after round of a
+ring, and nothing is computed meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from relora_ds.accounting.islands import end_of_round, shared_gradients
+from relora_ds.accounting.zero_traffic import Payloads, bytes_of
+from relora_ds.config.load import LoadedRun, check_processes
+from relora_ds.config.schema import RunConfig
+from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
+from relora_ds.errors import ConfigError
+from relora_ds.methods.interface import Method, optimizer_groups
+from relora_ds.methods.registry import plan_phases
+from relora_ds.parallel.topology import as_one_island, copies_of_island, part_of_model
+from relora_ds.parallel.zero import ZeroSettings
+from relora_ds.planning.memory_report import largest_part
+from relora_ds.planning.plan import plan
+from relora_ds.planning.results import Cluster, IslandLink, IslandsPlan, Plan, Round
+
+_EVERY = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000)
+"""Lengths of rounds that are compared."""
+_GOOD = 0.9
+"""Share of the local speed that a round should keep."""
+_BF16 = 2
+
+
+def plan_islands(
+    loaded: LoadedRun, cluster: Cluster, link: IslandLink
+) -> tuple[Plan, dict[str, IslandsPlan]]:
+    """The plan of one island, and what passes between islands in each phase by name.
+
+    Args:
+        loaded: the run, with its `parallel.islands`.
+        cluster: of the whole job.
+        link: what connects an island with the others.
+
+    Raises:
+        ConfigError: processes or the batch cannot be shared out equally.
+    """
+    config = loaded.config
+    count, tensor = config.parallel.islands, config.parallel.tensor
+    if cluster.gpus % (count * tensor):
+        raise ConfigError(
+            f"--gpus {cluster.gpus} must be a multiple of parallel.islands ({count}) x "
+            f"parallel.tensor ({tensor})"
+        )
+    copies = copies_of_island(cluster.gpus // tensor, count)
+    check_processes(loaded, copies * count)
+    share = replace(loaded, config=as_one_island(config))
+    found = plan(share, replace(cluster, gpus=cluster.gpus // count), compare_sizes=False)
+    zero = resolve_deepspeed_config(config.deepspeed, share.config, copies)
+    rounds = {}
+    for phase in plan_phases(config):
+        stage = found.phases[phase.name].stages[found.asked.stage]
+        exchange = _Exchange(loaded, phase.method, zero)
+        rounds[phase.name] = _plan(config, exchange, link, stage.seconds.serial)
+    return found, rounds
+
+
+class _Exchange:
+    """What one island sends, with all of its ranks."""
+
+    def __init__(self, loaded: LoadedRun, method: Method[Any], zero: ZeroSettings) -> None:
+        config = loaded.config
+        self._islands, self._zero = config.parallel.islands, zero
+        self._tensor, self._bits = config.parallel.tensor, config.islands.transport.bits
+        model = largest_part(
+            loaded.architecture, method, config.train, part_of_model(config.parallel)
+        )
+        groups = optimizer_groups(method, config.optimizer, model)
+        self._groups: Sequence[Sequence[nn.Parameter]] = [group.parameters for group in groups]
+        edited = {id(weight) for weight in method.edited_weights(model)}
+        self._factors = [
+            parameter
+            for module in model.modules()
+            if edited & {id(p) for p in module.parameters(recurse=False)}
+            for parameter in module.parameters(recurse=False)
+            if parameter.requires_grad
+        ]
+        self.parameters = sum(p.numel() for p in model.parameters()) * self._tensor
+
+    def gradients(self) -> float:
+        """Bytes per update whose gradients are shared."""
+        return self._over_ranks(
+            shared_gradients(self._groups, self._zero, self._islands, rank)
+            for rank in range(self._zero.dp_size)
+        )
+
+    def round(self, merges: bool = False) -> float:
+        """Bytes at the end of a round, with the factors of a merge or without."""
+        return self._over_ranks(
+            end_of_round(
+                self._groups,
+                self._zero,
+                self._islands,
+                rank,
+                self._bits,
+                self._factors if merges else (),
+            )
+            for rank in range(self._zero.dp_size)
+        )
+
+    def _over_ranks(self, payloads: Iterable[Payloads]) -> float:
+        return self._tensor * sum(bytes_of(each).wire for each in payloads)
+
+
+def _plan(config: RunConfig, exchange: _Exchange, link: IslandLink, local: float) -> IslandsPlan:
+    count = config.parallel.islands
+    shares, merges = config.islands.share_gradients, config.method.merges_every
+    dense = _BF16 * exchange.parameters * 2 * (count - 1) / count
+    plain, merged = exchange.round(), exchange.round(merges=True)
+
+    def seconds(sent: float) -> float:
+        return sent / link.bandwidth + 2 * (count - 1) * link.latency
+
+    def of(every: int) -> Round:
+        if every == 1 and shares:
+            sent = exchange.gradients()
+        else:
+            more = (merged - plain) * every / merges if merges and merges >= every else 0.0
+            sent = plain + more
+        spent = local + seconds(sent) / every
+        return Round(every, sent / every, spent, local / spent, dense * every / sent)
+
+    rounds = [of(every) for every in sorted({*_EVERY, config.islands.every})]
+    return IslandsPlan(
+        islands=count,
+        bits=config.islands.transport.bits,
+        round_bytes=plain,
+        merge_bytes=merged - plain,
+        dense_bytes=dense,
+        local_seconds=local,
+        dense_seconds=local + seconds(dense),
+        rounds=rounds,
+        asked=of(config.islands.every),
+        best=next((each.every for each in rounds if each.speed >= _GOOD), None),
+    )

@@ -1,0 +1,110 @@
+"""Islands: data parallelism where they meet in every update, exact common weights where rarely."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.cases import islands
+from tests.harness.build import STAGES
+from tests.harness.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+Cell = tuple[str, int, int]
+"""Method, ZeRO stage, tensor-parallel size."""
+
+USUAL: list[Cell] = [("full", 0, 1), ("relora", 3, 1), ("switchlora", 2, 1), ("galore", 1, 1)]
+REST = [
+    (method, stage, 1)
+    for method in islands.METHODS
+    for stage in STAGES
+    if (method, stage, 1) not in USUAL
+]
+FOUR: list[tuple[str, int, int, int]] = [
+    *((method, stage, 2, 2) for method in ("full", "relora", "switchlora") for stage in STAGES),
+    ("sltrain", 3, 2, 2),
+    ("low_rank", 2, 2, 2),
+    ("lora", 1, 2, 2),
+    *(("relora", stage, 1, 2) for stage in STAGES),
+    *(("full", stage, 1, 4) for stage in STAGES),
+]
+"""Method, ZeRO stage, tensor-parallel size and islands on four ranks."""
+
+
+def test_gradients_shared_by_islands_are_data_parallelism() -> None:
+    _compare(2, [(*cell, 2) for cell in USUAL])
+
+
+@pytest.mark.slow
+def test_every_method_shares_gradients_at_every_stage() -> None:
+    _compare(2, [(*cell, 2) for cell in REST])
+
+
+@pytest.mark.slow
+def test_islands_of_several_ranks_share_gradients() -> None:
+    _compare(4, FOUR)
+
+
+def _compare(ranks: int, cells: list[tuple[str, int, int, int]]) -> None:
+    """Losses of islands against those of one."""
+    asked = {(method, n, stage, size) for method, stage, size, many in cells for n in (1, many)}
+    found = run_ranks(islands.losses, ranks, cells=sorted(asked))
+    for method, stage, size, many in cells:
+        plain, apart = (found[f"{method}/{n}/{stage}/{size}"] for n in (1, many))
+        assert plain[-1] < plain[0]
+        assert apart == pytest.approx(plain, rel=1e-6), (method, stage, size, many)
+
+
+MERGED = [("relora", 0, 1, "fp32"), ("relora", 2, 1, "fp32"), ("relora_scaled", 3, 1, "bf16")]
+
+
+def test_a_merge_makes_the_mean_of_the_products_common() -> None:
+    found = run_ranks(islands.common_weights, 2, cells=MERGED)
+    for cell in MERGED:
+        figures = found["/".join(map(str, cell))]
+        apart, *together = figures["differ"]
+        assert apart > 1e-3
+        assert together == [0.0, 0.0]
+        # the fp64 mean, to the rounding of an fp32 edit
+        assert figures["error"] < 2e-7
+        assert figures["bytes"]
+        assert figures["drift"] < 1e-6
+        assert figures["output_drift"] < (1e-5 if cell[3] == "fp32" else 3e-2)
+
+
+APART = [
+    ("full", 0, 1, 32),
+    ("sltrain", 1, 1, 32),
+    ("low_rank", 3, 1, 32),
+    ("lora", 2, 1, 8),
+    ("full", 3, 1, 4),
+    ("full", 2, 1, 16),
+]
+_ERROR = {32: 1e-4, 16: 1e-2, 8: 2e-2, 4: 0.3}
+"""Of a round's step, relative: rounding of masters in fp32, or of changes to fewer bits."""
+
+
+def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
+    found = run_ranks(islands.rounds_apart, 2, cells=APART)
+    for cell in APART:
+        figures = found["/".join(map(str, cell))]
+        assert figures["differ"] == 0.0, cell
+        assert figures["bytes"], cell
+        first, second = figures["error"]
+        assert first < _ERROR[cell[3]], cell
+        if cell[3] == 32:
+            assert second < _ERROR[32], cell
+
+
+@pytest.mark.slow
+def test_rounds_of_islands_with_several_ranks() -> None:
+    cells = [("full", 2, 1, 32), ("sltrain", 1, 2, 8), ("low_rank", 3, 1, 4)]
+    found = run_ranks(islands.rounds_apart, 4, cells=cells)
+    merged = run_ranks(
+        islands.common_weights, 4, cells=[("relora", 2, 1, "fp32"), ("relora", 3, 2, "fp32")]
+    )
+    assert all(each["differ"] == 0.0 and each["bytes"] for each in found.values())
+    for each in merged.values():
+        assert each["differ"][1:] == [0.0, 0.0]
+        assert each["error"] < 2e-7
+        assert each["bytes"]

@@ -1,0 +1,109 @@
+"""Runs of islands as a user starts them: killed, resumed, continued with fewer islands, refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TinyCorpus
+from tests.distributed.test_resume import FIGURES, assert_same_checkpoint
+from tests.harness.descriptions import describe
+from tests.harness.faults import Call, Fault, Moment, plan, struck
+from tests.harness.run import metrics, run, write_run
+
+pytestmark = pytest.mark.distributed
+
+METHOD = {
+    "name": "relora",
+    "rank": 4,
+    "merge_every": 6,
+    "restart_warmup_steps": 1,
+    "warm_start_steps": 3,
+}
+MERGE, LAST = 9, 12
+IN_BETWEEN = Moment(
+    "between the common factors and the common weights",
+    Call("relora_ds.engine.islands.products:MeanProducts._absorb"),
+    nth=3,
+)
+
+
+def described(directory: Path, corpus: TinyCorpus) -> str:
+    """A run of twelve updates in rounds of three on two islands: a warm start, and one merge."""
+    run = describe(
+        directory,
+        METHOD,
+        2,
+        corpus.files,
+        train={"steps": LAST},
+        checkpoint={"every": 6},
+        eval={"every": 6},
+        parallel={"islands": 2},
+        islands={
+            "every": 3,
+            "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
+            "transport": {"bits": 8},
+        },
+    )
+    return str(write_run(run, directory / "run.yaml"))
+
+
+def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
+    tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    description = described(tmp_path, tiny_corpus)
+    unbroken, broken = (f"output_dir={tmp_path / name}" for name in ("unbroken", "broken"))
+    code, output = run([description, unbroken], processes=2)
+    assert code == 0, output
+
+    faults = tmp_path / "faults"
+    for name, value in plan(faults, [Fault(IN_BETWEEN, rank=1, step=MERGE)]).items():
+        monkeypatch.setenv(name, value)
+    armed = ["launch/pretrain.py", description, broken]
+    code, output = run(armed, processes=2, script="tests/faults/armed.py")
+    assert (code != 0, struck(faults)) == (True, [IN_BETWEEN.name]), output
+    code, output = run([description, broken], processes=2)
+    assert code == 0, output
+    assert "resuming from" in output
+
+    expected, found = metrics(tmp_path / "unbroken"), metrics(tmp_path / "broken")
+    assert sorted(found) == list(range(1, LAST + 1))
+    assert found[MERGE]["method/event"] == "merge"
+    for step, line in found.items():
+        for figure in FIGURES:
+            assert line.get(figure) == expected[step].get(figure), (step, figure)
+    last = [tmp_path / name / "checkpoints" / f"step_{LAST}" for name in ("unbroken", "broken")]
+    assert_same_checkpoint(*last)
+    for rank, kinds in ((0, {"momentum", "residual"}), (1, {"moments", "residual"})):
+        files = [load_file(directory / f"round_rank_{rank}.safetensors") for directory in last]
+        assert {name.partition(".")[0] for name in files[0]} == kinds
+        for kind in kinds:
+            assert any(files[0][name].any() for name in files[0] if name.startswith(kind))
+        assert all(torch.equal(files[1][name], tensor) for name, tensor in files[0].items())
+
+    # more islands go on from the same weights
+    source, more = tmp_path / "unbroken" / "checkpoints" / "step_6", tmp_path / "more"
+    overrides = [f"checkpoint.resume={source}", f"output_dir={more}", "parallel.islands=4"]
+    code, output = run([description, *overrides], processes=4)
+    assert code == 0, output
+    lines = metrics(more)
+    assert sorted(lines) == list(range(7, LAST + 1))
+    assert lines[7]["train/loss"] == pytest.approx(expected[7]["train/loss"], rel=1e-6)
+
+
+def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    description = described(tmp_path, tiny_corpus)
+    told: dict[tuple[str, int], str] = {
+        ("parallel.islands=3", 1): "must be a multiple of parallel.islands (3)",
+        ("checkpoint.every=4", 1): "is 4, but must be a multiple of islands.every (3)",
+        ("train.seed=1", 1): "parallel.islands is 2, but must divide the copies of the model",
+        ("method={name: switchlora, rank: 4}", 2): "islands.every: is 3, but method switchlora",
+    }
+    for (override, processes), text in told.items():
+        code, output = run([description, override], processes)
+        assert (code, text in output) == (2, True), output

@@ -1,0 +1,96 @@
+"""What a run file may say of islands, and what it is told otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from relora_ds.config.checks import find_problems
+from relora_ds.config.schema import RunConfig
+from relora_ds.parallel.topology import as_one_island
+
+METHOD = {"name": "relora", "rank": 4, "merge_every": 20, "restart_warmup_steps": 2}
+
+
+def problems(**sections: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a run of two islands that meet every ten updates, by key."""
+    described = {
+        "output_dir": "unused",
+        "model": "unused",
+        "deepspeed": "unused",
+        "data": {"source": "builtin"},
+        "method": METHOD | sections.pop("method", {}),
+        "train": {"steps": 40, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 8}
+        | sections.pop("train", {}),
+        "eval": {"every": 20} | sections.pop("eval", {}),
+        "checkpoint": {"every": 0} | sections.pop("checkpoint", {}),
+        "parallel": {"islands": 2} | sections.pop("parallel", {}),
+        "islands": {"every": 10} | sections.pop("islands", {}),
+        **sections,
+    }
+    config = RunConfig.model_validate(described)
+    found = find_problems({name: getattr(config, name) for name in RunConfig.model_fields})
+    return {".".join(map(str, path)): message for path, message in found}
+
+
+def test_rounds_that_end_with_every_common_step_are_accepted() -> None:
+    assert problems() == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("train.steps", 45, "write 40 or 50"),
+        ("method.merge_every", 15, "write 10 or 20"),
+        ("method.warm_start_steps", 5, "write 10"),
+        ("eval.every", 25, "write 20 or 30"),
+        ("checkpoint.every", 12, "write 10 or 20"),
+        ("train.global_batch_size", 9, "write 8 or 10"),
+        ("train.per_layer_update", True, "write false"),
+        ("guards.non_finite", "skip", "write stop"),
+        ("guards.loss_spike", {"action": "warn"}, "write off"),
+        ("parallel.islands", 1, "set parallel.islands"),
+        ("islands.outer", {"nesterov": True}, "0.9 is usual"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_value_rule_and_remedy(
+    key: str, value: object, told: str
+) -> None:
+    section, name = key.split(".")
+    found = problems(**{section: {name: value}})
+    about = "islands.every" if key == "parallel.islands" else key
+    message = next(text for path, text in found.items() if path.startswith(about))
+    assert message.startswith("is ")
+    assert told in message
+
+
+def test_optimizers_with_state_of_their_own_meet_in_every_update() -> None:
+    assert (
+        "write islands.every: 1" in problems(optimizer={"adapter": "spectral"})["optimizer.adapter"]
+    )
+
+
+def test_gradients_are_shared_at_one_update_per_round_with_the_plain_average_only() -> None:
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": "unused",
+            "deepspeed": "unused",
+            "method": {"name": "full"},
+            "train": {
+                "steps": 4,
+                "seq_length": 8,
+                "micro_batch_size": 1,
+                "global_batch_size": 8,
+            },
+            "parallel": {"islands": 4},
+        }
+    )
+    assert config.islands.share_gradients
+    assert as_one_island(config).train.global_batch_size == 2
+    moved = config.islands.model_copy(
+        update={"outer": config.islands.outer.model_copy(update={"lr": 0.7})}
+    )
+    assert not moved.share_gradients
+    assert not config.islands.model_copy(update={"every": 2}).share_gradients

@@ -1,0 +1,66 @@
+"""What the planner says of islands."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from relora_ds.cli.parser import amount
+from relora_ds.cli.plan import main
+from relora_ds.config.load import load_run_config
+from relora_ds.errors import ConfigError
+from relora_ds.planning.islands import plan_islands
+from relora_ds.planning.results import Cluster, IslandLink, IslandsPlan
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN = ROOT / "configs" / "run" / "llama_1b_relora.yaml"
+SLOW = IslandLink(bandwidth=12.5e6, latency=0.02)
+
+
+@cache
+def planned(*overrides: str, gpus: int = 16) -> IslandsPlan:
+    """The ReLoRA phase of the 1.3B run in rounds of a hundred updates."""
+    every = ["parallel.islands=2", "islands.every=100", *overrides]
+    loaded = load_run_config(RUN, every)
+    return plan_islands(loaded, Cluster(gpus), SLOW)[1]["relora"]
+
+
+def test_a_hundred_updates_in_four_bits_are_a_thousand_times_less() -> None:
+    found = planned("islands.transport.bits=4", "method.rank=128")
+    assert found.asked.every == 100
+    assert found.asked.less >= 1000
+    assert planned("method.rank=128").asked.less < 300
+
+
+def test_longer_rounds_send_less_and_keep_more_of_the_speed() -> None:
+    found = planned("islands.transport.bits=4")
+    sent = [each.bytes_per_update for each in found.rounds]
+    speed = [each.speed for each in found.rounds]
+    assert sent == sorted(sent, reverse=True)
+    assert speed == sorted(speed)
+    good = [each.every for each in found.rounds if each.speed >= 0.9]
+    assert found.best == good[0]
+    assert found.dense_seconds > 100 * found.local_seconds
+
+
+def test_what_an_island_sends_does_not_depend_on_how_many_share_it() -> None:
+    few, many = planned(gpus=4), planned(gpus=32)
+    assert few.round_bytes == pytest.approx(many.round_bytes, rel=1e-4)
+    assert few.merge_bytes == pytest.approx(many.merge_bytes, rel=1e-4)
+
+
+def test_processes_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--gpus 3 must be a multiple of parallel.islands \(2\)"):
+        planned(gpus=3)
+
+
+def test_the_tool_takes_bits_per_second(capsys: pytest.CaptureFixture[str]) -> None:
+    assert amount("100Mbit") == amount("12.5MB/s") == 12.5e6
+    command = [str(RUN), "--gpus", "16", "--islands", "2", "--island-bandwidth", "1Gbit", "--json"]
+    assert main([*command, "islands.every=50"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["islands"]["relora"]["asked"]["every"] == 50
+    assert said["cluster"]["gpus"] == 8
