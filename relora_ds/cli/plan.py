@@ -11,7 +11,7 @@ from relora_ds.cli.parser import add_run, amount, run_tool, tool_parser
 
 _EXAMPLE = """
 example:
-  python tools/plan.py configs/run/llama_1b_switchlora.yaml --gpus 64 --gpu-memory 80GB
+  python tools/plan.py configs/run/llama_1b_switchlora.yaml --gpus 72 --gpu-memory 80GB
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.accounting.memory_meter import MemoryMeter
+from relora_ds.accounting.memory.meter import MemoryMeter
 from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.schema import RunConfig
@@ -44,7 +44,7 @@ from relora_ds.methods.interface import (
     optimizer_groups,
     projection_layers,
 )
-from relora_ds.numerics.base_weight import KINDS, BaseWeight
+from relora_ds.numerics.base_weight import KINDS, BaseWeight, store_whole
 from relora_ds.numerics.transfers import upload
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import VectorAdamW
@@ -102,7 +102,7 @@ class TrainEngine:
         kind = KINDS[base_precision(config)]
         self.bases: dict[nn.Parameter, BaseWeight] = {}
         if exact is None:  # the weights are whole: their fp32 values need not outlive the cast
-            self.bases = {w: _store_whole(w, kind, zero.dtype) for w in edited}
+            self.bases = {w: store_whole(w, kind, zero.dtype) for w in edited}
         self._engine: Backend = start_backend(model, self.optimizer, config, zero, tp)
         self.model: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
@@ -130,19 +130,22 @@ class TrainEngine:
         self._shares = TensorGradients(model, self.layout, tp)
         shares = islands if config.islands.share_gradients else ALONE
         self._across = IslandGradients(self.layout, shares, self.device)
+        # what islands do together where they do not share gradients
         self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
-        """What islands do together, where they do not share gradients."""
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
         )
-        kept = [base.tensors() for base in self.bases.values()]
-        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
-        self.memory = MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
+        self.memory = self._meter()
         self._engine.watch_updates(self.memory.after_backward)
         self._reduces_once = zero.reduces_once
         self._layers = list(projection_layers(model).values())
         self.update_size = self._update_size(config.train, zero)
+
+    def _meter(self) -> MemoryMeter:
+        kept = [base.tensors() for base in self.bases.values()]
+        states = {**self.matrices.side_tensors(), **self.matrices.side_slices()}.values()
+        return MemoryMeter(self.model, self.optimizer, self.layout, kept, states)
 
     def _place_optimizer(self, seed: int) -> None:
         """Tell the optimizer what lies where in its flat tensors."""
@@ -385,14 +388,3 @@ class TrainEngine:
 
     def _gradient_norm(self) -> torch.Tensor:
         return global_norm([p for _, group in self.groups for p in group], self._tp)
-
-
-def _store_whole(weight: nn.Parameter, kind: type[BaseWeight], dtype: torch.dtype) -> BaseWeight:
-    """Cast a weight and keep its authoritative value, before anything else casts the model.
-
-    Weight by weight, so that no more than one of them is there twice.
-    """
-    exact = weight.data.view(-1)
-    if weight.dtype != dtype:
-        weight.data = torch.empty_like(weight.data, dtype=dtype)
-    return kind(weight.data.view(-1), exact)

@@ -377,10 +377,14 @@ def projection_layers(model: nn.Module) -> dict[str, Projection]:
 def matrix_rules(
     method: Method[Any], settings: OptimizerConfig, model: nn.Module
 ) -> dict[nn.Parameter, MatrixOptimizer]:
-    """The matrix-wise optimizer of every trained parameter that has one, in the model's order."""
+    """The matrix-wise optimizer of every trained parameter that has one, in the model's order.
+
+    Equal ones are one object: what is asked of one object is computed together.
+    """
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     chosen = (
         (p, method.matrix_optimizer(settings, name, p) or end_rule(settings, name))
         for name, p in trained
     )
-    return {parameter: rule for parameter, rule in chosen if rule is not None}
+    known: dict[MatrixOptimizer, MatrixOptimizer] = {}
+    return {p: known.setdefault(rule, rule) for p, rule in chosen if rule is not None}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from relora_ds.randomness import Stream
 
@@ -337,3 +338,14 @@ def _probe_inputs(cols: int, device: torch.device) -> torch.Tensor:
     """(cols, _PROBES) of +-1, fixed and unrelated to any weight."""
     bits = Stream(0, "probe").words(0, cols * _PROBES, device) & 1
     return bits.double().mul_(2.0).sub_(1.0).view(cols, _PROBES)
+
+
+def store_whole(weight: nn.Parameter, kind: type[BaseWeight], dtype: torch.dtype) -> BaseWeight:
+    """Cast a weight and keep its authoritative value, before anything else casts the model.
+
+    Weight by weight, so that no more than one of them is there twice.
+    """
+    exact = weight.data.view(-1)
+    if weight.dtype != dtype:
+        weight.data = torch.empty_like(weight.data, dtype=dtype)
+    return kind(weight.data.view(-1), exact)

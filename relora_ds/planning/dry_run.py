@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from relora_ds.accounting.flops import flops_per_token, kind_of, parameter_counts
-from relora_ds.accounting.memory_model import matrix_state
+from relora_ds.accounting.memory.model import matrix_state
 from relora_ds.config.load import LoadedRun
 from relora_ds.methods.build import meta_model, shard_over_ranks
 from relora_ds.methods.interface import matrix_rules

@@ -1,6 +1,6 @@
 """What one phase of a run takes up, moves and needs in time on a cluster. Allocates nothing.
 
-Memory and bytes are the closed forms of `accounting.memory_model`, `accounting.zero_traffic` and
+Memory and bytes are the closed forms of `accounting.memory.model`, `accounting.zero_traffic` and
 `accounting.tp_traffic`, for the process that holds most. Time is a model: the operations of
 `accounting.flops` at a share of the peak, and latency plus bytes over bandwidth for communication.
 What tensor-parallel processes exchange stands between one block and the next and overlaps with
@@ -19,8 +19,8 @@ from relora_ds.accounting.collectives import Wire, wire_by_link
 from relora_ds.accounting.flops import ParameterCounts, flops_per_token, parameter_counts
 from relora_ds.accounting.footprints import footprints
 from relora_ds.accounting.matrix_traffic import MatrixTraffic, most_matrix_traffic
-from relora_ds.accounting.memory_model import StoragePlan, state_bytes
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.model import StoragePlan, state_bytes
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.accounting.recorder import Volumes
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_volumes
 from relora_ds.accounting.zero3_gathers import Replay, gathered

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from relora_ds.accounting.memory_model import StoragePlan, expected_memory
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.model import StoragePlan, expected_memory
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.parallel.tensor import LowRankPlan
 
 

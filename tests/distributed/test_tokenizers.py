@@ -60,6 +60,8 @@ def prepared(tiny_corpus: TinyCorpus, tokenizer: Path, directory: Path) -> dict[
 def test_a_run_with_any_tokenizer_resumes_and_exports(
     tiny_corpus: TinyCorpus, tmp_path: Path, make: Any
 ) -> None:
+    from relora_ds.checkpoint.export.dense import DenseModel
+    from relora_ds.config.sections import TrainConfig
     from relora_ds.data.tokenizer import open_tokenizer
 
     transformers = pytest.importorskip("transformers")
@@ -87,11 +89,19 @@ def test_a_run_with_any_tokenizer_resumes_and_exports(
         assert json.loads((hf / file).read_text())["eos_token_id"] == ours.eos_id
     assert theirs.eos_token_id == ours.eos_id
 
+    train = TrainConfig.model_validate({**TRAIN, "steps": 1})
+    model = DenseModel(checkpoints).model(train, torch.device("cpu"))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model.logits(ids), atol=1e-5, rtol=0)
+
     arguments = ["--checkpoint", str(checkpoints), "--output", str(tmp_path / "bare")]
     code, output = run([*arguments, "--no-tokenizer"], script="tools/export_hf.py")
     assert code == 0, output
     names = {file.name for file in (tmp_path / "bare").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    card = {"README.md", "training_run.yaml", "training_zero.json"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", *card}
 
 
 def test_ids_of_another_tokenizer_are_refused(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class SpectralPair(MatrixOptimizer):
         rank, n = lora_a.shape[-2:]
         m = lora_b.shape[-2]
         left = _Frame(torch.cat([ahead_b, lora_b], -1).double())
-        right = _Frame(torch.cat([lora_a.mT, ahead_a.mT], -1).double())
+        right = _Frame(torch.cat([lora_a, ahead_a], -2).double().mT)
         core = polar(left.triangle @ right.triangle.mT, self.coefficients)
         # with orthonormal E_P, E_Q of the frames: O = E_P core E_Q^T, and E^T P is a triangle
         along_b = left.combine(core @ right.triangle[..., :rank])

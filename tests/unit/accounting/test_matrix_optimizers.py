@@ -18,7 +18,7 @@ from relora_ds.accounting.matrix_traffic import (
     Place,
     matrix_traffic,
 )
-from relora_ds.accounting.memory_model import StoragePlan, matrix_state, state_bytes
+from relora_ds.accounting.memory.model import StoragePlan, matrix_state, state_bytes
 from relora_ds.accounting.recorder import Traffic
 from relora_ds.accounting.zero_traffic import Payloads, expected_payloads
 from relora_ds.config.load import load_run_config

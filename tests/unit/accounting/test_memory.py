@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_ds.accounting.memory_model import StoragePlan, expected_memory
+from relora_ds.accounting.memory.model import StoragePlan, expected_memory
 from relora_ds.config.load import load_run_config
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.registry import plan_phases

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from relora_ds.accounting.collectives import wire_by_link, wire_bytes
-from relora_ds.accounting.memory_model import expected_memory
+from relora_ds.accounting.memory.model import expected_memory
 from relora_ds.accounting.tp_traffic import GroupWork, shares_by_rank, tensor_payloads
 from relora_ds.accounting.zero_traffic import bytes_of, expected_payloads
 from relora_ds.config.load import LoadedRun, load_run_config

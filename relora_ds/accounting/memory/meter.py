@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.parallel.linear import Projection
 
 

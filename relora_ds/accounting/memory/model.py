@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from relora_ds.accounting.footprints import footprints
-from relora_ds.accounting.memory_use import MemoryUse
+from relora_ds.accounting.memory.use import MemoryUse
 from relora_ds.model.attention import Attention
 from relora_ds.model.embedding import TokenEmbedding
 from relora_ds.model.mlp import MLP

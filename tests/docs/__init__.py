@@ -1,0 +1,1 @@
+"""Every command of README and documentation, taken from the text and executed."""

@@ -1,0 +1,28 @@
+"""What a run's matrices are updated by."""
+
+from __future__ import annotations
+
+import pytest
+
+from relora_ds.config.schema import RunConfig
+from relora_ds.methods.build import meta_model
+from relora_ds.methods.interface import matrix_rules
+from relora_ds.methods.registry import plan_phases
+from tests.harness.build import TINY, run_config
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "matrices"),
+    [
+        ({"name": "full"}, {"matrix": "muon"}, 14),
+        ({"name": "low_rank", "rank": 4}, {"adapter": "spectral"}, 28),
+    ],
+)
+def test_equal_optimizers_are_one_object_so_that_they_compute_together(
+    method: dict[str, object], optimizer: dict[str, object], matrices: int
+) -> None:
+    config: RunConfig = run_config(method, optimizer=optimizer)
+    model = meta_model(TINY, plan_phases(config)[-1].method, config.train)
+    rules = matrix_rules(plan_phases(config)[-1].method, config.optimizer, model)
+    assert len(rules) == matrices
+    assert len({id(rule) for rule in rules.values()}) == 1
