@@ -68,6 +68,8 @@ class CourtConfig(Section):
     """Data-parallel processes of each run."""
     wire_processes: PositiveInt = 2
     """Data-parallel processes for which bytes on the wire are stated, in closed form."""
+    keep_checkpoints: bool = True
+    """Whether a recorded run keeps its checkpoints; its export, metrics and summary stay."""
     references: tuple[Name, ...]
     """Contestants that all others are compared with, seed by seed."""
     contestants: tuple[ContestantConfig, ...]

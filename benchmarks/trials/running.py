@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from benchmarks.trials.description import Court
 from benchmarks.trials.findings import find_record
 from benchmarks.trials.ledger import Ledger, Trial
 from benchmarks.trials.rule import to_do
+from relora_ds.checkpoint.format.layout import CHECKPOINTS
 from relora_ds.errors import DivergenceError, PreemptedError
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +195,8 @@ class Runner:
         setting = self._court.settings[trial.contestant]
         record = find_record(directory, trial, setting, _spent(running.spent), diverged=code != 0)
         self._ledger.add(record)
+        if not self._court.config.keep_checkpoints:
+            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         if record.perplexity is None:
             return "diverged"
         return f"perplexity {record.perplexity:.2f}"

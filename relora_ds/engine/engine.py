@@ -115,7 +115,7 @@ class TrainEngine:
         self.clocks = {p: VectorClock(method_shape(p)[axis], axis) for p, axis in axes}
         self.matrices = ZeroMatrices(self.layout, rules, self.names(), tp)
         self._place_optimizer(method.seed)
-        self._digest = self._digest_of_replicas()
+        self._digest = self._digest_of_replicas(islands)
         self.state = ZeroState(
             self.layout,
             self.bases,
@@ -166,16 +166,14 @@ class TrainEngine:
                 _logger.info("%d projections, %d tokens each: %s", count, size.tokens, how)
         return size
 
-    def _digest_of_replicas(self) -> ReplicaDigest:
-        return ReplicaDigest(
-            dict(self.model.named_parameters()),
-            self.layout,
-            self.bases,
-            self.clocks,
-            self.matrices,
-            self._engine.data_parallel_group,
-            self._tp,
-        )
+    def _digest_of_replicas(self, islands: Islands) -> ReplicaDigest:
+        parts = self.layout, self.bases, self.clocks, self.matrices
+        group, names = self._engine.data_parallel_group, dict(self.model.named_parameters())
+
+        def common() -> bool:
+            return self.rounds is None or self.rounds.common
+
+        return ReplicaDigest(names, *parts, group, self._tp, islands, common)
 
     def _probe(self) -> torch.Tensor | None:
         self.layout.order_gathers()  # a probe may enter the model below its forward pass

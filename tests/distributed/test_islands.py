@@ -96,6 +96,15 @@ def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
             assert second < _ERROR[32], cell
 
 
+def test_an_island_with_another_weight_is_found_where_weights_are_common() -> None:
+    said = run_ranks(islands.flipped_bits, 2)
+    name = "q_proj.weight"
+    assert (said["1: sound"], said["2: sound"]) == ("", "")
+    assert name in said["1: after one"]
+    assert said["2: after one"] == ""
+    assert name in said["2: after two"]
+
+
 @pytest.mark.slow
 def test_rounds_of_islands_with_several_ranks() -> None:
     cells = [("full", 2, 1, 32), ("sltrain", 1, 2, 8), ("low_rank", 3, 1, 4)]

@@ -87,7 +87,7 @@ def resolve_deepspeed_config(
     data = document.data
     findings = [*in_our_words(document), *contradictions(data, config)]
     findings += [*_check_keys(data), *_check_zero(data, config), *_check_bf16(data, config)]
-    findings += _check_hpz(data, config, dp_size)
+    findings += [*_check_hpz(data, config, dp_size), *_check_islands(data, config)]
     values = {**_run_values(config, dp_size), **_bucket_values(trained_elements)}
     if _is_stage_3(data):
         # it replaces torch.nn.functional.linear for the rest of the process; ours saves x alone
@@ -273,6 +273,28 @@ def _check_hpz(data: Mapping[str, Any], config: RunConfig, dp_size: int) -> Iter
         )
     elif config.parallel.tensor > 1:
         yield Finding(path, "does not go with parallel.tensor > 1 in DeepSpeed: remove one of them")
+
+
+def _check_islands(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
+    """Options under which gradients or norms are elsewhere when islands come to average them."""
+    if config.parallel.islands == 1:
+        return
+    zero, types = data.get("zero_optimization"), data.get("data_types")
+    zero = zero if isinstance(zero, dict) else {}
+    types = types if isinstance(types, dict) else {}
+    given: dict[KeyPath, bool] = {
+        ("zero_optimization", key): not is_off(zero.get(key))
+        for key in ("offload_optimizer", "offload_param")
+    }
+    hpz, sums = zero.get("zero_hpz_partition_size"), types.get("grad_accum_dtype")
+    given["zero_optimization", "zero_hpz_partition_size"] = hpz not in (None, "auto", 1)
+    given["data_types", "grad_accum_dtype"] = sums not in (None, "auto", config.train.precision)
+    for path in (path for path, is_given in given.items() if is_given):
+        yield Finding(
+            path,
+            f"is given, but parallel.islands is {config.parallel.islands}, with which it has not "
+            "been made to work: remove one of them",
+        )
 
 
 def _check_bf16(data: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:

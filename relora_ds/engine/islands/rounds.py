@@ -60,6 +60,11 @@ class Rounds:
         if config.transport.bits < 32 and config.transport.error_feedback:
             self.residual = [_on_host(owner).zero_() for owner in layout.owners()]
 
+    @property
+    def common(self) -> bool:
+        """Whether islands have the same weights: no round is under way."""
+        return self._anchors is None
+
     def ends_at(self, done: int) -> bool:
         """Whether a round is over after so many updates of the run."""
         return done % self._every == 0

@@ -9,7 +9,7 @@ slices must be the ones that the last edit left behind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from relora_ds.numerics.batched.fingerprints import fingerprints
 from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import VectorClock
+from relora_ds.parallel.islands import ALONE, Islands
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
@@ -38,6 +39,8 @@ class ReplicaDigest:
         matrices: state of what is updated matrix-wise.
         group: data-parallel ranks.
         tp: the tensor-parallel group, whose ranks hold some parameters alike.
+        islands: whose weights are the same now and then.
+        common: whether they are at the moment.
     """
 
     def __init__(
@@ -49,7 +52,11 @@ class ReplicaDigest:
         matrices: ZeroMatrices,
         group: ProcessGroup,
         tp: TensorParallel = SINGLE,
+        islands: Islands = ALONE,
+        common: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._islands = islands
+        self._common = common
         self._names = names
         self._layout = layout
         self._bases = bases
@@ -84,6 +91,10 @@ class ReplicaDigest:
         if self._tp.group is not None and self._tp.size > 1:
             within = self._compare(_fingerprinted([*self._shared()]), self._tp.group, event)
             problem = self._agree(problem or within)
+        if self._islands.group is not None and self._common():
+            across = _fingerprinted([*self._weights()])
+            found = self._compare(across, self._islands.group, event)
+            problem = self._agree(problem or found)
         if problem is not None:
             raise DesyncError(problem)
 
@@ -167,6 +178,15 @@ class ReplicaDigest:
                 for key, tensor in self._clocks[parameter].tensors().items():
                     yield f"{name} ({key})", tensor
         yield from self._matrices.replicated()
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What ranks with one place in their islands hold alike where weights are common: their
+        slices of these, and what lies beside."""
+        for name, parameter in self._names.items():
+            yield name, self._layout.working(parameter)[1]
+            for kept in (self._bases.get(parameter), self._clocks.get(parameter)):
+                for key, tensor in kept.tensors().items() if kept is not None else ():
+                    yield f"{name} ({key})", tensor
 
     def _local(self) -> Iterator[tuple[str, torch.Tensor]]:
         """1 where this rank disagrees with itself, 0 elsewhere."""

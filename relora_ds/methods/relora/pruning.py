@@ -99,7 +99,8 @@ def _random_masks(
     """Which elements of each moment survive. `zero` keeps none; `random` those whose uniform draw
     is more than the fraction, one draw per moment."""
     if config.mode == "zero":
-        return [torch.zeros_like(moment, dtype=torch.bool) for moment in shard.moments]
+        none = torch.zeros_like(shard.moments[0], dtype=torch.bool)
+        return [none] * len(shard.moments)
     drawn = [
         shard.uniform(Stream(seed, f"reset.{moment}", name, event)) > config.fraction
         for moment in MOMENTS[: len(shard.moments)]

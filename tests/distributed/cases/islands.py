@@ -196,6 +196,25 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
     return found
 
 
+def flipped_bits(topology: Topology) -> dict[str, str]:
+    """What the product says of a frozen weight whose last bit differs on the second island, within
+    a round and at its end, where islands share gradients, and before it was flipped."""
+    said = {}
+    for every in (1, 2):
+        config = described("relora", 2, rounds={"every": every})
+        run = Island(config, topology, 2)
+        run.step(0)
+        said[f"{every}: sound"] = run.desync()
+        if run.topology.islands.rank == 1:
+            working = run.engine.layout.working(run.layers[0].weight)[1]
+            working.view(torch.int32)[0] ^= 1
+        said[f"{every}: after one"] = run.desync()
+        run.step(1)
+        said[f"{every}: after two"] = run.desync()
+        run.destroy()
+    return said
+
+
 _OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 
 

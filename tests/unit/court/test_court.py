@@ -165,6 +165,7 @@ if sys.argv[4] == "broken":
 perplexity = 40 + seed + 1000 * abs(rate - 0.002)
 final = {"final": {"eval/perplexity": perplexity}}
 (place / "summary.json").write_text(json.dumps(final))
+(place / "checkpoints").mkdir(exist_ok=True)
 lines = [{"step": 1, "eval/perplexity": 99.0}, {"step": 2, "eval/perplexity": perplexity}]
 (place / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
 """
@@ -239,6 +240,15 @@ def test_interrupted_runs_save_and_go_on(tmp_path: Path, how: str) -> None:
     first = ledger.records[Trial("full", 0.001, 1)]
     assert first.wall_seconds is not None
     assert first.wall_seconds > 0.5  # of both parts
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_checkpoints_of_finished_runs_stay_or_go(tmp_path: Path, kept: bool) -> None:
+    court = described(tmp_path, seeds=[2], contestants=CONTESTANTS[:2], keep_checkpoints=kept)
+    assert Runner(court, ledger_of(court, {}), 2, Watcher(), Trainer()).hold()
+    place = run_directory(court, Trial("full", 0.002, 2))
+    assert (place / "checkpoints").exists() is kept
+    assert (place / "summary.json").exists()
 
 
 def test_a_contestant_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:

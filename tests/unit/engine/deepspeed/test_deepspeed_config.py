@@ -272,6 +272,23 @@ def test_hpz_has_its_place(config: RunConfig, stage: int, size: int, part: str) 
     assert part in problem
 
 
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_o"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+    ],
+)
+def test_what_islands_do_not_go_with(config: RunConfig, source: dict[str, Any], key: str) -> None:
+    assert resolve_deepspeed_config(source, config, 2)
+    parallel = config.parallel.model_copy(update={"islands": 2})
+    apart = config.model_copy(update={"parallel": parallel})
+    (problem,) = problems_with(source, apart, dp_size=2)
+    assert key in problem
+    assert "parallel.islands is 2" in problem
+
+
 def test_stages_that_reduce_too_often_are_pointed_out(config: RunConfig) -> None:
     def advice(stage: int, **train: Any) -> str | None:
         changed = config.model_copy(update={"train": config.train.model_copy(update=train)})
