@@ -18,6 +18,7 @@ _CELLS = [
     ("relora", 2, 2, "fold"),
     pytest.param("relora", 2, 1, "auto", marks=pytest.mark.slow),
     pytest.param("switchlora", 2, 2, "act", marks=pytest.mark.slow),
+    pytest.param("switchlora", 4, 2, "fold", marks=pytest.mark.slow),
 ]
 
 

@@ -152,7 +152,8 @@ class Layout(ABC):
         """Set this rank's part of the working values to what it holds of the master."""
         placement = self.placements[parameter]
         stretch, (first, working) = placement.stretch, self.working(parameter)
-        working.narrow(0, stretch.start - first, stretch.length).copy_(placement.master())
+        if stretch.length:  # where nothing is held, the start lies anywhere
+            working.narrow(0, stretch.start - first, stretch.length).copy_(placement.master())
 
     def mismatch(self, parameter: nn.Parameter) -> torch.Tensor:
         """Whether a trained parameter's working values are not its rounded masters: bool scalar."""
