@@ -104,16 +104,17 @@ def memory_of_part(
     )
 
 
-def saved_bytes(use: MemoryUse, plan: StoragePlan) -> int:
+def saved_bytes(use: MemoryUse, plan: StoragePlan, apart: int = 0) -> int:
     """About how many bytes a checkpoint of all processes takes.
 
     Args:
         use: expected of each process.
         plan: how it stores them: what all copies of the model have alike is saved once.
+        apart: further islands with states of their own.
     """
     weights = plan.dp_size if plan.stage == 3 else 1
     states = plan.dp_size if plan.stage > 0 else 1
-    return plan.tensor * (weights * use.weights + states * use.states)
+    return plan.tensor * (weights * use.weights + (1 + apart) * states * use.states)
 
 
 def memory_metrics(measured: MemoryUse | None, expected: MemoryUse) -> dict[str, int]:

@@ -210,8 +210,9 @@ def _make_room(
             _logger.info("moved checkpoints that this run does not continue to %s", moved)
     device = topology.device
     plan = storage_plan(share, stage, topology.dp_size, device, device_memory(device))
+    apart = 0 if share.islands.share_gradients else share.parallel.islands - 1
     largest = max(
-        saved_bytes(closed_form(share, prepared.architecture, phase.method, plan), plan)
+        saved_bytes(closed_form(share, prepared.architecture, phase.method, plan), plan, apart)
         for phase in phases
     )
     trainer.checkpoints.check_room(largest)

@@ -24,7 +24,11 @@ from relora_ds.data.source import open_corpus
 from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
 from relora_ds.engine.accelerator import describe_machine
-from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
+from relora_ds.engine.deepspeed.config import (
+    islands_advice,
+    reduction_advice,
+    resolve_deepspeed_config,
+)
 from relora_ds.engine.deepspeed.version import version_advice
 from relora_ds.engine.device import set_arithmetic
 from relora_ds.errors import (
@@ -203,7 +207,8 @@ def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
         return
     _logger.info("running on %s", describe_machine(prepared.topology.device))
     warn_of_missing_export(loaded.config)
-    advice = reduction_advice(prepared.zero), version_advice()
+    islands = islands_advice(prepared.zero, loaded.config.parallel.islands)
+    advice = reduction_advice(prepared.zero), islands, version_advice()
     doubts = doubts_about_the_export(prepared.architecture, prepared.corpus)
     for warning in (*loaded.warnings, *advice, *doubts):
         if warning is not None:

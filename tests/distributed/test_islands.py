@@ -45,6 +45,15 @@ def test_islands_of_several_ranks_share_gradients() -> None:
     _compare(4, FOUR)
 
 
+@pytest.mark.slow
+def test_bf16_gradients_are_shared_to_their_rounding() -> None:
+    cells = [("relora", count, stage, 1) for stage in STAGES for count in (1, 2)]
+    found = run_ranks(islands.losses, 2, cells=cells, precision="bf16")
+    for stage in STAGES:
+        plain, apart = (found[f"relora/{count}/{stage}/1"] for count in (1, 2))
+        assert apart == pytest.approx(plain, rel=2e-3), stage
+
+
 def _compare(ranks: int, cells: list[tuple[str, int, int, int]]) -> None:
     """Losses of islands against those of one."""
     asked = {(method, n, stage, size) for method, stage, size, many in cells for n in (1, many)}

@@ -129,6 +129,17 @@ def reduction_advice(zero: ZeroSettings) -> str | None:
     )
 
 
+def islands_advice(zero: ZeroSettings, islands: int) -> str | None:
+    """What to say about islands whose processes send the same."""
+    if islands == 1 or zero.stage > 0 or zero.dp_size == 1:
+        return None
+    return (
+        f"ZeRO stage 0 keeps everything on every process, so that the {zero.dp_size} copies of "
+        f"the model in an island all send the same to other islands: at stage 1 each of them sends "
+        f"its slices, 1/{zero.dp_size} of it"
+    )
+
+
 def _run_values(config: RunConfig, dp_size: int) -> dict[KeyPath, _Wanted]:
     train = config.train
     micro, total, clip = train.micro_batch_size, train.global_batch_size, config.optimizer.clip

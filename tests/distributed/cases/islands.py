@@ -85,13 +85,17 @@ class Island(Training):
 
 
 def losses(
-    topology: Topology, cells: list[tuple[str, int, int, int]], steps: int = 8
+    topology: Topology,
+    cells: list[tuple[str, int, int, int]],
+    steps: int = 8,
+    precision: str = "fp32",
 ) -> dict[str, list[float]]:
     """Losses of every update, by cell: method, islands, ZeRO stage, tensor-parallel size."""
     found = {}
     for cell in cells:
         method, islands, stage, tensor = cell
-        run = Island(described(method, islands, tensor=tensor, steps=steps), topology, stage)
+        form: dict[str, Any] = {"tensor": tensor, "steps": steps, "precision": precision}
+        run = Island(described(method, islands, **form), topology, stage)
         found["/".join(map(str, cell))] = [run.step(step)[0] for step in range(steps)]
         if islands > 1 and method != "galore":  # which refreshes
             closed = shared_gradients(_groups(run), run.zero, islands, run.topology.dp_rank)

@@ -11,7 +11,11 @@ import pytest
 
 from relora_ds.config.load import load_run_config
 from relora_ds.config.schema import RunConfig
-from relora_ds.engine.deepspeed.config import reduction_advice, resolve_deepspeed_config
+from relora_ds.engine.deepspeed.config import (
+    islands_advice,
+    reduction_advice,
+    resolve_deepspeed_config,
+)
 from relora_ds.engine.deepspeed.reading.keys import REFUSED_KEYS, TOP_KEYS, ZERO_FIXED, ZERO_KEYS
 from relora_ds.errors import ConfigError
 
@@ -287,6 +291,15 @@ def test_what_islands_do_not_go_with(config: RunConfig, source: dict[str, Any], 
     (problem,) = problems_with(source, apart, dp_size=2)
     assert key in problem
     assert "parallel.islands is 2" in problem
+
+
+def test_islands_that_send_the_same_several_times_are_pointed_out(config: RunConfig) -> None:
+    def advice(stage: int, islands: int, copies: int) -> str:
+        resolved = resolve_deepspeed_config({"zero_optimization": {"stage": stage}}, config, copies)
+        return str(islands_advice(resolved, islands))
+
+    assert "the 2 copies of the model in an island all send the same" in advice(0, 2, 2)
+    assert {advice(0, 1, 2), advice(1, 2, 2), advice(0, 2, 1)} == {"None"}
 
 
 def test_stages_that_reduce_too_often_are_pointed_out(config: RunConfig) -> None:
