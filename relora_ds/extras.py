@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from relora_ds.errors import ConfigError
@@ -28,3 +29,13 @@ def require(module: str, package: str, purpose: str) -> Any:
         raise ConfigError(
             f"{purpose} needs the package {package}{problem}: run `pip install {package}`"
         ) from error
+
+
+def check_installed(module: str, package: str, purpose: str) -> None:
+    """Check that an optional package is there, without the cost of importing it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec(module) is None:
+        raise ConfigError(f"{purpose} needs the package {package}: run `pip install {package}`")

@@ -150,6 +150,8 @@ def most_matrix_traffic(
     sizes: tuple[int, int],
 ) -> MatrixTraffic:
     """The most that any process exchanges with either group; arguments as in `matrix_traffic`."""
+    if not rules:  # whatever the number of processes, of which each would be looked at
+        return MatrixTraffic(NOTHING, NOTHING)
     places = [Place(dp, tp) for dp in range(sizes[0]) for tp in range(sizes[1])]
     found = [matrix_traffic(model, groups, rules, zero, sizes, place) for place in places]
     return MatrixTraffic(

@@ -359,6 +359,11 @@ class LogConfig(Section):
     """Weights & Biases."""
     tensorboard: bool = False
     """Also write TensorBoard events to `output_dir/tensorboard`."""
+    trackio: str | None = None
+    """Project under which Trackio records the run too; null: none."""
+    mlflow: str | None = None
+    """Experiment under which MLflow records the run too, on the server of `MLFLOW_TRACKING_URI`;
+    null: none."""
     profile: tuple[PositiveInt, PositiveInt] | None = None
     """First and last optimizer step, such as [11, 13], of which every process writes a trace to
     `output_dir/traces`: what the host and the device do, for Perfetto or chrome://tracing. Traced

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.config.schema import RunConfig
+from relora_ds.extras import check_installed
+from relora_ds.train.telemetry.sinks import mlflow, trackio
 from relora_ds.train.telemetry.sinks.base import Metrics, MetricsFile, Sink, Status
 from relora_ds.train.telemetry.sinks.console import build_console
 from relora_ds.train.telemetry.sinks.tensorboard import TensorBoardSink, require_tensorboard
@@ -49,6 +51,10 @@ class Telemetry:
         self._optional: dict[str, Sink] = {}
         if config.log.tensorboard:
             require_tensorboard()
+        if config.log.trackio is not None:
+            check_installed(trackio.PACKAGE, trackio.PACKAGE, "log.trackio")
+        if config.log.mlflow is not None:
+            check_installed(mlflow.MODULE, mlflow.PACKAGE, "log.mlflow")
         if not is_main:
             return
         self._metrics_file = MetricsFile(output_dir / "metrics.jsonl", resume_step)
@@ -64,8 +70,21 @@ class Telemetry:
             )
             self._wandb_run_id = sink.run_id
             self._optional["wandb"] = sink
+        settings = config.model_dump(mode="json"), resume_step > 0
+        if (project := config.log.trackio) is not None:
+            name = output_dir.resolve().name
+            self._begin("trackio", lambda: trackio.TrackioSink(project, name, *settings))
+        if (experiment := config.log.mlflow) is not None:
+            self._begin("mlflow", lambda: mlflow.MlflowSink(experiment, output_dir, *settings))
         # Last: the messages of the sinks above are to stand before a live bar.
         self._optional["console"] = build_console(total_steps, resume_step)
+
+    def _begin(self, name: str, build: Callable[[], Sink]) -> None:
+        """Add a sink, or warn that the run goes on without it."""
+        try:
+            self._optional[name] = build()
+        except Exception as error:  # a display must never stop the run it shows
+            _logger.warning("%s cannot start (%s: %s)", name, type(error).__name__, error)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Report the figures of `step`, the number of completed updates. Steps never decrease.
