@@ -31,21 +31,23 @@ IN_BETWEEN = Moment(
 )
 
 
-def described(directory: Path, corpus: TinyCorpus) -> str:
+def described(
+    directory: Path, corpus: TinyCorpus, stage: int = 2, tensor: int = 1, bits: int = 8
+) -> str:
     """A run of twelve updates in rounds of three on two islands: a warm start, and one merge."""
     run = describe(
         directory,
         METHOD,
-        2,
+        stage,
         corpus.files,
         train={"steps": LAST},
         checkpoint={"every": 6},
         eval={"every": 6},
-        parallel={"islands": 2},
+        parallel={"islands": 2, "tensor": tensor},
         islands={
             "every": 3,
             "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
-            "transport": {"bits": 8},
+            "transport": {"bits": bits},
         },
     )
     return str(write_run(run, directory / "run.yaml"))
@@ -92,6 +94,30 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
     lines = metrics(more)
     assert sorted(lines) == list(range(7, LAST + 1))
     assert lines[7]["train/loss"] == pytest.approx(expected[7]["train/loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "tensor"), [(0, 1), (3, 1), (1, 2), (0, 2)])
+def test_islands_of_two_ranks_resume_bit_exact(
+    tiny_corpus: TinyCorpus, tmp_path: Path, stage: int, tensor: int
+) -> None:
+    description = described(tmp_path, tiny_corpus, stage, tensor, bits=4)
+    code, output = run([description], processes=4)
+    assert code == 0, output
+    source, again = tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "again"
+    overrides = [f"output_dir={again}", f"checkpoint.resume={source}"]
+    code, output = run([description, *overrides], processes=4)
+    assert code == 0, output
+    expected = metrics(tmp_path / "run")
+    for step, line in metrics(again).items():
+        for figure in FIGURES:
+            assert line.get(figure) == expected[step].get(figure), (step, figure)
+    last = [path / "checkpoints" / f"step_{LAST}" for path in (tmp_path / "run", again)]
+    names = sorted(path.name for path in last[0].glob("*.safetensors"))
+    assert any(name.startswith("round_rank_3") or stage == 0 for name in names)
+    for name in names:
+        one, two = (load_file(directory / name) for directory in last)
+        assert all(torch.equal(two[key], tensor) for key, tensor in one.items()), name
 
 
 def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
