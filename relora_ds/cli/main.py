@@ -72,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, otherwise that of the error class (see `errors`).
     """
-    parsed = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    return VERBS[parsed.verb].run(parsed.rest, f"{PROG} {parsed.verb}")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = _parser().parse_args(words).verb
+    rest = words[words.index(verb) + 1 :]  # argparse takes the first `--` out
+    return VERBS[verb].run(rest, f"{PROG} {verb}")
 
 
 def _parser() -> argparse.ArgumentParser:

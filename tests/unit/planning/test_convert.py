@@ -114,6 +114,14 @@ def test_what_cannot_be_converted_is_one_sentence(words: list[str], said: str) -
         convert_command(words)
 
 
+def test_the_verb_takes_a_command_behind_two_dashes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert-flags", "--", *RELORA]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert load_run_config(tmp_path / "run.yaml").config.method.name == "relora"
+
+
 def test_nothing_to_convert_is_wrong_usage() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["convert-flags"])
