@@ -237,7 +237,7 @@ def test_interrupted_runs_save_and_go_on(tmp_path: Path, how: str) -> None:
     assert not runner.hold(2.0 if how == "time" else None)
     assert watcher.told == [(Trial("full", 0.001, 1), "interrupted")]
     assert not ledger.records
-    assert Runner(court, ledger, 1, watcher, Trainer()).hold()
+    assert Runner(court, ledger, 1, Watcher(), Trainer()).hold()
     assert len(ledger.records) == 3 + 1 + 1 + 1
     first = ledger.records[Trial("full", 0.001, 1)]
     assert first.wall_seconds is not None
