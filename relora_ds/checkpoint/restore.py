@@ -141,8 +141,9 @@ def round_tensors(engine: TrainEngine, topology: Topology) -> dict[str, torch.Te
     moments are where they are without islands, those of others are here. The momentum of the outer
     step is common, and saved by the first island; each keeps what its codes left out.
     """
-    whole = engine.layout.partition_group is None
-    if engine.rounds is None or (whole and topology.dp_rank > 0):
+    if engine.rounds is None:
+        return {}
+    if engine.layout.partition_group is None and topology.dp_rank > 0:  # the first one has it all
         return {}
     residual = _numbered("residual", engine.rounds.residual)
     if topology.islands.rank == 0:

@@ -22,7 +22,7 @@ from relora_ds.cli import (
     reshape,
     train_tokenizer,
 )
-from relora_ds.cli.advice import doctor
+from relora_ds.cli.advice import convert_flags, doctor
 from relora_ds.cli.views import generate, plot_spectrum, report
 
 PROG = "relora-ds"
@@ -55,6 +55,7 @@ VERBS = {
     "import": Verb(import_hf.main, "write a Hugging Face directory as a checkpoint to begin with"),
     "reshape": Verb(reshape.main, "rewrite a checkpoint for other processes or ZeRO stages"),
     "doctor": Verb(doctor.main, "look for what would stop a run, with a remedy for each finding"),
+    "convert-flags": Verb(convert_flags.main, "a run file from another trainer's command line"),
     "plot": Verb(plot.main, "draw a run's loss curve, or a metric of several runs"),
     "plot-spectrum": Verb(plot_spectrum.main, "draw singular values of what training added"),
     "report": Verb(report.main, "write one self-contained HTML page about a run"),
@@ -71,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, otherwise that of the error class (see `errors`).
     """
-    parsed = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    return VERBS[parsed.verb].run(parsed.rest, f"{PROG} {parsed.verb}")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = _parser().parse_args(words).verb
+    rest = words[words.index(verb) + 1 :]  # argparse takes the first `--` out
+    return VERBS[verb].run(rest, f"{PROG} {verb}")
 
 
 def _parser() -> argparse.ArgumentParser:

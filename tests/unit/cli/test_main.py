@@ -26,6 +26,7 @@ SCRIPTS = {
     "import": "tools/import_hf.py",
     "reshape": "tools/reshape_checkpoint.py",
     "doctor": "tools/doctor.py",
+    "convert-flags": "tools/convert_flags.py",
     "plot": "tools/plot_run.py",
     "plot-spectrum": "tools/plot_spectrum.py",
     "report": "tools/report.py",

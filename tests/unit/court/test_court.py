@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -201,6 +198,18 @@ class Watcher:
         pass
 
 
+class Interrupting(Watcher):
+    """Sends Ctrl-C to this process as soon as a run has begun."""
+
+    def __init__(self, started: Path) -> None:
+        super().__init__()
+        self._started = started
+
+    def tick(self) -> None:
+        if self._started.exists():
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_court_runs_what_its_rule_wants_and_never_again(tmp_path: Path) -> None:
     court, watcher = described(tmp_path), Watcher()
     ledger = ledger_of(court, {})
@@ -220,17 +229,10 @@ def test_a_court_runs_what_its_rule_wants_and_never_again(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("how", ["time", "signal"])
 def test_interrupted_runs_save_and_go_on(tmp_path: Path, how: str) -> None:
-    court, watcher = described(tmp_path, seeds=[2]), Watcher()
+    court = described(tmp_path, seeds=[2])
+    started = run_directory(court, Trial("full", 0.001, 1)) / "started"
+    watcher = Interrupting(started) if how == "signal" else Watcher()
     ledger = ledger_of(court, {})
-
-    def interrupt() -> None:
-        started = run_directory(court, Trial("full", 0.001, 1)) / "started"
-        while not started.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if how == "signal":
-        threading.Thread(target=interrupt).start()
     runner = Runner(court, ledger, 1, watcher, Trainer("slow"))
     assert not runner.hold(2.0 if how == "time" else None)
     assert watcher.told == [(Trial("full", 0.001, 1), "interrupted")]

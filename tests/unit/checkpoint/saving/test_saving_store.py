@@ -39,7 +39,7 @@ class Engine(SimpleNamespace):
     def __init__(self) -> None:
         matrices = SimpleNamespace(side_tensors=dict, side_slices=dict)
         unsliced = SimpleNamespace(weights_sharded=False)
-        super().__init__(clocks={}, bases={}, matrices=matrices, layout=unsliced)
+        super().__init__(clocks={}, bases={}, matrices=matrices, layout=unsliced, rounds=None)
         self.weight = torch.arange(2000.0)
 
     def names(self) -> dict[Any, str]:

@@ -1,0 +1,1 @@
+"""Runs of other trainers in our words: what their flags mean here, and which mean nothing."""
