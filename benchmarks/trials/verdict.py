@@ -100,13 +100,12 @@ def markdown(court: Court, found: Sequence[Standing]) -> str:
     """The table, with what it takes to read it."""
     seeds = ", ".join(str(seed) for seed in court.config.seeds)
     references = court.config.references
-    titles = {each.name: court.contestant(each.name).title for each in found}
     heads = [
         "",
         f"rates on seed {court.config.tuning_seed}",
         f"seeds {seeds}",
         "mean, deviation",
-        *(f"over {titles.get(name, name)}" for name in references),
+        *(f"over {court.contestant(name).title}" for name in references),
         "trained",
         "states, MB",
         "MFLOP per token",
