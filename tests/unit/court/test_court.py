@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +227,17 @@ def test_a_court_runs_what_its_rule_wants_and_never_again(tmp_path: Path) -> Non
     assert not again.told
 
 
+@pytest.fixture
+def unheard() -> Iterator[None]:
+    """Signals reach their handlers alone: a training run that another test started in this process
+    would hear them too, and end it."""
+    before = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(before)
+
+
 @pytest.mark.parametrize("how", ["time", "signal"])
-def test_interrupted_runs_save_and_go_on(tmp_path: Path, how: str) -> None:
+def test_interrupted_runs_save_and_go_on(tmp_path: Path, unheard: None, how: str) -> None:
     court = described(tmp_path, seeds=[2])
     started = run_directory(court, Trial("full", 0.001, 1)) / "started"
     watcher = Interrupting(started) if how == "signal" else Watcher()
