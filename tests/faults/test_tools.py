@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 _ONLY_AGAIN = Moment("before the old index goes", File("os.remove", r"/train\.idx$"))
 _PREPARATION = (
-    Moment("no tokens written", Call("relora_ds.data.prepare:_encoded")),
+    Moment("no tokens written", Call("relora_ds.data.ingest.encode:_ids")),
     Moment("tokens written, not read back", Call("relora_ds.data.prepare:read_contents")),
     _ONLY_AGAIN,
     Moment("nothing in place", File("os.rename", r"/train\.bin$")),
