@@ -18,7 +18,7 @@ from tests.harness.ranks import run_ranks
         ("rotate", "longer", 1, 1),
         ("rotate", "shorter", 2, 1),
         ("rotate", "shorter", 2, 2),
-        ("rotate", "left", 2, 2),
+        pytest.param("rotate", "left", 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_equals_plain_pytorch(

@@ -12,7 +12,7 @@ from tests.harness.ranks import run_ranks
 _CELLS = [
     ("keller", 1, 1),
     ("ends", 2, 1),
-    ("ends", 2, 2),
+    pytest.param("ends", 2, 2, marks=pytest.mark.slow),
     *((rule, *ranks) for rule in ("muon", "scale") for ranks in ((1, 1), (2, 1), (2, 2))),
 ]
 _STEPS = [20, pytest.param(40, marks=pytest.mark.slow)]
