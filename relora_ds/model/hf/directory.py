@@ -280,7 +280,7 @@ def _strangers(export: Path) -> list[str]:
     for path in export.iterdir():
         if path.name == BASE and path.is_dir():
             found += [f"{BASE}/{name}" for name in _strangers(path)]
-        elif path.name not in _NAMES and _SHARD.fullmatch(path.name) is None or path.is_dir():
+        elif (path.name not in _NAMES and _SHARD.fullmatch(path.name) is None) or path.is_dir():
             found.append(path.name)
     return sorted(found)
 
