@@ -148,20 +148,24 @@ def round_tensors(engine: TrainEngine, topology: Topology) -> dict[str, torch.Te
     residual = _numbered("residual", engine.rounds.residual)
     if topology.islands.rank == 0:
         return residual | _numbered("momentum", engine.rounds.momentum)
-    return residual | _moments_by_owner(engine)
+    return residual | _own_moments(engine)
 
 
 def _numbered(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{name}.{number}": tensor for number, tensor in enumerate(tensors)}
 
 
-def _moments_by_owner(engine: TrainEngine) -> dict[str, torch.Tensor]:
-    return {
+def _own_moments(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """State of the optimizer, element by element and by matrix, that this rank's island has alone,
+    as live tensors by name."""
+    elementwise = {
         f"moments.{number}.{key}": value
         for number, owner in enumerate(engine.layout.owners())
         for key, value in engine.optimizer.state.get(owner, {}).items()
         if isinstance(value, torch.Tensor) and value.ndim
     }
+    matrices = engine.matrices.side_tensors() | engine.matrices.side_slices()
+    return elementwise | {f"moments.{name}": tensor for name, tensor in matrices.items()}
 
 
 def load_round_tensors(
@@ -186,7 +190,7 @@ def load_round_tensors(
     live = momentum | residual
     if own is not None:
         saved |= {name: tensor for name, tensor in own.items() if name not in momentum}
-        live |= _moments_by_owner(engine) if any(n.startswith("moments") for n in own) else {}
+        live |= _own_moments(engine) if any(n.startswith("moments") for n in own) else {}
     fresh = {name: torch.zeros_like(live[name]) for name in live if name not in saved}
     _check_names(live, saved | fresh)
     for name, tensor in live.items():

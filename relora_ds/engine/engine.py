@@ -128,10 +128,11 @@ class TrainEngine:
             self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
-        shares = islands if config.islands.share_gradients else ALONE
-        self._across = IslandGradients(self.layout, shares, self.device)
+        together = config.islands.share_gradients or config.islands.from_step > 0
+        self._across = IslandGradients(self.layout, islands if together else ALONE, self.device)
         # what islands do together where they do not share gradients
         self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
+        self._apart, self._from_step = self.rounds is not None, config.islands.from_step
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
@@ -236,6 +237,11 @@ class TrainEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["role"]]
 
+    def begin_update(self, done: int) -> None:
+        """Say how many updates of the run are over: islands train apart after the first ones only,
+        if the run says so."""
+        self._apart = self.rounds is not None and done >= self._from_step
+
     def train_step(
         self, micro_batches: Iterable[torch.Tensor], admit: Admit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +257,7 @@ class TrainEngine:
             global gradient norm before clipping. Both fp32 scalars on the device: reading them
             waits for it.
         """
-        if self.rounds is not None:
+        if self.rounds is not None and self._apart:
             self.rounds.begin()
         self._engine.train()
         # until the update is over: its backward passes may be where it happens
@@ -268,7 +274,7 @@ class TrainEngine:
             done: updates of the run.
             products: of factors that the method is about to merge.
         """
-        if self.rounds is not None and self.rounds.ends_at(done):
+        if self.rounds is not None and self._apart and self.rounds.ends_at(done):
             with recorder.phase("step"), doing("end of a round"):
                 self.rounds.end(products)
 
@@ -310,7 +316,8 @@ class TrainEngine:
                 self._engine.step()
                 return None
             self._shares.complete()
-            self._across.average()
+            if not self._apart:
+                self._across.average()
             norm = None if self._engine.reports_norm else self._gradient_norm()
             if admit is None or admit(self._figures(losses)):
                 self._engine.step()

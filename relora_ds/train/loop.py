@@ -170,6 +170,7 @@ class Trainer:
         recorder.begin_step()
         own_step = step - phase.first_step
         engine.set_learning_rates(self._learning_rates(phase, step))
+        engine.begin_update(step)
 
         def agree(kind: str, state: bytes) -> None:
             self.agreement.meet(Place(kind, step, phase.name, digest_of(state)))
