@@ -128,8 +128,7 @@ class TrainEngine:
             self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
-        together = config.islands.share_gradients or config.islands.from_step > 0
-        self._across = IslandGradients(self.layout, islands if together else ALONE, self.device)
+        self._across = IslandGradients(self.layout, islands, self.device)
         # what islands do together where they do not share gradients
         self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
         self._apart, self._from_step = self.rounds is not None, config.islands.from_step

@@ -246,11 +246,8 @@ class Trainer:
         )
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
-        factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
-        settings = self.config.optimizer
-        rates = {"dense": settings.lr, "adapter": phase.adapter_lr}
-        if settings.adapter is not None:
-            rates["pair"] = settings.resolved_pair_lr
+        factor = self.config.islands.rate_factor(step)
+        rates = phase.learning_rates(step, self.config.optimizer)
         return {role: factor * rate for role, rate in rates.items()}
 
     def _peaks(self, engine: TrainEngine) -> dict[str, int]:

@@ -52,6 +52,17 @@ def rounds_begin_in_the_run(
         )
 
 
+def factors_of_rates_need_rounds(
+    parallel: ParallelConfig, islands: IslandsConfig
+) -> Iterator[Finding]:
+    if islands.inner_lr != 1.0 and (parallel.islands == 1 or islands.share_gradients):
+        yield Finding(
+            ("islands", "inner_lr"),
+            f"is {islands.inner_lr}, but is a factor of learning rates in rounds, and there are "
+            "none: set parallel.islands and islands.every, or remove it",
+        )
+
+
 def nesterov_has_momentum(islands: IslandsConfig) -> Iterator[Finding]:
     if islands.outer.nesterov and not islands.outer.momentum:
         yield Finding(
@@ -130,6 +141,7 @@ def islands_are_supported(
 ISLAND_RULES = (
     rounds_need_islands,
     rounds_begin_in_the_run,
+    factors_of_rates_need_rounds,
     nesterov_has_momentum,
     islands_share_the_batch,
     steps_end_rounds,

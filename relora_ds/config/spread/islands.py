@@ -41,10 +41,19 @@ class IslandsConfig(Section):
     """Updates before the first round, a multiple of `every`. Islands share gradients in them, as if
     `every` were 1: weights that still move fast are not left to drift apart, at the price of as
     many exchanges."""
+    inner_lr: PositiveFloat = 1.0
+    """Factor of all learning rates in rounds. An island has but its share of the batch, so that the
+    part of a normalised update that islands have in common is smaller: with G islands and small
+    batches the root of G makes up for it."""
     outer: OuterConfig = OuterConfig()
     """The step that is taken from the islands' mean."""
     transport: TransportConfig = TransportConfig()
     """What the mean is made of."""
+
+    def rate_factor(self, done: int) -> float:
+        """Factor of all learning rates in the update after `done` ones of the run."""
+        apart = not self.share_gradients and done >= self.from_step
+        return self.inner_lr if apart else 1.0
 
     @property
     def share_gradients(self) -> bool:
