@@ -140,8 +140,8 @@ def round_tensors(engine: TrainEngine, topology: Topology) -> dict[str, torch.Te
 
     The first island's moments, and its weights, are where they are without islands, those of others
     are here. The momentum of the outer step is common, and saved by the first island; each keeps
-    what its codes left out. Weights are common wherever a run saves by itself; within a round, where
-    it was asked to stop, the common ones of the round's start and what is on its way are here too.
+    what its codes left out. Weights are common wherever a run saves by itself; where it was asked
+    to stop within a round, the common weights of before and what is on its way are here too.
     """
     if engine.rounds is None:
         return {}
@@ -154,24 +154,30 @@ def round_tensors(engine: TrainEngine, topology: Topology) -> dict[str, torch.Te
         shared = {name: tensor for name, tensor in state.items() if name not in own}
         own = {name: tensor for name, tensor in own.items() if _kind(name) != "master"}
         return own | shared | numbered("momentum", engine.rounds.momentum)
-    return own | _moments_by_owner(engine)
+    return own | _own_moments(engine)
 
 
 _OF_ISLANDS = ("master", "sent")
-"""Kinds of what islands have of their own of a round that is under way; the rest is common."""
+"""Kinds of what an island has of its own of a round that is under way."""
+_OF_ALL = ("anchor", "mean", "left")
+"""Kinds of what islands have in common of it."""
 
 
 def _kind(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _moments_by_owner(engine: TrainEngine) -> dict[str, torch.Tensor]:
-    return {
+def _own_moments(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """State of the optimizer, element by element and by matrix, that this rank's island has alone,
+    as live tensors by name."""
+    elementwise = {
         f"moments.{number}.{key}": value
         for number, owner in enumerate(engine.layout.owners())
         for key, value in engine.optimizer.state.get(owner, {}).items()
         if isinstance(value, torch.Tensor) and value.ndim
     }
+    matrices = engine.matrices.side_tensors() | engine.matrices.side_slices()
+    return elementwise | {f"moments.{name}": tensor for name, tensor in matrices.items()}
 
 
 def load_round_tensors(
@@ -196,9 +202,9 @@ def load_round_tensors(
     saved = {name: tensor for name, tensor in first.items() if name in momentum}
     live = momentum | residual
     if own is not None:
-        apart = ("residual", "moments")
-        saved |= {name: tensor for name, tensor in own.items() if _kind(name) in apart}
-        live |= _moments_by_owner(engine) if any(n.startswith("moments") for n in own) else {}
+        other = {*momentum, *under_way}
+        saved |= {name: tensor for name, tensor in own.items() if name not in other}
+        live |= _own_moments(engine) if any(n.startswith("moments") for n in own) else {}
     fresh = {name: torch.zeros_like(live[name]) for name in live if name not in saved}
     _check_names(live, saved | fresh)
     for name, tensor in live.items():
@@ -217,8 +223,7 @@ def _round_under_way(
     Raises:
         CheckpointError: names, shapes or kinds of numbers are not the ones of this run.
     """
-    kinds = ("anchor", "mean", "left")
-    saved = {name: tensor for name, tensor in first.items() if _kind(name) in kinds}
+    saved = {name: tensor for name, tensor in first.items() if _kind(name) in _OF_ALL}
     if not saved:
         return {}
     apart = (first if own is None else own).items()

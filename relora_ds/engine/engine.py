@@ -128,8 +128,8 @@ class TrainEngine:
             self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
-        shares = islands if config.islands.share_gradients else ALONE
-        self._across = IslandGradients(self.layout, shares, self.device)
+        together = config.islands.share_gradients or config.islands.from_step > 0
+        self._across = IslandGradients(self.layout, islands if together else ALONE, self.device)
         # what islands do together where they do not share gradients
         parts = self.layout, self.state.weights, islands
         self.rounds = start_rounds(*parts, config.islands, self.names())
@@ -238,10 +238,10 @@ class TrainEngine:
             group["lr"] = rates[group["role"]]
 
     def begin_update(self, done: int) -> None:
-        """Say how many updates of the run are over; call before each."""
+        """Say how many updates of the run are over; call before each. Islands may train apart from
+        some on."""
         if self.rounds is not None:
-            with recorder.phase("step"):
-                self.rounds.begin(done)
+            self.rounds.begin(done)
 
     def train_step(
         self, micro_batches: Iterable[torch.Tensor], admit: Admit | None = None
@@ -275,8 +275,7 @@ class TrainEngine:
             common: whether all weights have to be common at the end of a round.
         """
         if self.rounds is not None:
-            with recorder.phase("step"):
-                self.rounds.end(done, products, common)
+            self.rounds.end(done, products, common)
 
     def weights_kept(self, batches: int) -> AbstractContextManager[None]:
         """Within it the weights stay as they are for so many forward passes."""
@@ -316,7 +315,8 @@ class TrainEngine:
                 self._engine.step()
                 return None
             self._shares.complete()
-            self._across.average()
+            if self.rounds is None or self.rounds.common:
+                self._across.average()
             norm = None if self._engine.reports_norm else self._gradient_norm()
             if admit is None or admit(self._figures(losses)):
                 self._engine.step()

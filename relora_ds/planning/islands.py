@@ -20,7 +20,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.interface import Method, optimizer_groups
-from relora_ds.methods.registry import plan_phases
+from relora_ds.methods.registry import Phase, plan_phases
 from relora_ds.parallel.topology import as_one_island, copies_of_island, part_of_model
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part
@@ -63,7 +63,7 @@ def plan_islands(
     for phase in plan_phases(config):
         stage = found.phases[phase.name].stages[found.asked.stage]
         exchange = _Exchange(loaded, phase.method, zero)
-        rounds[phase.name] = _plan(config, exchange, link, stage.seconds.serial)
+        rounds[phase.name] = _plan(config, phase, exchange, link, stage.seconds.serial)
     return found, rounds
 
 
@@ -114,7 +114,9 @@ class _Exchange:
         return self._tensor * sum(bytes_of(each).wire for each in payloads)
 
 
-def _plan(config: RunConfig, exchange: _Exchange, link: IslandLink, local: float) -> IslandsPlan:
+def _plan(
+    config: RunConfig, phase: Phase, exchange: _Exchange, link: IslandLink, local: float
+) -> IslandsPlan:
     count = config.parallel.islands
     shares, merges = config.islands.share_gradients, config.method.merges_every
     dense = _BF16 * exchange.parameters * 2 * (count - 1) / count
@@ -123,14 +125,18 @@ def _plan(config: RunConfig, exchange: _Exchange, link: IslandLink, local: float
     def seconds(sent: float) -> float:
         return sent / link.bandwidth + 2 * (count - 1) * link.latency
 
+    together = min(max(config.islands.from_step - phase.first_step, 0), phase.steps) / phase.steps
+    gradients = exchange.gradients()
+
     def of(every: int) -> Round:
         if every == 1 and shares:
-            sent = exchange.gradients()
+            sent, waited = gradients, seconds(gradients)
         else:
             more = (merged - plain) * every / merges if merges and merges >= every else 0.0
-            sent = plain + more
-        spent = local + seconds(sent) / every
-        return Round(every, sent / every, spent, local / spent, dense * every / sent)
+            sent = together * gradients + (1 - together) * (plain + more) / every
+            waited = together * seconds(gradients) + (1 - together) * seconds(plain + more) / every
+        spent = local + waited
+        return Round(every, sent, spent, local / spent, dense / sent)
 
     rounds = [of(every) for every in sorted({*_EVERY, config.islands.every})]
     return IslandsPlan(

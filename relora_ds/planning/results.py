@@ -177,7 +177,7 @@ class Round:
     every: int
     """Updates."""
     bytes_per_update: float
-    """What an island sends, spread over the updates."""
+    """What an island sends, spread over all updates of the phase."""
     seconds_per_update: float
     speed: float
     """Share of the speed of an island that meets nobody."""

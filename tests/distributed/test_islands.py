@@ -105,6 +105,14 @@ def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
             assert second < _ERROR[32], cell
 
 
+def test_rounds_begin_after_updates_that_share_gradients() -> None:
+    found = run_ranks(islands.begun_together, 2, cells=[("full", 2), ("relora", 3)])
+    for cell, figures in found.items():
+        assert figures["losses"][:7] == pytest.approx(figures["plain"][:7], rel=1e-6), cell
+        assert [value > 0 for value in figures["differ"]] == [*[False] * 6, True, False], cell
+        assert figures["sent"] == [*["gradients"] * 6, "nothing", "weights"], cell
+
+
 def test_an_island_with_another_weight_is_found_where_weights_are_common() -> None:
     said = run_ranks(islands.flipped_bits, 2)
     name = "q_proj.weight"

@@ -32,9 +32,15 @@ IN_BETWEEN = Moment(
 
 
 def described(
-    directory: Path, corpus: TinyCorpus, stage: int = 2, tensor: int = 1, bits: int = 8
+    directory: Path,
+    corpus: TinyCorpus,
+    stage: int = 2,
+    tensor: int = 1,
+    bits: int = 8,
+    adapter: str | None = "spectral",
 ) -> str:
-    """A run of twelve updates in rounds of three on two islands: a warm start, and one merge."""
+    """A run of twelve updates in rounds of three on two islands, of which the first shares
+    gradients: a warm start, and one merge."""
     run = describe(
         directory,
         METHOD,
@@ -44,8 +50,10 @@ def described(
         checkpoint={"every": 6},
         eval={"every": 6},
         parallel={"islands": 2, "tensor": tensor},
+        optimizer={"adapter": adapter},
         islands={
             "every": 3,
+            "from_step": 3,
             "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
             "transport": {"bits": bits},
         },
@@ -79,6 +87,8 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
             assert line.get(figure) == expected[step].get(figure), (step, figure)
     last = [tmp_path / name / "checkpoints" / f"step_{LAST}" for name in ("unbroken", "broken")]
     assert_same_checkpoint(*last)
+    names = load_file(last[0] / "round_rank_1.safetensors")
+    assert any(name.startswith("moments.optimizer.") for name in names)  # those of pairs
     for rank, kinds in ((0, {"momentum", "residual"}), (1, {"moments", "residual"})):
         files = [load_file(directory / f"round_rank_{rank}.safetensors") for directory in last]
         assert {name.partition(".")[0] for name in files[0]} == kinds
@@ -97,11 +107,17 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "tensor"), [(0, 1), (3, 1), (1, 2), (0, 2)])
+@pytest.mark.parametrize(
+    ("stage", "tensor", "adapter"),
+    [
+        *((stage, tensor, None) for stage, tensor in ((0, 1), (3, 1), (1, 2), (0, 2))),
+        *((stage, tensor, "spectral") for stage, tensor in ((3, 1), (0, 2))),
+    ],
+)
 def test_islands_of_two_ranks_resume_bit_exact(
-    tiny_corpus: TinyCorpus, tmp_path: Path, stage: int, tensor: int
+    tiny_corpus: TinyCorpus, tmp_path: Path, stage: int, tensor: int, adapter: str | None
 ) -> None:
-    description = described(tmp_path, tiny_corpus, stage, tensor, bits=4)
+    description = described(tmp_path, tiny_corpus, stage, tensor, bits=4, adapter=adapter)
     code, output = run([description], processes=4)
     assert code == 0, output
     source, again = tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "again"

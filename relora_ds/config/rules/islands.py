@@ -11,7 +11,6 @@ from relora_ds.config.sections import (
     CheckpointConfig,
     EvalConfig,
     GuardsConfig,
-    OptimizerConfig,
     ParallelConfig,
     TrainConfig,
 )
@@ -24,6 +23,32 @@ def rounds_need_islands(parallel: ParallelConfig, islands: IslandsConfig) -> Ite
             ("islands", "every"),
             f"is {islands.every}, but parallel.islands is 1, and one island meets nobody: set "
             "parallel.islands to the number of parts that a slow link connects, or remove it",
+        )
+
+
+def rounds_begin_in_the_run(
+    parallel: ParallelConfig, islands: IslandsConfig, train: TrainConfig
+) -> Iterator[Finding]:
+    path, first = ("islands", "from_step"), islands.from_step
+    if not first:
+        return
+    if parallel.islands == 1:
+        yield Finding(
+            path,
+            f"is {first}, but parallel.islands is 1, and there are no rounds: set parallel.islands "
+            "to the number of parts that a slow link connects, or remove it",
+        )
+    elif islands.share_gradients:
+        yield Finding(
+            path,
+            f"is {first}, but islands share gradients in every update anyway: set islands.every to "
+            "the updates of a round, or remove it",
+        )
+    elif first >= train.steps:
+        yield Finding(
+            path,
+            f"is {first}, but must be less than train.steps ({train.steps}), or no round begins: "
+            "write less, or islands.every: 1 to share gradients in every update",
         )
 
 
@@ -75,6 +100,7 @@ def steps_end_rounds(
     every, warm = islands.every, method.warm_start
     steps: dict[KeyPath, int | None] = {
         ("train", "steps"): train.steps,
+        ("islands", "from_step"): islands.from_step,
         ("method", "warm_start_steps"): warm and warm.steps,
         ("method", "merge_every"): method.merges_every,
         ("eval", "every"): eval.every,
@@ -95,7 +121,6 @@ def islands_are_supported(
     islands: IslandsConfig,
     train: TrainConfig,
     guards: GuardsConfig,
-    optimizer: OptimizerConfig,
 ) -> Iterator[Finding]:
     size = parallel.islands
     if size == 1:
@@ -116,18 +141,11 @@ def islands_are_supported(
             f"is {value}, but parallel.islands is {size}: all islands would have to agree before "
             f"every update; write {'stop' if skips else 'off'}",
         )
-    kinds = {"matrix": optimizer.matrix, "adapter": optimizer.adapter}
-    for key, kind in kinds.items():
-        if kind is not None and not islands.share_gradients:
-            yield Finding(
-                ("optimizer", key),
-                f"is {kind}, whose state is not kept by island: write islands.every: 1 with the "
-                "plain average, or remove it",
-            )
 
 
 ISLAND_RULES = (
     rounds_need_islands,
+    rounds_begin_in_the_run,
     nesterov_has_momentum,
     fragments_fit_a_round,
     islands_share_the_batch,

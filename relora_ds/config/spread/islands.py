@@ -43,6 +43,10 @@ class IslandsConfig(Section):
     every: PositiveInt = 1
     """Optimizer steps per round, at the end of which the islands average what they train. 1 with
     the plain average in 32 bits shares gradients before each update: data parallelism."""
+    from_step: NonNegativeInt = 0
+    """Updates before the first round, a multiple of `every`. Islands share gradients in them, as if
+    `every` were 1: weights that still move fast are not left to drift apart, at the price of as
+    many exchanges."""
     outer: OuterConfig = OuterConfig()
     """The step that is taken from the islands' mean."""
     transport: TransportConfig = TransportConfig()

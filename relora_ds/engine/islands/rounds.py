@@ -28,6 +28,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from relora_ds.accounting.recorder import recorder
 from relora_ds.activity import doing
 from relora_ds.config.spread.islands import IslandsConfig
 from relora_ds.engine.islands.flights import Flight, landed, packed
@@ -81,13 +82,14 @@ class Rounds:
 
     @property
     def common(self) -> bool:
-        """Whether islands have the same weights: no round is under way."""
+        """Whether islands have the same weights: no round is under way. They share gradients in
+        an update that begins so."""
         return self._anchors is None
 
     @torch.no_grad()
     def begin(self, done: int) -> None:
-        """Remember the weights, if they are common, or let the fragments leave whose turn it is;
-        call before every update.
+        """Remember the weights, where they are common and the run's rounds have begun, or let the
+        fragments leave whose turn it is; call before every update.
 
         They leave here, not at the end of the update before, so that nothing that all processes do
         together at the end of a round waits behind them.
@@ -96,13 +98,15 @@ class Rounds:
             done: updates of the run.
         """
         if self._anchors is None:
-            self._anchors = [_on_host(owner) for owner in self._layout.owners()]
+            if done >= self._config.from_step:
+                self._anchors = [_on_host(owner) for owner in self._layout.owners()]
             return
-        for number in self._config.leaving(done):
-            if self._transport.overlap:
-                self._flights.append(self._leave(number, done))
-            else:
-                self._meet(self._fragments[number])
+        with recorder.phase("step"), doing("departure of a fragment"):
+            for number in self._config.leaving(done):
+                if self._transport.overlap:
+                    self._flights.append(self._leave(number, done))
+                else:
+                    self._meet(self._fragments[number])
 
     @torch.no_grad()
     def end(self, done: int, products: Sequence[Product], common: bool) -> None:
@@ -115,11 +119,13 @@ class Rounds:
             common: whether weights have to be common, at the end of a round.
         """
         ends = done % self._config.every == 0
+        if self._anchors is None:
+            return
         if ends and (common or products or not self._config.in_turn):
-            with doing("end of a round"):
+            with recorder.phase("step"), doing("end of a round"):
                 self._make_common(products)
         elif self._flights and self._flights[0].left + self._transport.overlap <= done:
-            with doing("arrival of a fragment"):
+            with recorder.phase("step"), doing("arrival of a fragment"):
                 self._land(done - self._transport.overlap)
 
     def settle(self) -> None:
@@ -129,7 +135,6 @@ class Rounds:
         self._flights = []
 
     def _make_common(self, products: Sequence[Product]) -> None:
-        assert self._anchors is not None, "a round ends after it began"
         self._land()
         kept = self._products.before(products)
         self._meet(self._everything)

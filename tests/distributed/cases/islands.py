@@ -78,6 +78,7 @@ class Island(Training):
         self.engine.state.gradients.batch = lambda: self.own_share(tokens)
         self.before_step(step)
         recorder.begin_step()
+        self.engine.begin_update(step)
         loss, _ = self.train_step(self.own_share(tokens))
         if self.rounds_end:
             self.engine.end_round(step + 1, self.session.products_to_merge(step + 1))
@@ -197,6 +198,44 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
         run.check_replicas()
         run.destroy()
         found["/".join(map(str, cell))] = figures
+    return found
+
+
+def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str, Any]:
+    """Eight updates in rounds of two, of which the first six share gradients; ReLoRA
+    merges after the fourth.
+
+    Args:
+        cells: method, ZeRO stage.
+
+    Returns:
+        By cell, a figure per update: `losses`; `differ`, the largest difference of any weight
+        between islands after it; `sent`, what moved between islands: `gradients` or `weights` as
+        the closed form has them, `nothing` or `else`. `plain`: losses without islands.
+    """
+    found = {}
+    for method, stage in cells:
+        plain = Island(described(method, 1), topology, stage)
+        figures: dict[str, Any] = {"plain": [plain.step(step)[0] for step in range(8)]}
+        plain.destroy()
+        rounds = {"every": 2, "from_step": 6, "transport": {"bits": 16}}
+        config = described(method, 2, rounds=rounds)
+        run = Island(config, topology, stage)
+        what = _groups(run), run.zero, 2, run.topology.dp_rank
+        forms = {
+            "nothing": {},
+            "gradients": shared_gradients(*what),
+            "weights": end_of_round(*what, bits=16),
+        }
+        figures |= {"losses": [], "differ": [], "sent": []}
+        for step in range(8):
+            figures["losses"].append(run.step(step)[0])
+            sent = _between_islands()
+            figures["sent"].append(next((n for n, form in forms.items() if form == sent), "else"))
+            figures["differ"].append(spread_over_islands(run))
+        run.check_replicas()
+        run.destroy()
+        found[f"{method}/{stage}"] = figures
     return found
 
 
