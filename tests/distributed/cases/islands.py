@@ -7,16 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.accounting.islands import GROUP, end_of_round, shared_gradients
+from relora_ds.accounting.islands import (
+    GROUP,
+    end_of_round,
+    fragment_of_round,
+    shared_gradients,
+)
 from relora_ds.accounting.recorder import Traffic, recorder
+from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
+from relora_ds.model.llama import Llama
+from relora_ds.parallel.fragments import share_out
+from relora_ds.parallel.linear import DenseLinear
 from relora_ds.parallel.topology import Topology, as_one_island, share_models
-from tests.harness.build import BATCH, CUT, SEQUENCE, VOCAB, Training, run_config
+from tests.harness.build import BATCH, CUT, SEQUENCE, TINY, VOCAB, Training, run_config
+from tests.harness.islands_reference import PlainIsland, PlainIslands
+from tests.harness.reference import PlainAdamW, PlainAdapter
 
 MICRO = 1
 RATES = {"dense": 8e-3, "adapter": 1.2e-2}
-_RELORA = {"name": "relora", "rank": 4, "alpha": 6, "merge_every": 4, "restart_warmup_steps": 2}
+_RANK = 4
+_RELORA = {"name": "relora", "rank": _RANK, "alpha": 6, "merge_every": 4, "restart_warmup_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 4, "alpha": 6},
@@ -53,14 +65,21 @@ def described(
 class Island(Training):
     """A run as one of its islands drives it."""
 
-    def __init__(self, config: RunConfig, alone: Topology, stage: int) -> None:
+    def __init__(
+        self, config: RunConfig, alone: Topology, stage: int, architecture: ModelConfig = CUT
+    ) -> None:
         recorder.start()
         topology = share_models(alone, config)
-        for name, group in (("tp", topology.tp.group), (GROUP, topology.islands.group)):
+        between = topology.islands.group, topology.islands.background
+        for group in between:
             if group is not None:
-                recorder.name_group(group, name)
+                recorder.name_group(group, GROUP)
+        if topology.tp.group is not None:
+            recorder.name_group(topology.tp.group, "tp")
         probe = _batch(0)[:1, :-1]
-        super().__init__(as_one_island(config), topology, {"stage": stage}, CUT, probe=probe)
+        super().__init__(
+            as_one_island(config), topology, {"stage": stage}, architecture, probe=probe
+        )
         self.rounds_end = True
         """Whether rounds end by themselves."""
 
@@ -71,7 +90,7 @@ class Island(Training):
         )
         return [tokens[at : at + MICRO] for at in starts]
 
-    def step(self, step: int) -> tuple[float, Any]:
+    def step(self, step: int, common: bool = True) -> tuple[float, Any]:
         """The update after `step` completed ones, as the loop does it: mean loss, and event."""
         tokens = _batch(step)
         self.set_rates(step, RATES)
@@ -81,7 +100,7 @@ class Island(Training):
         self.engine.begin_update(step)
         loss, _ = self.train_step(self.own_share(tokens))
         if self.rounds_end:
-            self.engine.end_round(step + 1, self.session.products_to_merge(step + 1))
+            self.engine.end_round(step + 1, self.session.products_to_merge(step + 1), common)
         return float(distributed.mean_over_ranks(loss)), self.after_step(step + 1)
 
 
@@ -237,6 +256,105 @@ def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str
         run.destroy()
         found[f"{method}/{stage}"] = figures
     return found
+
+
+InTurn = tuple[str, int, int, int, tuple[int, int, int]]
+"""Method, ZeRO stage, tensor-parallel size, bits; and of rounds: updates, fragments, overlap."""
+
+
+def in_turn(topology: Topology, cells: list[InTurn], steps: int) -> dict[str, Any]:
+    """Two islands whose fragments travel in turn, with a Nesterov step when they arrive.
+
+    Weights are made common for ReLoRA's merge and at the end, and not at the end of other rounds.
+
+    Returns:
+        By cell: `losses` of every update, and `plain` ones of the reference, in 32 bits; `error`,
+        the largest difference of a weight from the reference's at the end; `differ`, that between
+        islands before the end and at it; `bytes`, whether the closed form knows what moved between
+        islands in every update.
+    """
+    found = {}
+    for cell in cells:
+        method, stage, tensor, bits, (every, fragments, overlap) = cell
+        transport = {"bits": bits, "fragments": fragments, "overlap": overlap}
+        rounds = {"every": every, "outer": _OUTER, "transport": transport}
+        config = described(method, 2, tensor=tensor, steps=steps, rounds=rounds)
+        run = Island(config, topology, stage, TINY)
+        parts = share_out({p: n for n, p in run.named.items() if p.requires_grad}, fragments)
+        plain = _plain_islands(run, parts) if bits == 32 else None
+        figures: dict[str, Any] = {"losses": [], "plain": [], "bytes": True, "differ": []}
+        for step in range(steps):
+            last, merged = step == steps - 1, run.session.products_to_merge(step + 1)
+            wanted = _expected_traffic(run, parts, step, last)
+            if last:
+                figures["differ"].append(spread_over_islands(run))
+            figures["losses"].append(run.step(step, common=last)[0])
+            figures["bytes"] &= _between_islands() == wanted
+            if plain is not None:
+                size, rates = topology.world_size // 2, run.set_rates(step, RATES)
+                shares = [
+                    torch.cat([_batch(step)[rank :: topology.world_size] for rank in ranks])
+                    for ranks in (range(size), range(size, 2 * size))
+                ]
+                figures["plain"].append(plain.step(step, shares, rates, last, bool(merged)))
+        figures["differ"].append(spread_over_islands(run))
+        if plain is not None:
+            model = plain.islands[0].model
+            figures["error"] = run.difference({n: p.detach() for n, p in model.named_parameters()})
+        run.check_replicas()
+        run.destroy()
+        found["/".join(map(str, cell))] = figures
+    return found
+
+
+def _expected_traffic(
+    run: Island, parts: list[list[nn.Parameter]], done: int, last: bool
+) -> dict[Traffic, int]:
+    """The closed form of what moves between islands in the update after `done` ones."""
+    islands, form = run.config.islands, (_groups(run), run.zero, 2, run.topology.dp_rank)
+    bits, found = islands.transport.bits, dict[Traffic, int]()
+    products = run.session.products_to_merge(done + 1)
+    payloads = [
+        fragment_of_round(*form, parts[number], bits)
+        for number in (islands.leaving(done) if not _common_after(run, done) else [])
+    ]
+    if last or products:
+        merged = [factor for product in products for factor in product.factors]
+        payloads.append(end_of_round(*form, bits, merged))
+    for payload in payloads:
+        for traffic, size in payload.items():
+            found[traffic] = found.get(traffic, 0) + size
+    return found
+
+
+def _common_after(run: Island, done: int) -> bool:
+    return done == 0 or bool(run.session.products_to_merge(done))
+
+
+def _plain_islands(run: Island, parts: list[list[nn.Parameter]]) -> PlainIslands:
+    """The run's islands in plain PyTorch, before their first update."""
+    config, names = run.config, {parameter: name for name, parameter in run.named.items()}
+    values = dict(zip(run.named, run.gather(list(run.named.values())), strict=True))
+    optimizer = config.optimizer
+    islands = []
+    for _ in range(2):
+        if run.layers:
+            scale = float(run.layers[0].merge_scale())
+            model = Llama(TINY, lambda spec: PlainAdapter(spec, _RANK, scale))
+        else:
+            model = Llama(TINY, DenseLinear)
+        model.load_state_dict(values)
+        adamw = PlainAdamW(optimizer.betas, optimizer.eps, optimizer.weight_decay)
+        islands.append(PlainIsland(model, adamw, optimizer.clip))
+    outer, transport = config.islands.outer, config.islands.transport
+    return PlainIslands(
+        islands,
+        config.islands.every,
+        transport.overlap,
+        [[names[parameter] for parameter in part] for part in parts],
+        (outer.lr, outer.momentum, outer.nesterov),
+        config.train.seed,
+    )
 
 
 def flipped_bits(topology: Topology) -> dict[str, str]:
