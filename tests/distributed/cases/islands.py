@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.model.llama import Llama
 from relora_ds.parallel.fragments import share_out
-from relora_ds.parallel.linear import DenseLinear
+from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.topology import Topology, as_one_island, share_models
 from tests.harness.build import BATCH, CUT, SEQUENCE, TINY, VOCAB, Training, run_config
 from tests.harness.islands_reference import PlainIsland, PlainIslands
@@ -77,9 +79,8 @@ class Island(Training):
         if topology.tp.group is not None:
             recorder.name_group(topology.tp.group, "tp")
         probe = _batch(0)[:1, :-1]
-        super().__init__(
-            as_one_island(config), topology, {"stage": stage}, architecture, probe=probe
-        )
+        zero = {"stage": stage}
+        super().__init__(as_one_island(config), topology, zero, architecture, probe=probe)
         self.rounds_end = True
         """Whether rounds end by themselves."""
 
@@ -336,13 +337,12 @@ def _plain_islands(run: Island, parts: list[list[nn.Parameter]]) -> PlainIslands
     config, names = run.config, {parameter: name for name, parameter in run.named.items()}
     values = dict(zip(run.named, run.gather(list(run.named.values())), strict=True))
     optimizer = config.optimizer
+    linear: Callable[[LinearSpec], Projection] = DenseLinear
+    if run.layers:
+        linear = partial(PlainAdapter, rank=_RANK, scale=float(run.layers[0].merge_scale()))
     islands = []
     for _ in range(2):
-        if run.layers:
-            scale = float(run.layers[0].merge_scale())
-            model = Llama(TINY, lambda spec: PlainAdapter(spec, _RANK, scale))
-        else:
-            model = Llama(TINY, DenseLinear)
+        model = Llama(TINY, linear)
         model.load_state_dict(values)
         adamw = PlainAdamW(optimizer.betas, optimizer.eps, optimizer.weight_decay)
         islands.append(PlainIsland(model, adamw, optimizer.clip))
