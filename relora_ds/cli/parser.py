@@ -19,7 +19,6 @@ _INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.
 _DATASET = (
     "folder that save_to_disk wrote, or a data set on the Hugging Face hub, which is streamed"
 )
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SCRIPT = re.compile(r"python tools/\w+\.py")
 
 
@@ -90,15 +89,6 @@ def add_texts(parser: argparse.ArgumentParser, or_dataset: bool = False) -> None
         default="fail",
         help="stop at the first input that cannot be used, or count it and go on",
     )
-
-
-def amount(text: str) -> float:
-    """A number with a decimal unit: 80GB, 450GB/s, 989.4T; of bits as bytes, 100Mbit."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(B|B/s|FLOP/s|bit|bit/s)?", text)
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB, 450GB/s or 100Mbit")
-    bits = (match[3] or "").startswith("bit")
-    return float(match[1]) * _UNITS[match[2]] / (8 if bits else 1)
 
 
 def run_tool(work: Callable[[], None]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.cli.parser import amount
+from relora_ds.cli.numbers import amount
 from relora_ds.cli.plan import main
 from relora_ds.config.load import load_run_config
 from relora_ds.errors import ConfigError
