@@ -131,8 +131,7 @@ class TrainEngine:
         together = config.islands.share_gradients or config.islands.from_step > 0
         self._across = IslandGradients(self.layout, islands if together else ALONE, self.device)
         # what islands do together where they do not share gradients
-        parts = self.layout, self.state.weights, islands
-        self.rounds = start_rounds(*parts, config.islands, self.names())
+        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands, model)
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True

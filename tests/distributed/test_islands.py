@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cases import islands
+from tests.distributed.cases import islands, islands_in_turn
 from tests.harness.build import STAGES
 from tests.harness.ranks import run_ranks
 
@@ -113,12 +113,12 @@ def test_rounds_begin_after_updates_that_share_gradients() -> None:
         assert figures["sent"] == [*["gradients"] * 6, "nothing", "weights"], cell
 
 
-IN_TURN: list[islands.InTurn] = [
+IN_TURN: list[islands_in_turn.InTurn] = [
     ("full", 1, 1, 32, (4, 3, 2)),
     ("relora", 2, 1, 32, (2, 2, 1)),
     ("full", 3, 1, 4, (4, 3, 3)),
 ]
-IN_TURN_MORE: list[islands.InTurn] = [
+IN_TURN_MORE: list[islands_in_turn.InTurn] = [
     ("full", 0, 1, 32, (4, 4, 0)),
     ("full", 3, 1, 32, (4, 1, 3)),
     ("relora", 0, 1, 32, (4, 2, 3)),
@@ -139,8 +139,8 @@ def test_fragments_travel_at_every_stage_with_several_ranks() -> None:
     _check_in_turn(4, [("relora", 1, 2, 8, (4, 3, 2)), ("full", 3, 2, 4, (4, 2, 1))], steps=8)
 
 
-def _check_in_turn(ranks: int, cells: list[islands.InTurn], steps: int) -> None:
-    found = run_ranks(islands.in_turn, ranks, cells=cells, steps=steps)
+def _check_in_turn(ranks: int, cells: list[islands_in_turn.InTurn], steps: int) -> None:
+    found = run_ranks(islands_in_turn.in_turn, ranks, cells=cells, steps=steps)
     for cell in cells:
         figures = found["/".join(map(str, cell))]
         assert figures["bytes"], cell

@@ -312,11 +312,12 @@ def start_rounds(
     weights: Weights,
     islands: Islands,
     config: IslandsConfig,
-    names: Mapping[nn.Parameter, str],
+    model: nn.Module,
 ) -> Rounds | None:
     """The rounds of an engine; None where islands share gradients, or there is but one."""
     if islands.size == 1 or config.share_gradients:
         return None
+    names = {parameter: name for name, parameter in model.named_parameters()}
     return Rounds(layout, weights, islands, config, names)
 
 

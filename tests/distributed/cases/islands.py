@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from relora_ds.accounting.islands import (
-    GROUP,
-    end_of_round,
-    fragment_of_round,
-    shared_gradients,
-)
+from relora_ds.accounting.islands import GROUP, end_of_round, shared_gradients
 from relora_ds.accounting.recorder import Traffic, recorder
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
-from relora_ds.model.llama import Llama
-from relora_ds.parallel.fragments import share_out
-from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.topology import Topology, as_one_island, share_models
-from tests.harness.build import BATCH, CUT, SEQUENCE, TINY, VOCAB, Training, run_config
-from tests.harness.islands_reference import PlainIsland, PlainIslands
-from tests.harness.reference import PlainAdamW, PlainAdapter
+from tests.harness.build import BATCH, CUT, SEQUENCE, VOCAB, Training, run_config
 
 MICRO = 1
 RATES = {"dense": 8e-3, "adapter": 1.2e-2}
-_RANK = 4
-_RELORA = {"name": "relora", "rank": _RANK, "alpha": 6, "merge_every": 4, "restart_warmup_steps": 2}
+RANK = 4
+_RELORA = {"name": "relora", "rank": RANK, "alpha": 6, "merge_every": 4, "restart_warmup_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 4, "alpha": 6},
@@ -78,7 +66,7 @@ class Island(Training):
                 recorder.name_group(group, GROUP)
         if topology.tp.group is not None:
             recorder.name_group(topology.tp.group, "tp")
-        probe = _batch(0)[:1, :-1]
+        probe = batch(0)[:1, :-1]
         zero = {"stage": stage}
         super().__init__(as_one_island(config), topology, zero, architecture, probe=probe)
         self.rounds_end = True
@@ -93,7 +81,7 @@ class Island(Training):
 
     def step(self, step: int, common: bool = True) -> tuple[float, Any]:
         """The update after `step` completed ones, as the loop does it: mean loss, and event."""
-        tokens = _batch(step)
+        tokens = batch(step)
         self.set_rates(step, RATES)
         self.engine.state.gradients.batch = lambda: self.own_share(tokens)
         self.before_step(step)
@@ -119,18 +107,18 @@ def losses(
         run = Island(described(method, islands, **form), topology, stage)
         found["/".join(map(str, cell))] = [run.step(step)[0] for step in range(steps)]
         if islands > 1 and method != "galore":  # which refreshes
-            closed = shared_gradients(_groups(run), run.zero, islands, run.topology.dp_rank)
-            assert _between_islands() == closed
+            closed = shared_gradients(groups_of(run), run.zero, islands, run.topology.dp_rank)
+            assert between_islands() == closed
         run.check_replicas()
         run.destroy()
     return found
 
 
-def _groups(run: Island) -> list[list[nn.Parameter]]:
+def groups_of(run: Island) -> list[list[nn.Parameter]]:
     return [parameters for _, parameters in run.engine.groups]
 
 
-def _between_islands() -> dict[Traffic, int]:
+def between_islands() -> dict[Traffic, int]:
     """Payload of this update between islands, as it was counted."""
     volumes = recorder.step_volumes().items()
     return {kind: volume.payload for kind, volume in volumes if kind.group == GROUP}
@@ -158,7 +146,7 @@ def common_weights(topology: Topology, cells: list[tuple[str, int, int, str]]) -
         run = Island(config, topology, stage)
         for step in range(3):
             run.step(step)
-        tokens = _batch(3)
+        tokens = batch(3)
         run.set_rates(3, RATES)
         run.train_step(run.own_share(tokens))
         figures: dict[str, Any] = {"differ": [spread_over_islands(run)]}
@@ -167,8 +155,8 @@ def common_weights(topology: Topology, cells: list[tuple[str, int, int, str]]) -
         run.engine.end_round(4, run.session.products_to_merge(4))
         products = run.session.products_to_merge(4)
         merged = [factor for product in products for factor in product.factors]
-        closed = end_of_round(_groups(run), run.zero, 2, run.topology.dp_rank, merged=merged)
-        figures["bytes"] = _between_islands() == closed
+        closed = end_of_round(groups_of(run), run.zero, 2, run.topology.dp_rank, merged=merged)
+        figures["bytes"] = between_islands() == closed
         figures["differ"].append(spread_over_islands(run))
         event = run.after_step(4)
         figures["differ"].append(spread_over_islands(run))
@@ -197,7 +185,7 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
     found = {}
     for cell in cells:
         method, stage, tensor, bits = cell
-        rounds = {"every": 2, "outer": _OUTER, "transport": {"bits": bits}}
+        rounds = {"every": 2, "outer": OUTER, "transport": {"bits": bits}}
         config = described(method, 2, tensor=tensor, rounds=rounds)
         run, momentum = Island(config, topology, stage), None
         figures: dict[str, Any] = {"error": []}
@@ -212,8 +200,8 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
             step_size = (wanted - start).norm()
             figures["error"].append(float((_masters(run) - wanted).norm() / step_size))
             momentum = None if bits < 32 else momentum  # what was left out is in the next round
-        closed = end_of_round(_groups(run), run.zero, 2, run.topology.dp_rank, bits)
-        figures["bytes"] = _between_islands() == closed
+        closed = end_of_round(groups_of(run), run.zero, 2, run.topology.dp_rank, bits)
+        figures["bytes"] = between_islands() == closed
         figures["differ"] = spread_over_islands(run)
         run.check_replicas()
         run.destroy()
@@ -241,7 +229,7 @@ def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str
         rounds = {"every": 2, "from_step": 6, "transport": {"bits": 16}}
         config = described(method, 2, rounds=rounds)
         run = Island(config, topology, stage)
-        what = _groups(run), run.zero, 2, run.topology.dp_rank
+        what = groups_of(run), run.zero, 2, run.topology.dp_rank
         forms = {
             "nothing": {},
             "gradients": shared_gradients(*what),
@@ -250,111 +238,13 @@ def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str
         figures |= {"losses": [], "differ": [], "sent": []}
         for step in range(8):
             figures["losses"].append(run.step(step)[0])
-            sent = _between_islands()
+            sent = between_islands()
             figures["sent"].append(next((n for n, form in forms.items() if form == sent), "else"))
             figures["differ"].append(spread_over_islands(run))
         run.check_replicas()
         run.destroy()
         found[f"{method}/{stage}"] = figures
     return found
-
-
-InTurn = tuple[str, int, int, int, tuple[int, int, int]]
-"""Method, ZeRO stage, tensor-parallel size, bits; and of rounds: updates, fragments, overlap."""
-
-
-def in_turn(topology: Topology, cells: list[InTurn], steps: int) -> dict[str, Any]:
-    """Two islands whose fragments travel in turn, with a Nesterov step when they arrive.
-
-    Weights are made common for ReLoRA's merge and at the end, and not at the end of other rounds.
-
-    Returns:
-        By cell: `losses` of every update, and `plain` ones of the reference, in 32 bits; `error`,
-        the largest difference of a weight from the reference's at the end; `differ`, that between
-        islands before the end and at it; `bytes`, whether the closed form knows what moved between
-        islands in every update.
-    """
-    found = {}
-    for cell in cells:
-        method, stage, tensor, bits, (every, fragments, overlap) = cell
-        transport = {"bits": bits, "fragments": fragments, "overlap": overlap}
-        rounds = {"every": every, "outer": _OUTER, "transport": transport}
-        config = described(method, 2, tensor=tensor, steps=steps, rounds=rounds)
-        run = Island(config, topology, stage, TINY)
-        parts = share_out({p: n for n, p in run.named.items() if p.requires_grad}, fragments)
-        plain = _plain_islands(run, parts) if bits == 32 else None
-        figures: dict[str, Any] = {"losses": [], "plain": [], "bytes": True, "differ": []}
-        for step in range(steps):
-            last, merged = step == steps - 1, run.session.products_to_merge(step + 1)
-            wanted = _expected_traffic(run, parts, step, last)
-            if last:
-                figures["differ"].append(spread_over_islands(run))
-            figures["losses"].append(run.step(step, common=last)[0])
-            figures["bytes"] &= _between_islands() == wanted
-            if plain is not None:
-                size, rates = topology.world_size // 2, run.set_rates(step, RATES)
-                shares = [
-                    torch.cat([_batch(step)[rank :: topology.world_size] for rank in ranks])
-                    for ranks in (range(size), range(size, 2 * size))
-                ]
-                figures["plain"].append(plain.step(step, shares, rates, last, bool(merged)))
-        figures["differ"].append(spread_over_islands(run))
-        if plain is not None:
-            model = plain.islands[0].model
-            figures["error"] = run.difference({n: p.detach() for n, p in model.named_parameters()})
-        run.check_replicas()
-        run.destroy()
-        found["/".join(map(str, cell))] = figures
-    return found
-
-
-def _expected_traffic(
-    run: Island, parts: list[list[nn.Parameter]], done: int, last: bool
-) -> dict[Traffic, int]:
-    """The closed form of what moves between islands in the update after `done` ones."""
-    islands, form = run.config.islands, (_groups(run), run.zero, 2, run.topology.dp_rank)
-    bits, found = islands.transport.bits, dict[Traffic, int]()
-    products = run.session.products_to_merge(done + 1)
-    payloads = [
-        fragment_of_round(*form, parts[number], bits)
-        for number in (islands.leaving(done) if not _common_after(run, done) else [])
-    ]
-    if last or products:
-        merged = [factor for product in products for factor in product.factors]
-        payloads.append(end_of_round(*form, bits, merged))
-    for payload in payloads:
-        for traffic, size in payload.items():
-            found[traffic] = found.get(traffic, 0) + size
-    return found
-
-
-def _common_after(run: Island, done: int) -> bool:
-    return done == 0 or bool(run.session.products_to_merge(done))
-
-
-def _plain_islands(run: Island, parts: list[list[nn.Parameter]]) -> PlainIslands:
-    """The run's islands in plain PyTorch, before their first update."""
-    config, names = run.config, {parameter: name for name, parameter in run.named.items()}
-    values = dict(zip(run.named, run.gather(list(run.named.values())), strict=True))
-    optimizer = config.optimizer
-    linear: Callable[[LinearSpec], Projection] = DenseLinear
-    if run.layers:
-        linear = partial(PlainAdapter, rank=_RANK, scale=float(run.layers[0].merge_scale()))
-    islands = []
-    for _ in range(2):
-        model = Llama(TINY, linear)
-        model.load_state_dict(values)
-        adamw = PlainAdamW(optimizer.betas, optimizer.eps, optimizer.weight_decay)
-        islands.append(PlainIsland(model, adamw, optimizer.clip))
-    outer, transport = config.islands.outer, config.islands.transport
-    return PlainIslands(
-        islands,
-        config.islands.every,
-        transport.overlap,
-        [[names[parameter] for parameter in part] for part in parts],
-        (outer.lr, outer.momentum, outer.nesterov),
-        config.train.seed,
-    )
 
 
 def flipped_bits(topology: Topology) -> dict[str, str]:
@@ -376,7 +266,7 @@ def flipped_bits(topology: Topology) -> dict[str, str]:
     return said
 
 
-_OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 
 
 def _masters(run: Island) -> torch.Tensor:
@@ -429,7 +319,7 @@ def _mean_projections(run: Island) -> list[torch.Tensor]:
     return [mean / run.topology.islands.size for mean in means]
 
 
-def _batch(step: int) -> torch.Tensor:
+def batch(step: int) -> torch.Tensor:
     """The global batch of an update: one of two in turn, which are learnt by heart."""
     draw = torch.Generator().manual_seed(step % 2)
     return torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=draw)
