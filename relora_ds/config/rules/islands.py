@@ -72,6 +72,22 @@ def nesterov_has_momentum(islands: IslandsConfig) -> Iterator[Finding]:
         )
 
 
+def fragments_fit_a_round(islands: IslandsConfig) -> Iterator[Finding]:
+    every, transport = islands.every, islands.transport
+    if transport.fragments > every:
+        yield Finding(
+            ("islands", "transport", "fragments"),
+            f"is {transport.fragments}, but each of them leaves after an update of its own, and a "
+            f"round has islands.every ({every}): write {every} or less",
+        )
+    if transport.overlap >= every:
+        yield Finding(
+            ("islands", "transport", "overlap"),
+            f"is {transport.overlap}, but must be less than islands.every ({every}), after which "
+            f"the same fragment leaves again: write {every - 1} or less",
+        )
+
+
 def islands_share_the_batch(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Finding]:
     size, total = parallel.islands, train.global_batch_size
     if total % size:
@@ -143,6 +159,7 @@ ISLAND_RULES = (
     rounds_begin_in_the_run,
     factors_of_rates_need_rounds,
     nesterov_has_momentum,
+    fragments_fit_a_round,
     islands_share_the_batch,
     steps_end_rounds,
     islands_are_supported,

@@ -53,6 +53,8 @@ def test_rounds_that_end_with_every_common_step_are_accepted() -> None:
         ("guards.loss_spike", {"action": "warn"}, "write off"),
         ("parallel.islands", 1, "set parallel.islands"),
         ("islands.outer", {"nesterov": True}, "0.9 is usual"),
+        ("islands.transport", {"fragments": 11}, "write 10 or less"),
+        ("islands.transport", {"overlap": 10}, "write 9 or less"),
         ("islands.from_step", 15, "write 10 or 20"),
         ("islands.from_step", 40, "must be less than train.steps (40)"),
     ],
