@@ -128,11 +128,9 @@ class TrainEngine:
             self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
-        together = config.islands.share_gradients or config.islands.from_step > 0
-        self._across = IslandGradients(self.layout, islands if together else ALONE, self.device)
+        self._across = IslandGradients(self.layout, islands, self.device)
         # what islands do together where they do not share gradients
-        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
-        self._apart, self._from_step = self.rounds is not None, config.islands.from_step
+        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands, model)
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
@@ -238,9 +236,10 @@ class TrainEngine:
             group["lr"] = rates[group["role"]]
 
     def begin_update(self, done: int) -> None:
-        """Say how many updates of the run are over: islands train apart after the first ones only,
-        if the run says so."""
-        self._apart = self.rounds is not None and done >= self._from_step
+        """Say how many updates of the run are over; call before each. Islands may train apart from
+        some on."""
+        if self.rounds is not None:
+            self.rounds.begin(done)
 
     def train_step(
         self, micro_batches: Iterable[torch.Tensor], admit: Admit | None = None
@@ -257,8 +256,6 @@ class TrainEngine:
             global gradient norm before clipping. Both fp32 scalars on the device: reading them
             waits for it.
         """
-        if self.rounds is not None and self._apart:
-            self.rounds.begin()
         self._engine.train()
         # until the update is over: its backward passes may be where it happens
         with weights_stay(self._layers, self.update_size):
@@ -267,16 +264,16 @@ class TrainEngine:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
 
-    def end_round(self, done: int, products: Sequence[Product]) -> None:
-        """Make the weights of islands common, where a round ends. A collective call of all of them.
+    def end_round(self, done: int, products: Sequence[Product], common: bool = True) -> None:
+        """Let islands meet, if it is time. A collective call of all of them.
 
         Args:
             done: updates of the run.
             products: of factors that the method is about to merge.
+            common: whether all weights have to be common at the end of a round.
         """
-        if self.rounds is not None and self._apart and self.rounds.ends_at(done):
-            with recorder.phase("step"), doing("end of a round"):
-                self.rounds.end(products)
+        if self.rounds is not None:
+            self.rounds.end(done, products, common)
 
     def weights_kept(self, batches: int) -> AbstractContextManager[None]:
         """Within it the weights stay as they are for so many forward passes."""
@@ -316,7 +313,7 @@ class TrainEngine:
                 self._engine.step()
                 return None
             self._shares.complete()
-            if not self._apart:
+            if self.rounds is None or self.rounds.common:
                 self._across.average()
             norm = None if self._engine.reports_norm else self._gradient_norm()
             if admit is None or admit(self._figures(losses)):
@@ -352,6 +349,8 @@ class TrainEngine:
 
     def destroy(self) -> None:
         """Free the engine so that another phase can build its own."""
+        if self.rounds is not None:
+            self.rounds.settle()
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
         del self._digest, self.memory, self._shares, self.matrices, self._across, self.rounds

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from relora_ds.files.durable import sync_directory, sync_tree
+
 _OWNER = ".owner"
 _DRAFT = ".owner.new"
 # Not every network file system passes locks on to other hosts. There a folder that looks abandoned
@@ -42,6 +44,28 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
         _owned(Path(name)),
     ):
         yield Path(name)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `target` at the end of the block, whole and on disk.
+
+    Whatever is raised inside leaves nothing behind.
+
+    Args:
+        target: nothing is there, or an empty directory.
+
+    Raises:
+        OSError: it cannot be written, or something has come there meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(target.parent, f".{target.name}.") as scratch:
+        work = scratch / "new"
+        work.mkdir()
+        yield work
+        sync_tree(work)
+        work.rename(target)
+    sync_directory(target.parent)
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:

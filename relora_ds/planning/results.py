@@ -194,6 +194,12 @@ class IslandsPlan:
     """Of an element at the end of a round."""
     round_bytes: float
     """What an island sends at the end of a round."""
+    fragments: int
+    """In which it travels."""
+    fragment_bytes: float
+    """What it sends of the largest one."""
+    overlap: int
+    """Updates during which a fragment travels."""
     merge_bytes: float
     """What it sends besides where a merge follows."""
     dense_bytes: float

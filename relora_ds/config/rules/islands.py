@@ -52,12 +52,39 @@ def rounds_begin_in_the_run(
         )
 
 
+def factors_of_rates_need_rounds(
+    parallel: ParallelConfig, islands: IslandsConfig
+) -> Iterator[Finding]:
+    if islands.inner_lr != 1.0 and (parallel.islands == 1 or islands.share_gradients):
+        yield Finding(
+            ("islands", "inner_lr"),
+            f"is {islands.inner_lr}, but is a factor of learning rates in rounds, and there are "
+            "none: set parallel.islands and islands.every, or remove it",
+        )
+
+
 def nesterov_has_momentum(islands: IslandsConfig) -> Iterator[Finding]:
     if islands.outer.nesterov and not islands.outer.momentum:
         yield Finding(
             ("islands", "outer", "nesterov"),
             "is true, but islands.outer.momentum is 0, along which nothing is looked ahead: set "
             "it, 0.9 is usual, or write false",
+        )
+
+
+def fragments_fit_a_round(islands: IslandsConfig) -> Iterator[Finding]:
+    every, transport = islands.every, islands.transport
+    if transport.fragments > every:
+        yield Finding(
+            ("islands", "transport", "fragments"),
+            f"is {transport.fragments}, but each of them leaves after an update of its own, and a "
+            f"round has islands.every ({every}): write {every} or less",
+        )
+    if transport.overlap >= every:
+        yield Finding(
+            ("islands", "transport", "overlap"),
+            f"is {transport.overlap}, but must be less than islands.every ({every}), after which "
+            f"the same fragment leaves again: write {every - 1} or less",
         )
 
 
@@ -130,7 +157,9 @@ def islands_are_supported(
 ISLAND_RULES = (
     rounds_need_islands,
     rounds_begin_in_the_run,
+    factors_of_rates_need_rounds,
     nesterov_has_momentum,
+    fragments_fit_a_round,
     islands_share_the_batch,
     steps_end_rounds,
     islands_are_supported,

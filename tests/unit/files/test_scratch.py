@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from relora_ds.files import scratch
-from relora_ds.files.scratch import remove_leftovers, scratch_folder
+from relora_ds.files.scratch import new_directory, remove_leftovers, scratch_folder
 
 ROOT = Path(scratch.__file__).parents[2]
 HOLD = """
@@ -81,6 +81,29 @@ def test_a_folder_of_another_host_goes_when_it_is_old(tmp_path, owner):
     age(folder)
     remove_leftovers(tmp_path, ".work-")
     assert not folder.exists()
+
+
+def test_a_directory_appears_whole_and_touches_nothing_beside_it(tmp_path):
+    target, other = tmp_path / "x" / "target", tmp_path / "x" / "target.tmp"
+    other.mkdir(parents=True)
+    (other / "mine").touch()
+    with new_directory(target) as directory:
+        (directory / "new").touch()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["target", "target.tmp"]
+    assert [path.name for path in other.iterdir()] == ["mine"]
+
+
+def test_a_directory_that_fails_leaves_nothing(tmp_path):
+    def fill():
+        with new_directory(tmp_path / "target") as directory:
+            (directory / "new").touch()
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("draft", [False, True])
