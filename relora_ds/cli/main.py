@@ -15,6 +15,7 @@ from relora_ds import __version__
 from relora_ds.cli import (
     evaluate,
     export,
+    finetune,
     import_hf,
     plan,
     plot,
@@ -50,6 +51,7 @@ VERBS = {
     "prepare-data": Verb(prepare_data.main, "turn text files into a token file"),
     "train-tokenizer": Verb(train_tokenizer.main, "train a SentencePiece tokenizer on text files"),
     "evaluate": Verb(evaluate.main, "perplexity of a checkpoint or a Hugging Face directory"),
+    "finetune": Verb(finetune.main, "fine-tune a model on a task of GLUE, and score it"),
     "generate": Verb(generate.main, "go on with a text, from a checkpoint or an export"),
     "export": Verb(export.main, "write a checkpoint's dense model as a Hugging Face directory"),
     "import": Verb(import_hf.main, "write a Hugging Face directory as a checkpoint to begin with"),

@@ -12,12 +12,11 @@ from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.export.hf import described
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
-from relora_ds.data.tokenizer import open_tokenizer
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
-from relora_ds.errors import ConfigError
 from relora_ds.model.generation.sample import Sampling, generate
+from relora_ds.train.saved_model.directory import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,7 @@ def generate_from_checkpoint(
         DataError: the tokenizer cannot be read.
     """
     dense = DenseModel(checkpoint)
-    if dense.tokenizer is None:
-        raise ConfigError(
-            f"{checkpoint} holds no tokenizer: put the tokenizer.model or tokenizer.json that the "
-            f"data were prepared with into {dense.directory}"
-        )
-    tokenizer = open_tokenizer(dense.tokenizer)
+    tokenizer = tokenizer_of(dense)
     _, architecture = described(dense, with_tokenizer=True)
     ends = _ends(architecture)
     length = architecture.max_position_embeddings
