@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 from relora_ds import __version__
 from relora_ds.cli import (
-    evaluate,
     export,
-    finetune,
     import_hf,
     plan,
     plot,
@@ -24,7 +22,8 @@ from relora_ds.cli import (
     train_tokenizer,
 )
 from relora_ds.cli.advice import convert_flags, doctor
-from relora_ds.cli.views import generate, plot_spectrum, report
+from relora_ds.cli.saved_model import evaluate, finetune, generate
+from relora_ds.cli.views import plot_spectrum, report
 
 PROG = "relora-ds"
 

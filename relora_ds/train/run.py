@@ -171,13 +171,14 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
     tp, islands = topology.tp, topology.islands
-    groups = {
-        "tp": tp.group,
-        "dp": tp.data_group,
-        "islands": islands.group,
-        "island": islands.local,
-    }
-    for name, group in groups.items():
+    groups = [
+        ("tp", tp.group),
+        ("dp", tp.data_group),
+        ("islands", islands.group),
+        ("islands", islands.background),
+        ("island", islands.local),
+    ]
+    for name, group in groups:
         if group is not None:
             recorder.name_group(group, name)
     output_dir = Path(loaded.config.output_dir)

@@ -12,7 +12,7 @@ import torch
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.data.tokenizer import AnyTokenizer, open_tokenizer
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, DataError
 
 
 @contextmanager
@@ -39,11 +39,17 @@ def tokenizer_of(model: DenseModel) -> AnyTokenizer:
 
     Raises:
         ConfigError: there is none.
-        DataError: it cannot be read.
+        DataError: it cannot be read, or has more ids than the model.
     """
     if model.tokenizer is None:
         raise ConfigError(
             f"{model.path} holds no tokenizer: put the tokenizer.model or tokenizer.json that the "
             f"data were prepared with into {model.directory}"
         )
-    return open_tokenizer(model.tokenizer)
+    tokenizer, ids = open_tokenizer(model.tokenizer), model.architecture.vocab_size
+    if tokenizer.vocab_size > ids:
+        raise DataError(
+            f"{model.tokenizer}: the tokenizer has {tokenizer.vocab_size} ids, but the model's "
+            f"vocab_size is {ids}: put the tokenizer there that the data were prepared with"
+        )
+    return tokenizer

@@ -15,6 +15,7 @@ from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
+from relora_ds.errors import ConfigError
 from relora_ds.model.generation.sample import Sampling, generate
 from relora_ds.train.saved_model.directory import tokenizer_of
 
@@ -45,9 +46,9 @@ def generate_from_checkpoint(
         cached: keep keys and values of earlier tokens.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
-        ConfigError: it has no tokenizer, or a prompt is too long.
-        DataError: the tokenizer cannot be read.
+        CheckpointError: the checkpoint cannot be read, or its model does not compute numbers.
+        ConfigError: it has no tokenizer, or a prompt is too long or no text.
+        DataError: the tokenizer cannot be read, or is not that of the model.
     """
     dense = DenseModel(checkpoint)
     tokenizer = tokenizer_of(dense)
@@ -60,12 +61,29 @@ def generate_from_checkpoint(
     model = dense.model(train, torch.device(accelerator_type())).eval()
     found = []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+        ids = tokenizer.encode(_text(prompt)) or [tokenizer.eos_id]
         room = min(sampling.max_tokens, max(1, length - len(ids)))
-        tokens = generate(model, ids, replace(sampling, max_tokens=room), ends, number, cached)
+        shorter = replace(sampling, max_tokens=room)
+        tokens = generate(model, ids, shorter, ends, number, cached, tokenizer.vocab_size)
         text = tokenizer.decode([*ids, *tokens]).removeprefix(tokenizer.decode(ids))
         found.append(Generated(prompt, text, len(tokens), len(tokens) < room))
     return found
+
+
+def _text(prompt: str) -> str:
+    """The prompt, if it is one.
+
+    Raises:
+        ConfigError: it holds bytes of a command line or of an input that are no text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt is no UTF-8 at its character {error.start + 1}: convert it, or set LANG "
+            "to the encoding that it is written in"
+        ) from error
+    return prompt
 
 
 def _ends(architecture: ModelConfig) -> tuple[int, ...]:

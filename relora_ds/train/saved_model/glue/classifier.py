@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.export.peft import BASE, WEIGHTS, export_peft
+from relora_ds.checkpoint.export.peft import export_peft
 from relora_ds.data.tokenizer import AnyTokenizer
 from relora_ds.extras import require
+from relora_ds.model.hf.directory import ADAPTER, BASE
 from relora_ds.train.saved_model.directory import as_directory
 from relora_ds.train.saved_model.glue.examples import Example
 from relora_ds.train.saved_model.glue.tasks import Task
@@ -98,7 +99,7 @@ def _with_factors(model: Any, source: Source, rank: int, alpha: float) -> Any:
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **chosen))
     if source.adapter is not None:
         fresh = peft.get_peft_model_state_dict(adapted)  # with the head, which the files lack
-        peft.set_peft_model_state_dict(adapted, fresh | load_file(source.adapter / WEIGHTS))
+        peft.set_peft_model_state_dict(adapted, fresh | load_file(source.adapter / ADAPTER))
     return adapted
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from relora_ds.cli.numbers import Count, Real
 from relora_ds.cli.parser import add_checkpoint, run_tool, tool_parser
 
 _TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
@@ -43,14 +44,16 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         default="full",
         help="beside the head: all weights, new factors, or the factors of the checkpoint [full]",
     )
-    parser.add_argument("--lr", type=_positive, help="[3e-5; lora and adapters: 5e-4]")
-    parser.add_argument("--epochs", type=_count, default=30, help="[30]")
-    parser.add_argument("--batch-size", type=_count, default=16, help="[16]")
-    parser.add_argument("--max-length", type=_count, default=512, help="ids per example [512]")
-    parser.add_argument("--rank", type=_count, default=8, help="of new factors [8]")
-    parser.add_argument("--alpha", type=_positive, default=8.0, help="of new factors [8]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="[1 to 5]")
-    parser.add_argument("--limit", type=_count, help="examples of each split; default: all")
+    parser.add_argument("--lr", type=Real(), help="[3e-5; lora and adapters: 5e-4]")
+    parser.add_argument("--epochs", type=Count(), default=30, help="[30]")
+    parser.add_argument("--batch-size", type=Count(), default=16, help="[16]")
+    parser.add_argument("--max-length", type=Count(8), default=512, help="ids per example [512]")
+    parser.add_argument("--rank", type=Count(), default=8, help="of new factors [8]")
+    parser.add_argument("--alpha", type=Real(), default=8.0, help="of new factors [8]")
+    parser.add_argument(
+        "--seeds", type=Count(0, 2**63 - 1), nargs="+", default=[1, 2, 3, 4, 5], help="[1 to 5]"
+    )
+    parser.add_argument("--limit", type=Count(), help="examples of each split; default: all")
     parser.add_argument("--output", type=Path, help="folder for the models, seed_N for each seed")
     parsed = parser.parse_args(arguments)
     if len(set(parsed.seeds)) < len(parsed.seeds):
@@ -78,19 +81,3 @@ def _fine_tune(parsed: argparse.Namespace) -> None:
     )
     examples = read_examples(task, parsed.data, parsed.on_error, parsed.limit)
     print(json.dumps(fine_tune(parsed.checkpoint, task, examples, settings, parsed.output)))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
