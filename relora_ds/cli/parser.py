@@ -7,12 +7,14 @@ installed. The door is what help and error messages name.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.errors import ConfigError, PreemptedError, ReloraError
+from relora_ds.files.durable import describe, remedy
 from relora_ds.redaction import mask_urls
 
 _INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.json.gz'"
@@ -92,9 +94,19 @@ def add_texts(parser: argparse.ArgumentParser, or_dataset: bool = False) -> None
 
 
 def run_tool(work: Callable[[], None]) -> int:
-    """The exit code of `work`; what a user can set right is printed, one line per problem."""
+    """The exit code of `work`; what a user can set right is printed, one line per problem.
+
+    Whoever reads standard output may stop early, as `head` does: that is no failure.
+    """
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_output()
+    except OSError as error:
+        sys.stderr.write(f"error: {describe(error)}; {remedy(error)}\n")
+        _forget_output()
+        return ReloraError.exit_code
     except ReloraError as error:
         problems = error.shown if isinstance(error, ConfigError) else [error]
         sys.stderr.writelines(f"error: {mask_urls(str(problem))}\n" for problem in problems)
@@ -103,3 +115,13 @@ def run_tool(work: Callable[[], None]) -> int:
         sys.stderr.write("stopped: what was not finished has left nothing\n")
         return PreemptedError.exit_code
     return 0
+
+
+def _forget_output() -> None:
+    """Drop what is still to be printed, if it cannot be: the interpreter's end would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -148,17 +148,18 @@ def test_a_failed_atomic_write_leaves_the_earlier_file(
 
 
 _DRAFTS = ("summary [1].json.4711", "summary [1].json.4712", "summary 1.json.4713")
+_DRAFTS += ("summary [1].json.backup",)
 
 
 def test_what_a_killed_writer_left_goes_and_what_another_one_writes_stays(tmp_path: Path) -> None:
     path = tmp_path / "summary [1].json"
-    dead, alive, foreign = (tmp_path / f".{name}.tmp" for name in _DRAFTS)
-    for draft in (dead, alive, foreign):
+    dead, alive, foreign, mine = (tmp_path / f".{name}.tmp" for name in _DRAFTS)
+    for draft in (dead, alive, foreign, mine):
         draft.write_bytes(b"half")
     with alive.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         write_atomically(path, b"whole")
-        assert set(tmp_path.iterdir()) == {path, alive, foreign}
+        assert set(tmp_path.iterdir()) == {path, alive, foreign, mine}
 
 
 def test_a_file_that_was_removed_does_not_take_lines_as_if_nothing_had_happened(
