@@ -29,6 +29,7 @@ from rich.table import Table
 from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.config.load import load_run_config
 from relora_ds.errors import ReloraError
+from relora_ds.methods.registry import plan_phases
 from relora_ds.planning.islands import plan_islands
 from relora_ds.planning.results import Cluster, IslandLink
 
@@ -145,15 +146,18 @@ def _run(run: str, overrides: Sequence[str], directory: Path, processes: int) ->
 
 
 def _megabytes(run: str, overrides: Sequence[str], processes: int) -> float:
-    """What a process sends to other islands per update in the run's last phase."""
+    """What a process sends to other islands per update, over the whole run."""
     loaded = load_run_config(run, overrides)
     count = loaded.config.parallel.islands
     if count == 1:
         return 0.0
     cluster = Cluster(processes, gpus_per_node=processes)
-    phases = plan_islands(loaded, cluster, _LINK)[1]
-    asked = phases[list(phases)[-1]].asked
-    return asked.bytes_per_update / 1e6 / (processes // count)
+    planned = plan_islands(loaded, cluster, _LINK)[1]
+    sent = sum(
+        phase.steps * planned[phase.name].asked.bytes_per_update
+        for phase in plan_phases(loaded.config)
+    )
+    return sent / loaded.config.train.steps / 1e6 / (processes // count)
 
 
 def _table(results: Sequence[Result]) -> Table:

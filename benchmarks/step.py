@@ -104,8 +104,7 @@ def main() -> None:
     if parsed.against:
         return _against(parsed)
     figures = benchmark_steps(parsed)
-    for line in table(figures):
-        print(line)
+    print(*table(figures), sep="\n")
     if parsed.json:
         parsed.json.write_text(json.dumps([asdict(each) for each in figures], indent=1) + "\n")
 
@@ -275,8 +274,8 @@ def _ours(
     zero = resolve_deepspeed_config(source, config, topology.dp_size)
     method = plan_phases(config)[-1].method
     engine = build_engine(_architecture(parsed), method, config, zero, topology)
-    if parsed.compile:
-        cast(Llama, engine.model).compile_layers()
+    if parsed.compile and isinstance(engine.model, Llama):
+        engine.model.compile_layers()
     engine.set_learning_rates(dict.fromkeys(("dense", "adapter", "pair"), 1e-3))
     with torch.no_grad():
         session = method.start(engine.state, engine.model)

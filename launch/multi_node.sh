@@ -21,6 +21,8 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # shellcheck source=launch/supervise.sh
 . launch/supervise.sh
+# shellcheck source=launch/islands.sh
+. launch/islands.sh
 
 forwarded='^(DS_ACCELERATOR|OMP_NUM_THREADS|PATH|LD_LIBRARY_PATH|TORCH_EXTENSIONS_DIR|TRITON_CACHE_DIR|HF_HOME|HF_HUB_OFFLINE|WANDB_MODE|WANDB_DIR|(GLOO|NCCL|TORCH_NCCL|FI)_[A-Z0-9_]+)$'
 secret='(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)'
@@ -39,23 +41,7 @@ awk '!/^[[:space:]]*(#|$)/ && !/^[[:space:]]*[A-Za-z0-9._-]+[[:space:]]+slots=[1
 nodes="$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile" | paste -sd ,)"
 [ -n "$nodes" ] || fail "$hostfile: names no node"
 
-# processes are numbered in the order of the hostfile, and neighbours are of one island
-islands="$(awk -v file="$hostfile" '
-  function stop(text) { print file ":" FNR ": " text >"/dev/stderr"; bad = 1; exit 1 }
-  /^[[:space:]]*(#|$)/ { next }
-  { sub(/#.*/, ""); sub(/^slots=/, "", $2); mark = $3; nodes++; marked += mark != "" }
-  marked && marked < nodes { stop("every node needs an island=NAME, or none") }
-  mark == "" { next }
-  mark != last && mark in slots { stop(mark " is named again after another island: order nodes by island") }
-  { slots[mark] += $2; count += mark != last; last = mark }
-  END {
-    if (bad) exit 1
-    for (name in slots) if (slots[name] != slots[last]) {
-      print file ": " name " has " slots[name] " slots and " last " has " slots[last] ": islands are equally large" >"/dev/stderr"
-      exit 1
-    }
-    print count + 0
-  }' "$hostfile")" || fail "the marks of islands in $hostfile do not fit"
+islands="$(count_islands "$hostfile")" || fail "the marks of islands in $hostfile do not fit"
 if [ "$islands" -gt 0 ]; then
   plain="$state_dir/hostfile" # as the launcher knows it
   sed 's/[[:space:]]island=[^[:space:]]*//' "$hostfile" >"$plain"

@@ -12,6 +12,7 @@ from benchmarks.trials.pictures import draw
 from benchmarks.trials.progress import CourtProgress
 from benchmarks.trials.running import Runner
 from benchmarks.trials.verdict import markdown, reported, standings
+from relora_ds.cli.numbers import Count, Real
 from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.errors import PreemptedError, ReloraError
 from relora_ds.train.telemetry.atomic import write_atomically
@@ -72,16 +73,12 @@ def _parser(text: str | None) -> argparse.ArgumentParser:
     parser = tool_parser(text, _EXAMPLE)
     parser.add_argument("court", metavar="COURT.yaml", help="contestants, rates and seeds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of everybody's run")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time, 1")
-    parser.add_argument("--minutes", type=float, metavar="M", help="interrupt runs after so long")
+    parser.add_argument("--jobs", type=Count(), default=1, metavar="N", help="runs at a time, 1")
+    parser.add_argument("--minutes", type=Real(), metavar="M", help="interrupt runs after so long")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="instead of the file's")
+    parser.add_argument(
+        "--seeds", nargs="+", type=Count(0), metavar="S", help="instead of the file's"
+    )
     parser.add_argument("--output", metavar="DIR", help="instead of the file's output_dir")
     parser.add_argument("--table", action="store_true", help="run nothing, write the tables")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return int(text)

@@ -87,6 +87,8 @@ class CourtConfig(Section):
         for contestant in self.contestants:
             if contestant.tuned_as is not None and contestant.tuned_as not in tuned:
                 raise ValueError(f"{contestant.tuned_as} is no contestant with rates of its own")
+        if doubled := {seed for seed in self.seeds if self.seeds.count(seed) > 1}:
+            raise ValueError(f"seed {min(doubled)} is given twice, and would count twice")
         if self.tuning_seed in self.seeds:
             raise ValueError(f"seed {self.tuning_seed} tunes: it may not be reported too")
         return self

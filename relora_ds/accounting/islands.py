@@ -8,12 +8,13 @@ with G islands, and n elements of what is trained on the rank,
 | gradients          | every update, if shared        | all-reduce         | g n       |
 | changes of masters | at the end of a round          | all-reduce         | 4 (n + p) |
 |                    | the same, in fewer bits        | all-gather         | G c       |
+| a fragment         | when it leaves                 | all-reduce         | 4 m       |
+|                    | the same, in fewer bits        | all-gather         | G c       |
 | factors            | where a merge follows a round  | all-gather         | 4 G f     |
 
-g is the size of a gradient's element in working precision, p the padding of the rank's slices, c
-the size of their code with its scales, and f the part of n that belongs to factors of merged
-products. Payload means what it does in
-`collectives`.
+m is what of n is in the fragment, without padding. g is the size of a gradient's element in working
+precision, p the padding of the rank's slices, c the size of their code with its scales, and f the
+part of n that belongs to factors of merged products. Payload means what it does in `collectives`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,31 @@ def end_of_round(
     slices = slices_of_groups(groups, zero.stage, zero.dp_size)
     factors = islands * sum(slices[factor][dp_rank] for factor in merged)
     return found | _payloads("all_gather", islands, "float32", factors * _MASTER)
+
+
+def fragment_of_round(
+    groups: Sequence[Sequence[nn.Parameter]],
+    zero: ZeroSettings,
+    islands: int,
+    dp_rank: int,
+    fragment: Collection[nn.Parameter],
+    bits: int = 32,
+) -> Payloads:
+    """What islands exchange when one of several fragments leaves.
+
+    Args:
+        groups: see `shared_gradients`.
+        zero: of one island.
+        islands: how many there are.
+        dp_rank: the rank's place among the copies of its island.
+        fragment: its parameters.
+        bits: of an element.
+    """
+    slices = slices_of_groups(groups, zero.stage, zero.dp_size)
+    held = sum(slices[parameter][dp_rank] for parameter in fragment)
+    if bits == 32:
+        return _payloads("all_reduce", islands, "float32", held * _MASTER)
+    return _payloads("all_gather", islands, "uint8", islands * coded_bytes(held, bits))
 
 
 def _owners(groups: Sequence[Sequence[nn.Parameter]], zero: ZeroSettings) -> list[int]:

@@ -16,6 +16,7 @@ from relora_ds.methods.registry import plan_phases
 _TOKEN_FILES = "token files"
 _COURSE = frozenset({"train.steps", "schedule"})
 _VALUE = 60  # characters of a value in a message
+_NAMED = 5  # keys in the first line of a message
 
 
 def check_resume(
@@ -49,7 +50,7 @@ def check_resume(
     if differing:
         keys = ", ".join(key for key, _, _ in differing if key in before and key != _TOKEN_FILES)
         raise CheckpointError(
-            f"{saved.checkpoint}: belongs to a run that differs in\n"
+            f"{saved.checkpoint}: belongs to a run that differs in {_names(differing)}:\n"
             + _table(differing)
             + f"\n{_stable_phase(saved, differing)}restore these values, start anew with "
             f"checkpoint.resume=false, or allow this with checkpoint.allow_change=[{keys}]"
@@ -83,6 +84,13 @@ def _stable_phase(saved: SavedRun, differing: Sequence[tuple[str, Any, Any]]) ->
         return ""
     stable = saved.checkpoint.with_name(layout.checkpoint(step))
     return f"go on from the stable phase with checkpoint.resume={stable}, " * stable.is_dir()
+
+
+def _names(differing: Sequence[tuple[str, Any, Any]]) -> str:
+    """The keys for a line that is read alone: the first few, and how many more there are."""
+    keys = [key for key, _, _ in differing]
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + more
 
 
 def _table(differing: Sequence[tuple[str, Any, Any]]) -> str:

@@ -6,13 +6,14 @@ weights exactly: `side_tensors`, the same on every rank, and `side_slices`, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from relora_ds.checkpoint.saved_state import SavedState
 from relora_ds.engine.engine import TrainEngine
+from relora_ds.engine.islands.rounds import Rounds, numbered
 from relora_ds.errors import CheckpointError
 from relora_ds.optim.grouped import GroupedOptimizer
 from relora_ds.optim.vector_adamw import MOMENTS, VectorAdamW, storage_key
@@ -137,31 +138,46 @@ def _base_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:
 def round_tensors(engine: TrainEngine, topology: Topology) -> dict[str, torch.Tensor]:
     """What this rank saves of islands that train apart, as live tensors by name.
 
-    Weights are common at the end of a round, where checkpoints are saved. The first island's
-    moments are where they are without islands, those of others are here. The momentum of the outer
-    step is common, and saved by the first island; each keeps what its codes left out.
+    The first island's moments, and its weights, are where they are without islands, those of others
+    are here. The momentum of the outer step is common, and saved by the first island; each keeps
+    what its codes left out. Weights are common wherever a run saves by itself; where it was asked
+    to stop within a round, the common weights of before and what is on its way are here too.
     """
     if engine.rounds is None:
         return {}
     if engine.layout.partition_group is None and topology.dp_rank > 0:  # the first one has it all
         return {}
-    residual = _numbered("residual", engine.rounds.residual)
+    state = engine.rounds.state()
+    own = {name: tensor for name, tensor in state.items() if _kind(name) in _OF_ISLANDS}
+    own |= numbered("residual", engine.rounds.residual)
     if topology.islands.rank == 0:
-        return residual | _numbered("momentum", engine.rounds.momentum)
-    return residual | _moments_by_owner(engine)
+        shared = {name: tensor for name, tensor in state.items() if name not in own}
+        own = {name: tensor for name, tensor in own.items() if _kind(name) != "master"}
+        return own | shared | numbered("momentum", engine.rounds.momentum)
+    return own | _own_moments(engine)
 
 
-def _numbered(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{name}.{number}": tensor for number, tensor in enumerate(tensors)}
+_OF_ISLANDS = ("master", "sent")
+"""Kinds of what an island has of its own of a round that is under way."""
+_OF_ALL = ("anchor", "mean", "left")
+"""Kinds of what islands have in common of it."""
 
 
-def _moments_by_owner(engine: TrainEngine) -> dict[str, torch.Tensor]:
-    return {
+def _kind(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _own_moments(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """State of the optimizer, element by element and by matrix, that this rank's island has alone,
+    as live tensors by name."""
+    elementwise = {
         f"moments.{number}.{key}": value
         for number, owner in enumerate(engine.layout.owners())
         for key, value in engine.optimizer.state.get(owner, {}).items()
         if isinstance(value, torch.Tensor) and value.ndim
     }
+    matrices = engine.matrices.side_tensors() | engine.matrices.side_slices()
+    return elementwise | {f"moments.{name}": tensor for name, tensor in matrices.items()}
 
 
 def load_round_tensors(
@@ -180,19 +196,45 @@ def load_round_tensors(
         CheckpointError: names, shapes or kinds of numbers are not the ones of this run.
     """
     assert engine.rounds is not None
-    momentum = _numbered("momentum", engine.rounds.momentum)
-    residual = _numbered("residual", engine.rounds.residual)
+    momentum = numbered("momentum", engine.rounds.momentum)
+    residual = numbered("residual", engine.rounds.residual)
+    under_way = _round_under_way(engine.rounds, first, own)
     saved = {name: tensor for name, tensor in first.items() if name in momentum}
     live = momentum | residual
     if own is not None:
-        saved |= {name: tensor for name, tensor in own.items() if name not in momentum}
-        live |= _moments_by_owner(engine) if any(n.startswith("moments") for n in own) else {}
+        other = {*momentum, *under_way}
+        saved |= {name: tensor for name, tensor in own.items() if name not in other}
+        live |= _own_moments(engine) if any(n.startswith("moments") for n in own) else {}
     fresh = {name: torch.zeros_like(live[name]) for name in live if name not in saved}
     _check_names(live, saved | fresh)
     for name, tensor in live.items():
         _check_form(name, (saved | fresh)[name], tensor)
     for name, tensor in live.items():
         tensor.copy_((saved | fresh)[name])
+    if under_way:
+        engine.rounds.go_on(under_way)
+
+
+def _round_under_way(
+    rounds: Rounds, first: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """`Rounds.state` as it was saved; empty if weights were common.
+
+    Raises:
+        CheckpointError: names, shapes or kinds of numbers are not the ones of this run.
+    """
+    saved = {name: tensor for name, tensor in first.items() if _kind(name) in _OF_ALL}
+    if not saved:
+        return {}
+    apart = (first if own is None else own).items()
+    saved |= {name: tensor for name, tensor in apart if _kind(name) in _OF_ISLANDS}
+    # those of the first island, and of one that is new, are the ones that were loaded
+    saved = rounds.masters() | saved
+    forms = rounds.forms("left" in saved)
+    _check_names(forms, saved)
+    for name, form in forms.items():
+        _check_form(name, saved[name], form)
+    return saved
 
 
 def load_side_tensors(engine: TrainEngine, saved: Mapping[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from relora_ds.cli.numbers import Count, Real
 from relora_ds.cli.parser import add_checkpoint, run_tool, tool_parser
 
 
@@ -24,8 +25,10 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     parser.add_argument(
         "--data", nargs="+", metavar="PREFIX", help="token files, or `builtin`; scored one by one"
     )
-    parser.add_argument("--seq-length", type=int, help="default: that of the run, or 2048 at most")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    parser.add_argument(
+        "--seq-length", type=Count(), help="default: that of the run, or 2048 at most"
+    )
+    parser.add_argument("--batch-size", type=Count(), default=8, help="sequences per forward pass")
     parser.add_argument(
         "--protocol",
         choices=("exact", "galore_compat"),
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     )
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=Count(),
         default=1,
         help="processes that galore_compat's rows are dealt out to; they are computed one by one",
     )
@@ -46,20 +49,20 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     )
     parser.add_argument(
         "--valid-share",
-        type=float,
+        type=Real(1),
         metavar="SHARE",
         help="score only the documents that a run with this data.valid_share holds out of the file",
     )
     parser.add_argument("--lm-eval", nargs="+", metavar="TASK", help="needs the package lm_eval")
-    parser.add_argument("--limit", type=int, help="examples of each task of lm-eval; default: all")
+    parser.add_argument(
+        "--limit", type=Count(), help="examples of each task of lm-eval; default: all"
+    )
     parser.add_argument(
         "--include-tasks", type=Path, metavar="DIR", help="further tasks for lm-eval"
     )
     parsed = parser.parse_args(arguments)
     if not parsed.data and not parsed.lm_eval:
         parser.error("name what to score on: --data PREFIX, or --lm-eval TASK")
-    if parsed.valid_share is not None and not 0 < parsed.valid_share < 1:
-        parser.error(f"--valid-share is {parsed.valid_share}, but must be between 0 and 1")
     if parsed.valid_share is not None and parsed.protocol != "exact":
         parser.error("--valid-share is for --protocol exact: galore_compat scores whole files")
     return run_tool(lambda: _evaluate(parsed))

@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from relora_ds.cli.parser import add_checkpoint, amount, run_tool, tool_parser
+from relora_ds.cli.numbers import amount
+from relora_ds.cli.parser import add_checkpoint, run_tool, tool_parser
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

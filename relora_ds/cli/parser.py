@@ -7,19 +7,20 @@ installed. The door is what help and error messages name.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.errors import ConfigError, PreemptedError, ReloraError
+from relora_ds.files.durable import describe, remedy
 from relora_ds.redaction import mask_urls
 
 _INPUTS = "text files, directories of them, or patterns in quotes such as 'c4/*.json.gz'"
 _DATASET = (
     "folder that save_to_disk wrote, or a data set on the Hugging Face hub, which is streamed"
 )
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SCRIPT = re.compile(r"python tools/\w+\.py")
 
 
@@ -92,19 +93,20 @@ def add_texts(parser: argparse.ArgumentParser, or_dataset: bool = False) -> None
     )
 
 
-def amount(text: str) -> float:
-    """A number with a decimal unit: 80GB, 450GB/s, 989.4T; of bits as bytes, 100Mbit."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(B|B/s|FLOP/s|bit|bit/s)?", text)
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount: write 80GB, 450GB/s or 100Mbit")
-    bits = (match[3] or "").startswith("bit")
-    return float(match[1]) * _UNITS[match[2]] / (8 if bits else 1)
-
-
 def run_tool(work: Callable[[], None]) -> int:
-    """The exit code of `work`; what a user can set right is printed, one line per problem."""
+    """The exit code of `work`; what a user can set right is printed, one line per problem.
+
+    Whoever reads standard output may stop early, as `head` does: that is no failure.
+    """
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_output()
+    except OSError as error:
+        sys.stderr.write(f"error: {describe(error)}; {remedy(error)}\n")
+        _forget_output()
+        return ReloraError.exit_code
     except ReloraError as error:
         problems = error.shown if isinstance(error, ConfigError) else [error]
         sys.stderr.writelines(f"error: {mask_urls(str(problem))}\n" for problem in problems)
@@ -113,3 +115,13 @@ def run_tool(work: Callable[[], None]) -> int:
         sys.stderr.write("stopped: what was not finished has left nothing\n")
         return PreemptedError.exit_code
     return 0
+
+
+def _forget_output() -> None:
+    """Drop what is still to be printed, if it cannot be: the interpreter's end would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from relora_ds.cli.parser import add_run, amount, run_tool, tool_parser
+from relora_ds.cli.numbers import Count, Real, amount
+from relora_ds.cli.parser import add_run, run_tool, tool_parser
 
 _EXAMPLE = """
 example:
@@ -55,21 +56,27 @@ def _plan(parsed: argparse.Namespace) -> None:
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = tool_parser(__doc__, _EXAMPLE, prog)
     add_run(parser)
-    parser.add_argument("--gpus", type=int, required=True, help="of the whole job")
-    parser.add_argument("--gpus-per-node", type=int, help="default 8")
+    parser.add_argument("--gpus", type=Count(), required=True, help="of the whole job")
+    parser.add_argument("--gpus-per-node", type=Count(), help="default 8")
     parser.add_argument("--gpu-memory", type=amount, help="default 80GB")
     parser.add_argument("--node-bandwidth", type=amount, help="per GPU within a node, 450GB/s")
     parser.add_argument("--bandwidth", type=amount, help="per GPU between nodes, 50GB/s")
-    parser.add_argument("--latency", type=float, help="seconds of a collective per doubling, 1e-5")
+    parser.add_argument(
+        "--latency", type=Real(or_zero=True), help="seconds of a collective per doubling, 1e-5"
+    )
     parser.add_argument("--peak-flops", type=amount, help="per GPU, 989.4T")
-    parser.add_argument("--efficiency", type=float, help="share of the peak that is reached, 0.4")
-    parser.add_argument("--islands", type=int, help="parallel.islands; --gpus are those of all")
+    parser.add_argument(
+        "--efficiency", type=Real(1, or_most=True), help="share of the peak that is reached, 0.4"
+    )
+    parser.add_argument("--islands", type=Count(), help="parallel.islands; --gpus are those of all")
     parser.add_argument(
         "--island-bandwidth",
         type=amount,
         default=125e6,
         help="of the link that the GPUs of an island share: 100Mbit, 1Gbit (default), 12.5MB/s",
     )
-    parser.add_argument("--island-latency", type=float, default=0.01, help="seconds one way, 0.01")
+    parser.add_argument(
+        "--island-latency", type=Real(or_zero=True), default=0.01, help="seconds one way, 0.01"
+    )
     parser.add_argument("--json", action="store_true", help="everything, to be read by a program")
     return parser

@@ -16,6 +16,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from relora_ds.cli.numbers import Count
 from relora_ds.cli.parser import add_texts, run_tool, tool_parser
 
 _TOKENIZER = "SentencePiece model, tokenizer.json, or the directory of a model with one of them"
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     add_texts(parser, or_dataset=True)
     parser.add_argument(
         "--workers",
-        type=int,
+        type=Count(),
         default=1,
         metavar="N",
         help="processes that share the files, or the rows of a saved data set; the output is the "
@@ -36,8 +37,6 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help=_TOKENIZER)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="token file to write")
     parsed = parser.parse_args(arguments)
-    if parsed.workers < 1:
-        parser.error(f"--workers is {parsed.workers}, but must be at least 1")
     if parsed.dataset is None and (parsed.split or parsed.dataset_config):
         parser.error("--split and --dataset-config say more about a --dataset: name one")
     return run_tool(lambda: _prepare(parsed))

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from relora_ds.cli.numbers import Count
 from relora_ds.cli.parser import add_checkpoint, run_tool, tool_parser
 
 
@@ -19,10 +20,14 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     add_checkpoint(parser)
     parser.add_argument("--output", type=Path, required=True, help="new directory to write")
     parser.add_argument(
-        "--data-parallel", type=int, help="processes that will continue it; default: as before"
+        "--data-parallel", type=Count(), help="processes that will continue it; default: as before"
     )
-    parser.add_argument("--tensor", type=int, help="tensor-parallel processes; default: as before")
-    parser.add_argument("--zero-stage", type=int, help="their ZeRO stage; default: as before")
+    parser.add_argument(
+        "--tensor", type=Count(), help="tensor-parallel processes; default: as before"
+    )
+    parser.add_argument(
+        "--zero-stage", type=Count(0, 3), help="their ZeRO stage; default: as before"
+    )
     parsed = parser.parse_args(arguments)
     return run_tool(lambda: _reshape(parsed))
 

@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from relora_ds.cli.numbers import Count
 from relora_ds.cli.parser import add_texts, run_tool, tool_parser
 
 
@@ -20,7 +21,9 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
     """Train on the texts that the arguments name and print a summary; returns the exit code."""
     parser = tool_parser(__doc__, prog=prog)
     add_texts(parser)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of ids")
+    parser.add_argument(
+        "--vocab-size", type=Count(), required=True, metavar="N", help="number of ids"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="model file to write")
     parsed = parser.parse_args(arguments)
     return run_tool(lambda: _train(parsed))

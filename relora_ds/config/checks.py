@@ -17,6 +17,7 @@ from relora_ds.config.rules.corpora import (
     builtin_vocabulary_fits_model,
     data_keys_match_source,
     rows_have_documents,
+    validation_is_held_out,
 )
 from relora_ds.config.rules.islands import ISLAND_RULES
 from relora_ds.config.rules.optimizers import (
@@ -47,6 +48,7 @@ from relora_ds.config.rules.training import (
     sequence_fits_model,
     traced_steps_are_trained,
 )
+from relora_ds.config.rules.unused import UNUSED_RULES
 
 
 def find_problems(sections: Mapping[str, Any]) -> list[Finding]:
@@ -101,4 +103,10 @@ RULES: tuple[Rule, ...] = (
     scaled_head_is_free,
     *ISLAND_RULES,
 )
-WARNINGS: tuple[Rule, ...] = (base_precision_has_a_use, decay_is_of_wsd, pairs_have_their_own_rate)
+WARNINGS: tuple[Rule, ...] = (
+    base_precision_has_a_use,
+    decay_is_of_wsd,
+    pairs_have_their_own_rate,
+    validation_is_held_out,
+    *UNUSED_RULES,
+)

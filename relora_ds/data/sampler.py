@@ -62,12 +62,12 @@ class Blend:
         weights: positive, any scale.
 
     Raises:
-        DataError: a weight is not a positive number, or a share is too small to be met.
+        DataError: a weight is not a number, or a share is too small to be met.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         values = np.asarray(weights, dtype=np.float64)
-        if not len(values) or not np.all(np.isfinite(values)) or not np.all(values > 0):
+        if not np.all(np.isfinite(values)) or not np.all(values >= 0) or not np.any(values):
             raise DataError(f"blend weights {list(weights)} must all be positive numbers")
         self.shares = values / values.sum()
         """Normalised weights, float64 of shape (datasets,)."""

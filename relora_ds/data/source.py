@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relora_ds.config.sections import DataConfig
 from relora_ds.data.builtin import builtin_corpus, default_cache_dir
+from relora_ds.data.sampler import Blend
 from relora_ds.data.token_files.contents import covers_everything
 from relora_ds.data.token_files.samples import Samples, TokenStream
 from relora_ds.data.token_files.split import (
@@ -174,17 +176,31 @@ def open_corpus(config: DataConfig) -> Corpus:
     if not config.train:
         raise ConfigError("data.train is missing: name a token file, or set data.source to builtin")
     blend = [(1.0, config.train)] if isinstance(config.train, str) else config.train
-    total = sum(weight for weight, _ in blend)
     train = tuple(TokenFile(prefix) for _, prefix in blend)
     corpus = Corpus(
         train=train,
-        weights=tuple(weight / total for weight, _ in blend),
+        weights=_shares([weight for weight, _ in blend]),
         valid=TokenFile(config.valid) if config.valid else None,
         tokenizer=tokenizer_file(config.tokenizer) if config.tokenizer else None,
         split=_split(train, config.valid_share) if config.valid_share else None,
     )
     _check_tokenizers(corpus)
     return with_documents(corpus) if config.document_mask else corpus
+
+
+def _shares(weights: Sequence[float]) -> tuple[float, ...]:
+    """Shares of the sum, each of which can be met.
+
+    Raises:
+        DataError: one is too small.
+    """
+    total = sum(weights)
+    if math.isinf(total):
+        weights = [weight / max(weights) for weight in weights]
+        total = sum(weights)
+    shares = tuple(weight / total for weight in weights)
+    Blend(shares)
+    return shares
 
 
 def with_documents(corpus: Corpus) -> Corpus:

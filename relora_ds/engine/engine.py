@@ -29,6 +29,7 @@ from relora_ds.engine.zero.digest import ReplicaDigest
 from relora_ds.engine.zero.fragments import clocked_fragments, rounding_streams
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
+from relora_ds.engine.zero.moments import OptimizerSlices
 from relora_ds.engine.zero.state import Probe, ZeroState
 from relora_ds.engine.zero.tensor_gradients import (
     FrozenGradients,
@@ -117,21 +118,19 @@ class TrainEngine:
         self._place_optimizer(method.seed)
         self._digest = self._digest_of_replicas(islands)
         self.state = ZeroState(
-            self.layout,
+            OptimizerSlices(
+                self.layout, self.clocks, self.completed_steps, self.matrices.moments()
+            ),
             self.bases,
-            self.clocks,
-            self.completed_steps,
             self._probe,
             FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp, islands),
             lambda weight: self._digest.seal([weight]),
             tp,
-            self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
-        shares = islands if config.islands.share_gradients else ALONE
-        self._across = IslandGradients(self.layout, shares, self.device)
+        self._across = IslandGradients(self.layout, islands, self.device)
         # what islands do together where they do not share gradients
-        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands)
+        self.rounds = start_rounds(self.layout, self.state.weights, islands, config.islands, model)
         # before DeepSpeed's own hook, which gathers; methods edit between the passes
         self._before_forward = self.model.register_forward_pre_hook(
             lambda *_: self.layout.order_gathers(), prepend=True
@@ -236,6 +235,12 @@ class TrainEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["role"]]
 
+    def begin_update(self, done: int) -> None:
+        """Say how many updates of the run are over; call before each. Islands may train apart from
+        some on."""
+        if self.rounds is not None:
+            self.rounds.begin(done)
+
     def train_step(
         self, micro_batches: Iterable[torch.Tensor], admit: Admit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,8 +256,6 @@ class TrainEngine:
             global gradient norm before clipping. Both fp32 scalars on the device: reading them
             waits for it.
         """
-        if self.rounds is not None:
-            self.rounds.begin()
         self._engine.train()
         # until the update is over: its backward passes may be where it happens
         with weights_stay(self._layers, self.update_size):
@@ -261,16 +264,16 @@ class TrainEngine:
             norm = self._engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32)
 
-    def end_round(self, done: int, products: Sequence[Product]) -> None:
-        """Make the weights of islands common, where a round ends. A collective call of all of them.
+    def end_round(self, done: int, products: Sequence[Product], common: bool = True) -> None:
+        """Let islands meet, if it is time. A collective call of all of them.
 
         Args:
             done: updates of the run.
             products: of factors that the method is about to merge.
+            common: whether all weights have to be common at the end of a round.
         """
-        if self.rounds is not None and self.rounds.ends_at(done):
-            with recorder.phase("step"), doing("end of a round"):
-                self.rounds.end(products)
+        if self.rounds is not None:
+            self.rounds.end(done, products, common)
 
     def weights_kept(self, batches: int) -> AbstractContextManager[None]:
         """Within it the weights stay as they are for so many forward passes."""
@@ -310,7 +313,8 @@ class TrainEngine:
                 self._engine.step()
                 return None
             self._shares.complete()
-            self._across.average()
+            if self.rounds is None or self.rounds.common:
+                self._across.average()
             norm = None if self._engine.reports_norm else self._gradient_norm()
             if admit is None or admit(self._figures(losses)):
                 self._engine.step()
@@ -345,6 +349,8 @@ class TrainEngine:
 
     def destroy(self) -> None:
         """Free the engine so that another phase can build its own."""
+        if self.rounds is not None:
+            self.rounds.settle()
         self._engine.destroy()
         del self._engine, self.model, self.layout, self.state, self.optimizer, self.groups
         del self._digest, self.memory, self._shares, self.matrices, self._across, self.rounds

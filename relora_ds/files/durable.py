@@ -176,36 +176,6 @@ def sync_tree(path: Path) -> None:
         sync_directory(Path(folder))
 
 
-@contextmanager
-def staged(target: Path, staging: Path) -> Iterator[Path]:
-    """Have a directory written beside its place, and put it there when it is whole and on disk.
-
-    Whatever is raised inside leaves nothing behind.
-
-    Args:
-        target: where it appears; nothing is there, or an empty directory.
-        staging: where it is written, in the same directory; what is there is removed.
-
-    Yields:
-        `staging`, empty.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove(staging)
-    try:
-        staging.mkdir()
-        yield staging
-        sync_tree(staging)
-        staging.rename(target)
-        sync_directory(target.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the error itself says more
-            remove(staging)
-        raise
-
-
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole directory, if there is one.
 

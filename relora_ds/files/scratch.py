@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import socket
@@ -17,9 +18,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from relora_ds.files.durable import sync_directory, sync_tree
+
 _OWNER = ".owner"
+_DRAFT = ".owner.new"
 # Not every network file system passes locks on to other hosts. There a folder that looks abandoned
-# may be in use, and folders of earlier versions have no lock: both are removed when they are old.
+# may be in use: it is removed when it is old.
 _OLD_SECONDS = 24 * 3600
 
 
@@ -29,7 +33,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
     Args:
         parent: exists.
-        prefix: what names of such folders begin with; nothing else may be called so.
+        prefix: what names of such folders begin with. What others have called so stays.
 
     Raises:
         OSError: the folder cannot be made.
@@ -42,6 +46,28 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
         yield Path(name)
 
 
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `target` at the end of the block, whole and on disk.
+
+    Whatever is raised inside leaves nothing behind.
+
+    Args:
+        target: nothing is there, or an empty directory.
+
+    Raises:
+        OSError: it cannot be written, or something has come there meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(target.parent, f".{target.name}.") as scratch:
+        work = scratch / "new"
+        work.mkdir()
+        yield work
+        sync_tree(work)
+        work.rename(target)
+    sync_directory(target.parent)
+
+
 def remove_leftovers(parent: Path, prefix: str) -> None:
     """Remove scratch folders of processes that are gone; what cannot be removed stays.
 
@@ -49,7 +75,7 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
         parent: folder that they lie in.
         prefix: what their names begin with.
     """
-    for folder in sorted(parent.glob(f"{prefix}*")):
+    for folder in sorted(parent.glob(f"{glob.escape(prefix)}*")):
         # a link was not made here, and what it leads to is somebody's
         if folder.is_dir() and not folder.is_symlink():
             with contextlib.suppress(OSError):
@@ -59,7 +85,7 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
     """Hold the lock that says that somebody works in `folder`."""
-    draft = folder / f"{_OWNER}.new"
+    draft = folder / _DRAFT
     with open(draft, "w") as stream:
         stream.write(f"{socket.gethostname()} {os.getpid()}\n")
         stream.flush()
@@ -71,9 +97,10 @@ def _owned(folder: Path) -> Iterator[None]:
 
 def _remove_if_abandoned(folder: Path) -> None:
     owner = folder / _OWNER
-    if not owner.exists():  # not yet, or of an earlier version
+    if not owner.exists():  # not yet; or somebody's, who happens to name folders like this
         if _is_old(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            (folder / _DRAFT).unlink(missing_ok=True)
+            folder.rmdir()  # which removes nothing that is in use
         return
     with open(owner) as stream:
         try:

@@ -13,6 +13,7 @@ from relora_ds.config.load import LoadedRun
 from relora_ds.config.methods.full import FullConfig
 from relora_ds.config.reading.document import Finding
 from relora_ds.config.schema import RunConfig
+from relora_ds.config.sections import OptimizerConfig
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import meta_model
 from relora_ds.methods.full import Full
@@ -90,6 +91,14 @@ class Phase:
         within the phase, or falls from the warm-up on."""
         stable = self.schedule.stable_steps
         return self.first_step + stable if stable is not None and stable < self.steps else None
+
+    def learning_rates(self, step: int, optimizer: OptimizerConfig) -> dict[str, float]:
+        """Of the update after `step` ones of the run, by the role of a group."""
+        factor = self.method.lr_multiplier(step - self.first_step, self.schedule)
+        rates = {"dense": optimizer.lr, "adapter": self.adapter_lr}
+        if optimizer.adapter is not None:
+            rates["pair"] = optimizer.resolved_pair_lr
+        return {role: factor * rate for role, rate in rates.items()}
 
 
 def plan_phases(config: RunConfig) -> list[Phase]:

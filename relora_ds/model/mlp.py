@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from relora_ds.config.model import ModelConfig
-from relora_ds.model.compiled import compiled
+from relora_ds.numerics.compiled import compiled
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 

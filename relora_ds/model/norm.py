@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from relora_ds.model.compiled import compiled
+from relora_ds.numerics.compiled import compiled
 from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 

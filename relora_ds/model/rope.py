@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from relora_ds.config.model import RopeScaling
-from relora_ds.model.compiled import compiled
 from relora_ds.model.rope_scaling import rotary_frequencies
+from relora_ds.numerics.compiled import compiled
 
 
 @lru_cache(maxsize=16)

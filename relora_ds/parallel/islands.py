@@ -20,6 +20,25 @@ _all_gather: Any = getattr(torch.distributed, "all_gather_single", None) or (
 )
 
 
+class Awaited:
+    """A collective under way between islands.
+
+    Args:
+        work: torch's handle of it.
+        tensors: where its result is going to be, and what it is made of.
+    """
+
+    def __init__(self, work: Any, *tensors: torch.Tensor) -> None:
+        self._work, self._tensors = work, tensors
+
+    def result(self) -> torch.Tensor:
+        """Wait for the end; the same tensor however often it is asked for."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._tensors[0]
+
+
 @dataclass(frozen=True)
 class Islands:
     """This process's island among all of them.
@@ -30,12 +49,16 @@ class Islands:
         group: ranks with the same place in their islands, in the order of these; None where there
             is one island only.
         local: ranks of this island; None for all ranks.
+        background: those of `group` once more, for what they exchange while they train; None where
+            they do not. It moves tensors of the host: a collective of devices that waits for a slow
+            link would keep them from computing.
     """
 
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
     local: ProcessGroup | None = None
+    background: ProcessGroup | None = None
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over the islands in place, the same bits on each; the tensor is contiguous."""
@@ -52,6 +75,18 @@ class Islands:
         elif tensor.numel():
             _all_gather(everyone.view(-1), tensor.contiguous(), group=self.group)
         return everyone
+
+    def begin_sum(self, tensor: torch.Tensor) -> Awaited:
+        """Begin to add up the islands' (N,) tensors on the host, in place."""
+        work = torch.distributed.all_reduce(tensor, group=self.background, async_op=True)
+        return Awaited(work, tensor)
+
+    def begin_gather(self, tensor: torch.Tensor) -> Awaited:
+        """Begin to collect every island's (N,) tensor on the host, as (islands, N) in their
+        order."""
+        everyone = tensor.new_empty(self.size, *tensor.shape)
+        work = _all_gather(everyone.view(-1), tensor, group=self.background, async_op=True)
+        return Awaited(work, everyone, tensor)
 
 
 ALONE = Islands()

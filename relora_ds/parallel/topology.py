@@ -119,11 +119,15 @@ def share_models(topology: Topology, config: RunConfig) -> Topology:
     copies_of_island(copies, count)
     tp = join_tensor_group(parallel.tensor, parallel.low_rank_plan, parallel.sequence, timeout)
     found = replace(topology, tp=tp)
-    return found if count == 1 else _divide(found, count)
+    return found if count == 1 else _divide(found, count, config.islands.transport.overlap > 0)
 
 
-def _divide(topology: Topology, count: int) -> Topology:
-    """The topology in `count` islands, with the groups that DeepSpeed is to see of its own."""
+def _divide(topology: Topology, count: int, overlap: bool) -> Topology:
+    """The topology in `count` islands, with the groups that DeepSpeed is to see of its own.
+
+    Args:
+        overlap: whether islands exchange something while they train.
+    """
     rank, tensor = topology.rank, topology.tp.size
     everyone = range(topology.world_size)
     size = topology.world_size // count
@@ -131,7 +135,8 @@ def _divide(topology: Topology, count: int) -> Topology:
     places = [[part[place] for part in parts] for place in range(size)]
     copies = [part[place::tensor] for part in parts for place in range(tensor)]
     group, local = join_one_of(places, rank), join_one_of(parts, rank)
-    islands = Islands(rank // size, count, group, local)
+    background = join_one_of(places, rank, backend="gloo") if overlap else None
+    islands = Islands(rank // size, count, group, local, background)
     tp = replace(topology.tp, data_group=join_one_of(copies, rank))
     if tp.group is None:  # DeepSpeed takes no group for all processes
         tp = replace(tp, group=join_one_of([[each] for each in everyone], rank))

@@ -2,25 +2,33 @@
 
 Bytes are the closed forms of `accounting.islands`, added up over the ranks of an island, which
 share its link. Time is a model: an exchange passes every island's link, round after round of a
-ring, and nothing is computed meanwhile.
+ring. Nothing is computed meanwhile, but for the updates during which a fragment may travel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
+from operator import mul
 from typing import Any
 
 from torch import nn
 
-from relora_ds.accounting.islands import end_of_round, shared_gradients
+from relora_ds.accounting.islands import (
+    end_of_round,
+    fragment_of_round,
+    shared_gradients,
+)
 from relora_ds.accounting.zero_traffic import Payloads, bytes_of
 from relora_ds.config.load import LoadedRun, check_processes
 from relora_ds.config.schema import RunConfig
+from relora_ds.config.spread.islands import IslandsConfig
 from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.interface import Method, optimizer_groups
-from relora_ds.methods.registry import plan_phases
+from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.parallel.fragments import share_out
 from relora_ds.parallel.topology import as_one_island, copies_of_island, part_of_model
 from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.memory_report import largest_part
@@ -63,7 +71,7 @@ def plan_islands(
     for phase in plan_phases(config):
         stage = found.phases[phase.name].stages[found.asked.stage]
         exchange = _Exchange(loaded, phase.method, zero)
-        rounds[phase.name] = _plan(config, exchange, link, stage.seconds.serial)
+        rounds[phase.name] = _plan(config, phase, exchange, link, stage.seconds.serial)
     return found, rounds
 
 
@@ -87,6 +95,7 @@ class _Exchange:
             for parameter in module.parameters(recurse=False)
             if parameter.requires_grad
         ]
+        self._trained = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = sum(p.numel() for p in model.parameters()) * self._tensor
 
     def gradients(self) -> float:
@@ -110,11 +119,25 @@ class _Exchange:
             for rank in range(self._zero.dp_size)
         )
 
+    def fragments(self, count: int) -> list[float]:
+        """Bytes of each of so many fragments."""
+        return [
+            self._over_ranks(
+                fragment_of_round(
+                    self._groups, self._zero, self._islands, rank, fragment, self._bits
+                )
+                for rank in range(self._zero.dp_size)
+            )
+            for fragment in share_out(self._trained, count)
+        ]
+
     def _over_ranks(self, payloads: Iterable[Payloads]) -> float:
         return self._tensor * sum(bytes_of(each).wire for each in payloads)
 
 
-def _plan(config: RunConfig, exchange: _Exchange, link: IslandLink, local: float) -> IslandsPlan:
+def _plan(
+    config: RunConfig, phase: Phase, exchange: _Exchange, link: IslandLink, local: float
+) -> IslandsPlan:
     count = config.parallel.islands
     shares, merges = config.islands.share_gradients, config.method.merges_every
     dense = _BF16 * exchange.parameters * 2 * (count - 1) / count
@@ -123,20 +146,45 @@ def _plan(config: RunConfig, exchange: _Exchange, link: IslandLink, local: float
     def seconds(sent: float) -> float:
         return sent / link.bandwidth + 2 * (count - 1) * link.latency
 
+    together = min(max(config.islands.from_step - phase.first_step, 0), phase.steps) / phase.steps
+    gradients = exchange.gradients()
+    fragments = cache(exchange.fragments)
+
+    def apart(every: int) -> tuple[float, float]:
+        """Bytes and seconds of waiting in a round."""
+        islands = _shortened(config.islands, every)
+        factors = (merged - plain) * every / merges if merges and merges >= every else 0.0
+        if not islands.in_turn:
+            return plain + factors, seconds(plain + factors)
+        at_once = _ends_at_once(config, phase, every)
+        travelling = fragments(islands.transport.fragments)
+        # the first one does not leave where all have just met
+        times = [1 - at_once, *(1.0 for _ in travelling[1:])]
+        sent = at_once * plain + factors + sum(map(mul, times, travelling))
+        hidden = islands.transport.overlap * local
+        late = [max(0.0, seconds(each) - hidden) for each in travelling]
+        waited = at_once * seconds(plain) + factors / link.bandwidth + sum(map(mul, times, late))
+        # nobody sends more than the link carries
+        return sent, max(waited, sent / link.bandwidth - every * local)
+
     def of(every: int) -> Round:
         if every == 1 and shares:
-            sent = exchange.gradients()
+            sent, waited = gradients, seconds(gradients)
         else:
-            more = (merged - plain) * every / merges if merges and merges >= every else 0.0
-            sent = plain + more
-        spent = local + seconds(sent) / every
-        return Round(every, sent / every, spent, local / spent, dense * every / sent)
+            of_round = apart(every)
+            sent = together * gradients + (1 - together) * of_round[0] / every
+            waited = together * seconds(gradients) + (1 - together) * of_round[1] / every
+        spent = local + waited
+        return Round(every, sent, spent, local / spent, dense / sent)
 
     rounds = [of(every) for every in sorted({*_EVERY, config.islands.every})]
     return IslandsPlan(
         islands=count,
         bits=config.islands.transport.bits,
         round_bytes=plain,
+        fragments=config.islands.transport.fragments,
+        fragment_bytes=max(fragments(config.islands.transport.fragments)),
+        overlap=config.islands.transport.overlap,
         merge_bytes=merged - plain,
         dense_bytes=dense,
         local_seconds=local,
@@ -145,3 +193,28 @@ def _plan(config: RunConfig, exchange: _Exchange, link: IslandLink, local: float
         asked=of(config.islands.every),
         best=next((each.every for each in rounds if each.speed >= _GOOD), None),
     )
+
+
+def _shortened(islands: IslandsConfig, every: int) -> IslandsConfig:
+    """The same with rounds of another length, with as many fragments and as much overlap as fit."""
+    transport = islands.transport
+    fitting = {
+        "fragments": min(transport.fragments, every),
+        "overlap": min(transport.overlap, every - 1),
+    }
+    return islands.model_copy(
+        update={"every": every, "transport": transport.model_copy(update=fitting)}
+    )
+
+
+def _ends_at_once(config: RunConfig, phase: Phase, every: int) -> float:
+    """Share of the rounds of a phase that end with common weights: with a merge, an evaluation, a
+    checkpoint, or the phase."""
+    ends = range(phase.first_step + every, phase.last_step + 1, every)
+    due = [
+        each
+        for each in (config.eval.every, config.checkpoint.every, config.method.merges_every)
+        if each
+    ]
+    common = sum(end == phase.last_step or any(end % each == 0 for each in due) for end in ends)
+    return common / max(1, len(ends))

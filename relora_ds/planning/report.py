@@ -64,6 +64,11 @@ def show_islands(phases: Mapping[str, IslandsPlan], console: Console) -> None:
             f"full model in bf16 sends {found.dense_bytes / _GB:.4f} GB per update, which then "
             f"takes {found.dense_seconds:.3f} s instead of {found.local_seconds:.3f} s"
         )
+        if found.overlap or found.fragments > 1:
+            console.print(
+                f"{found.fragments} fragments of up to {found.fragment_bytes / _GB:.4f} GB travel "
+                f"in turn, during {found.overlap} updates each"
+            )
         table = Table(*_ROUND)
         for each in found.rounds:
             sent = f"{each.bytes_per_update / _MB:.3f}"

@@ -177,7 +177,7 @@ class Round:
     every: int
     """Updates."""
     bytes_per_update: float
-    """What an island sends, spread over the updates."""
+    """What an island sends, spread over all updates of the phase."""
     seconds_per_update: float
     speed: float
     """Share of the speed of an island that meets nobody."""
@@ -194,6 +194,12 @@ class IslandsPlan:
     """Of an element at the end of a round."""
     round_bytes: float
     """What an island sends at the end of a round."""
+    fragments: int
+    """In which it travels."""
+    fragment_bytes: float
+    """What it sends of the largest one."""
+    overlap: int
+    """Updates during which a fragment travels."""
     merge_bytes: float
     """What it sends besides where a merge follows."""
     dense_bytes: float

@@ -34,6 +34,7 @@ from relora_ds.train.guards.losses import Seen, Targets
 from relora_ds.train.guards.steps import Rewind, StepGuard
 from relora_ds.train.guards.weights import newest_good, refuse_drift
 from relora_ds.train.lifetime.stop import StopSignal
+from relora_ds.train.telemetry.events import describe_event, event_metrics
 from relora_ds.train.telemetry.memory import max_allocated_bytes
 from relora_ds.train.telemetry.meter import ThroughputMeter
 from relora_ds.train.telemetry.telemetry import Telemetry
@@ -135,7 +136,7 @@ class Trainer:
             if metrics or saves or last or _is_due(done, self.config.log.every):
                 metrics |= self._method_metrics(session, metrics)
                 metrics |= self._step_metrics(seen, self._learning_rates(phase, step), meter)
-                metrics |= self._peaks(engine)
+                metrics |= self._engine_metrics(engine)
                 seen = Seen()
             if "method/event" in metrics or _is_due(done, self.config.train.digest_every):
                 engine.check_replicas(session.replicas(), metrics.get("method/event"))
@@ -170,6 +171,7 @@ class Trainer:
         recorder.begin_step()
         own_step = step - phase.first_step
         engine.set_learning_rates(self._learning_rates(phase, step))
+        engine.begin_update(step)
 
         def agree(kind: str, state: bytes) -> None:
             self.agreement.meet(Place(kind, step, phase.name, digest_of(state)))
@@ -192,7 +194,8 @@ class Trainer:
             if not self.guard.skipped:
                 seen.note(step, loss, norm, targets.share)
         self.checkpoints.hold()  # a step that was left out has had no forward pass
-        engine.end_round(step + 1, session.products_to_merge(own_step + 1))
+        products, common = session.products_to_merge(own_step + 1), self._shared(phase, step + 1)
+        engine.end_round(step + 1, products, common)
         with recorder.phase("event"), torch.no_grad():
             after = session.after_step(own_step + 1)
         metrics = self._event_metrics(step + 1, before, after)
@@ -239,22 +242,27 @@ class Trainer:
         ends = done == phase.last_stable_step and _is_due(done, self.config.islands.every)
         return self.config.checkpoint.every > 0 and ends
 
+    def _shared(self, phase: Phase, done: int) -> bool:
+        """Whether weights are evaluated, saved or handed over after `done` updates, so that islands
+        must have the same."""
+        due = (_is_due(done, n) for n in (self.config.eval.every, self.config.checkpoint.every))
+        return done == phase.last_step or self._goes_on_from(phase, done) or any(due)
+
     def _remedy(self) -> str:
         return "nothing of it was saved; lower the learning rates or lengthen the warm-up, and " + (
             newest_good(self.checkpoints.directory)
         )
 
     def _learning_rates(self, phase: Phase, step: int) -> dict[str, float]:
-        factor = phase.method.lr_multiplier(step - phase.first_step, phase.schedule)
-        settings = self.config.optimizer
-        rates = {"dense": settings.lr, "adapter": phase.adapter_lr}
-        if settings.adapter is not None:
-            rates["pair"] = settings.resolved_pair_lr
+        factor = self.config.islands.rate_factor(step)
+        rates = phase.learning_rates(step, self.config.optimizer)
         return {role: factor * rate for role, rate in rates.items()}
 
-    def _peaks(self, engine: TrainEngine) -> dict[str, int]:
-        """Most memory in use during the phase's steps and before them, in bytes."""
-        return {
+    def _engine_metrics(self, engine: TrainEngine) -> dict[str, Any]:
+        """Most memory in use during the phase's steps and before them, in bytes, and how long
+        islands have waited for each other in the phase."""
+        waited = {} if engine.rounds is None else {"islands/wait_seconds": engine.rounds.waited}
+        return waited | {
             "memory/max_allocated_bytes": max_allocated_bytes(engine.device),
             "memory/build_allocated_bytes": self.build_peak,
         }
@@ -293,13 +301,8 @@ class Trainer:
         for event in events:
             if event is None:
                 continue
-            metrics |= {
-                "method/event": event.kind,
-                "method/function_drift": event.function_drift,
-                "method/moments_reset_fraction": event.moments_reset_fraction,
-                **event.details,
-            }
-            self.telemetry.event(done, _describe(event))
+            metrics |= event_metrics(event)
+            self.telemetry.event(done, describe_event(event))
         return metrics
 
     def _evaluate(self, engine: TrainEngine) -> dict[str, Any]:
@@ -385,16 +388,3 @@ def _noting(
 
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _describe(event: Event) -> str:
-    details = "".join(f", {name} {value:.3g}" for name, value in _short(event))
-    return (
-        f"{event.kind}: function drift {event.function_drift:.1e}, "
-        f"{event.moments_reset_fraction:.2%} of the adapters' moments reset{details}"
-    )
-
-
-def _short(event: Event) -> Iterator[tuple[str, float]]:
-    for name, value in event.details.items():
-        yield name.removeprefix("method/").replace("_", " "), value

@@ -39,7 +39,7 @@ from relora_ds.errors import (
 )
 from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
-from relora_ds.model.compiled import check_compiler
+from relora_ds.numerics.compiled import check_compiler
 from relora_ds.parallel.topology import as_one_island, share_models
 from relora_ds.train.checks import (
     begun_with,
@@ -172,13 +172,14 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     lifetime.watch_peers(topology.world_size, timeout_minutes)
     topology = share_models(topology, loaded.config)
     tp, islands = topology.tp, topology.islands
-    groups = {
-        "tp": tp.group,
-        "dp": tp.data_group,
-        "islands": islands.group,
-        "island": islands.local,
-    }
-    for name, group in groups.items():
+    groups = [
+        ("tp", tp.group),
+        ("dp", tp.data_group),
+        ("islands", islands.group),
+        ("islands", islands.background),
+        ("island", islands.local),
+    ]
+    for name, group in groups:
         if group is not None:
             recorder.name_group(group, name)
     output_dir = Path(loaded.config.output_dir)

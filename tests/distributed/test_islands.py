@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cases import islands
+from tests.distributed.cases import islands, islands_in_turn
 from tests.harness.build import STAGES
 from tests.harness.ranks import run_ranks
 
@@ -103,6 +103,53 @@ def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
         assert first < _ERROR[cell[3]], cell
         if cell[3] == 32:
             assert second < _ERROR[32], cell
+
+
+def test_rounds_begin_after_updates_that_share_gradients() -> None:
+    found = run_ranks(islands.begun_together, 2, cells=[("full", 2), ("relora", 3)])
+    for cell, figures in found.items():
+        assert figures["losses"][:7] == pytest.approx(figures["plain"][:7], rel=1e-6), cell
+        assert [value > 0 for value in figures["differ"]] == [*[False] * 6, True, False], cell
+        assert figures["sent"] == [*["gradients"] * 6, "nothing", "weights"], cell
+
+
+IN_TURN: list[islands_in_turn.InTurn] = [
+    ("full", 1, 1, 32, (4, 3, 2)),
+    ("relora", 2, 1, 32, (2, 2, 1)),
+    ("full", 3, 1, 4, (4, 3, 3)),
+]
+IN_TURN_MORE: list[islands_in_turn.InTurn] = [
+    ("full", 0, 1, 32, (4, 4, 0)),
+    ("full", 3, 1, 32, (4, 1, 3)),
+    ("relora", 0, 1, 32, (4, 2, 3)),
+    ("relora", 3, 1, 32, (4, 4, 1)),
+    ("sltrain", 2, 1, 8, (4, 2, 2)),
+    ("lora", 1, 1, 16, (2, 2, 0)),
+]
+
+
+def test_fragments_travel_in_turn_while_islands_train() -> None:
+    _check_in_turn(2, IN_TURN, steps=8)
+
+
+@pytest.mark.slow
+def test_fragments_travel_at_every_stage_with_several_ranks() -> None:
+    _check_in_turn(2, IN_TURN_MORE, steps=12)
+    _check_in_turn(4, [("full", 2, 1, 32, (4, 3, 2)), ("relora", 3, 1, 32, (4, 3, 2))], steps=8)
+    _check_in_turn(4, [("relora", 1, 2, 8, (4, 3, 2)), ("full", 3, 2, 4, (4, 2, 1))], steps=8)
+
+
+def _check_in_turn(ranks: int, cells: list[islands_in_turn.InTurn], steps: int) -> None:
+    found = run_ranks(islands_in_turn.in_turn, ranks, cells=cells, steps=steps)
+    for cell in cells:
+        figures = found["/".join(map(str, cell))]
+        assert figures["bytes"], cell
+        before, after = figures["differ"]
+        assert (before > 0, after) == (True, 0.0), cell
+        assert figures["losses"][-1] < figures["losses"][0], cell
+        if cell[3] == 32:
+            assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell
+            assert figures["error"] < 1e-5, cell
 
 
 def test_an_island_with_another_weight_is_found_where_weights_are_common() -> None:

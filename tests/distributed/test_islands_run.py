@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tests.conftest import TinyCorpus
 from tests.distributed.test_resume import FIGURES, assert_same_checkpoint
 from tests.harness.descriptions import describe
-from tests.harness.faults import Call, Fault, Moment, plan, struck
+from tests.harness.faults import Call, Doing, Fault, Kill, Moment, Signal, plan, struck
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
@@ -32,9 +33,15 @@ IN_BETWEEN = Moment(
 
 
 def described(
-    directory: Path, corpus: TinyCorpus, stage: int = 2, tensor: int = 1, bits: int = 8
+    directory: Path,
+    corpus: TinyCorpus,
+    stage: int = 2,
+    tensor: int = 1,
+    bits: int = 8,
+    adapter: str | None = "spectral",
 ) -> str:
-    """A run of twelve updates in rounds of three on two islands: a warm start, and one merge."""
+    """A run of twelve updates in rounds of three on two islands, of which the first shares
+    gradients: a warm start, and one merge."""
     run = describe(
         directory,
         METHOD,
@@ -44,8 +51,10 @@ def described(
         checkpoint={"every": 6},
         eval={"every": 6},
         parallel={"islands": 2, "tensor": tensor},
+        optimizer={"adapter": adapter},
         islands={
             "every": 3,
+            "from_step": 3,
             "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
             "transport": {"bits": bits},
         },
@@ -79,6 +88,8 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
             assert line.get(figure) == expected[step].get(figure), (step, figure)
     last = [tmp_path / name / "checkpoints" / f"step_{LAST}" for name in ("unbroken", "broken")]
     assert_same_checkpoint(*last)
+    names = load_file(last[0] / "round_rank_1.safetensors")
+    assert any(name.startswith("moments.optimizer.") for name in names)  # those of pairs
     for rank, kinds in ((0, {"momentum", "residual"}), (1, {"moments", "residual"})):
         files = [load_file(directory / f"round_rank_{rank}.safetensors") for directory in last]
         assert {name.partition(".")[0] for name in files[0]} == kinds
@@ -96,12 +107,82 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
     assert lines[7]["train/loss"] == pytest.approx(expected[7]["train/loss"], rel=1e-6)
 
 
+WITHIN_A_ROUND = Moment("within a round", Doing("micro-batch"))
+ON_ARRIVAL = Moment(
+    "between two fragments", Call("relora_ds.engine.islands.rounds:Rounds._outer_step", "after")
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "tensor"), [(0, 1), (3, 1), (1, 2), (0, 2)])
-def test_islands_of_two_ranks_resume_bit_exact(
-    tiny_corpus: TinyCorpus, tmp_path: Path, stage: int, tensor: int
+@pytest.mark.parametrize(("stage", "bits"), [(1, 4), (0, 32), (3, 8)])
+def test_fragments_on_their_way_survive_a_stop_and_a_kill(
+    tiny_corpus: TinyCorpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int,
+    bits: int,
 ) -> None:
-    description = described(tmp_path, tiny_corpus, stage, tensor, bits=4)
+    """Every other round of three updates ends with common weights: the run is asked to stop within
+    one, is continued, is killed while a fragment arrives, and is continued again."""
+    description = describe(
+        tmp_path,
+        METHOD | {"merge_every": 9},
+        stage,
+        tiny_corpus.files,
+        train={"steps": 18},
+        checkpoint={"every": 6},
+        eval={"every": 6},
+        parallel={"islands": 2},
+        islands={
+            "every": 3,
+            "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
+            "transport": {"bits": bits, "fragments": 3, "overlap": 2},
+        },
+    )
+    file = str(write_run(description, tmp_path / "run.yaml"))
+    unbroken, broken = (f"output_dir={tmp_path / name}" for name in ("unbroken", "broken"))
+    code, output = run([file, unbroken], processes=2)
+    assert code == 0, output
+    ends = [
+        Fault(WITHIN_A_ROUND, Signal(signal.SIGTERM), rank=1, step=8),
+        Fault(ON_ARRIVAL, Kill(), rank=1, step=17),
+    ]
+    codes = []
+    for fault in ends:
+        faults = tmp_path / fault.moment.name
+        for name, value in plan(faults, [fault]).items():
+            monkeypatch.setenv(name, value)
+        armed = ["launch/pretrain.py", file, broken]
+        code, output = run(armed, processes=2, script="tests/faults/armed.py")
+        assert struck(faults) == [fault.moment.name], output
+        codes.append(code)
+    assert (codes[0], codes[1] != 0) == (75, True)
+    stopped = load_file(tmp_path / "broken" / "checkpoints" / "step_9" / "round_rank_0.safetensors")
+    assert stopped["left"].tolist() == [-1, -1, 8]
+    code, output = run([file, broken], processes=2)
+    assert (code, "step_12" in output) == (0, True), output
+
+    expected, found = metrics(tmp_path / "unbroken"), metrics(tmp_path / "broken")
+    assert sorted(found) == list(range(1, 19))
+    for step, line in found.items():
+        for figure in FIGURES:
+            assert line.get(figure) == expected[step].get(figure), (step, figure)
+    last = [tmp_path / name / "checkpoints" / "step_18" for name in ("unbroken", "broken")]
+    assert_same_checkpoint(*last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "tensor", "adapter"),
+    [
+        *((stage, tensor, None) for stage, tensor in ((0, 1), (3, 1), (1, 2), (0, 2))),
+        *((stage, tensor, "spectral") for stage, tensor in ((3, 1), (0, 2))),
+    ],
+)
+def test_islands_of_two_ranks_resume_bit_exact(
+    tiny_corpus: TinyCorpus, tmp_path: Path, stage: int, tensor: int, adapter: str | None
+) -> None:
+    description = described(tmp_path, tiny_corpus, stage, tensor, bits=4, adapter=adapter)
     code, output = run([description], processes=4)
     assert code == 0, output
     source, again = tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "again"

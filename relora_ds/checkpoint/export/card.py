@@ -19,11 +19,10 @@ from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RunRecord
 from relora_ds.config.model import ModelConfig
 from relora_ds.files.regular import open_regular, read_regular
+from relora_ds.model.hf.directory import CARD, RUN, ZERO
 from relora_ds.model.init import dense_shapes
 from relora_ds.redaction import redact
 
-CARD = "README.md"
-RUN, ZERO = "training_run.yaml", "training_zero.json"
 _BEGIN, _END = "<!-- lm-eval -->\n", "<!-- end of lm-eval -->\n"
 _SUMMARY_BYTES = 64 << 20
 _LEFT_OUT = ("checkpoint", "log")  # they change no weight, and name places of one machine

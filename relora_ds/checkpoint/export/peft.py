@@ -23,11 +23,17 @@ from relora_ds.files.durable import write_file
 from relora_ds.files.tensors import stream_safetensors
 from relora_ds.methods.build import DenseWeights
 from relora_ds.methods.interface import Adapter
-from relora_ds.model.hf.directory import METADATA, SHARD_BYTES, fill_hf, new_export, write_texts
+from relora_ds.model.hf.directory import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BASE,
+    METADATA,
+    SHARD_BYTES,
+    fill_hf,
+    new_export,
+    write_texts,
+)
 
-BASE = "base"
-"""Folder of the base model within the export."""
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -66,12 +72,12 @@ def export_peft(
     tokenizer, architecture = described(model, with_tokenizer)
     with new_export(output) as work:
         factors = parts.factors(dtype)
-        write_file(work / _WEIGHTS, lambda file: stream_safetensors(file, factors, METADATA))
+        write_file(work / ADAPTER, lambda file: stream_safetensors(file, factors, METADATA))
         base = work / BASE
         base.mkdir()
         fill_hf(base, architecture, parts.items(), tokenizer, dtype, shard_bytes)
         config = json.dumps(parts.config(output / BASE), indent=2) + "\n"
-        write_texts(work, {**card_of(model, dtype), _CONFIG: config})
+        write_texts(work, {**card_of(model, dtype), ADAPTER_CONFIG: config})
 
 
 class _Parts(Mapping[str, torch.Tensor]):

@@ -173,12 +173,16 @@ def _implied(
         required |= set(shard_files(state.zero_stage, state.dp_size, size, dtype))
         ranks = min(state.dp_size * size, len(listed))  # at stage 0 dp_size counts no files
         allowed |= {layout.side_of_rank(rank) for rank in range(ranks)}
-        required |= _of_rounds(checkpoint, record, listed)
+        rounds = _of_rounds(checkpoint, record, listed)
+        required |= rounds[0]
+        allowed |= rounds[1]
     return required, allowed
 
 
-def _of_rounds(checkpoint: Path, record: RunRecord, listed: Mapping[str, Listed]) -> set[str]:
-    """Files that islands write which train apart.
+def _of_rounds(
+    checkpoint: Path, record: RunRecord, listed: Mapping[str, Listed]
+) -> tuple[set[str], set[str]]:
+    """Files that islands write which train apart, and those that they write within a round.
 
     Raises:
         CheckpointError: it describes more of them than there are files.
@@ -186,7 +190,7 @@ def _of_rounds(checkpoint: Path, record: RunRecord, listed: Mapping[str, Listed]
     state, config = record.trainer, record.config
     count, place = config.parallel.islands, state.dp_size * state.tp_size
     if count == 1 or config.islands.share_gradients:
-        return set()
+        return set(), set()
     writers = place if state.zero_stage else state.tp_size
     if (count - 1) * writers > len(listed):
         raise CheckpointError(
@@ -197,8 +201,11 @@ def _of_rounds(checkpoint: Path, record: RunRecord, listed: Mapping[str, Listed]
     residual = transport.bits < 32 and transport.error_feedback
     # the moments of the first island are in DeepSpeed's files
     first = 0 if config.islands.outer.momentum or residual else 1
-    ranks = (number * place + rank for number in range(first, count) for rank in range(writers))
-    return {layout.round_of_rank(rank) for rank in ranks}
+    files = [
+        {layout.round_of_rank(number * place + rank) for rank in range(writers)}
+        for number in range(count)
+    ]
+    return set().union(*files[first:]), files[0] if config.islands.in_turn else set()
 
 
 def _present(checkpoint: Path) -> set[str]:

@@ -7,6 +7,7 @@ no optimizer state, of no topology. It is listed in a manifest and proved like a
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.tokenizer import special_ids, tokenizers_in
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.files.durable import describe, remedy, staged
+from relora_ds.files.durable import describe, remedy
+from relora_ds.files.scratch import new_directory
 from relora_ds.model.hf.directory import DTYPES
 from relora_ds.model.hf.weights import read_hf
 
@@ -47,7 +49,7 @@ def import_hf(source: Path, output: Path, *, with_tokenizer: bool = True) -> Non
             no export has; or the checkpoint cannot be written.
         DataError: its tokenizer cannot be read.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise ConfigError(f"{output} exists: name a new directory")
     if not (source / "config.json").is_file():
         raise ConfigError(
@@ -59,7 +61,7 @@ def import_hf(source: Path, output: Path, *, with_tokenizer: bool = True) -> Non
     for file in tokenizers:
         special_ids(file)
     try:
-        with staged(output, layout.staging(output)) as directory:
+        with new_directory(output) as directory:
             record = _record(source, output, architecture)
             write_parts(_values(weights, source), 0, directory, record.origin)
             write_tensors({}, directory / layout.side(""), record.origin)
@@ -70,7 +72,7 @@ def import_hf(source: Path, output: Path, *, with_tokenizer: bool = True) -> Non
             write_manifest(directory)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint cannot be written: {describe(error)}; {remedy(error)}"
+            f"the checkpoint {output} cannot be written: {describe(error)}; {remedy(error)}"
         ) from error
 
 

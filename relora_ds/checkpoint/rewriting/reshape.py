@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,8 @@ from relora_ds.checkpoint.saved_state import write_state
 from relora_ds.config.rules.tensors import heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.files.durable import describe, remedy, staged
+from relora_ds.files.durable import describe, remedy
+from relora_ds.files.scratch import new_directory
 
 
 def reshape_checkpoint(
@@ -46,18 +48,17 @@ def reshape_checkpoint(
     changes = {key: value for key, value in wanted.items() if value is not None}
     record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes), run="")
     problems = list(_problems(record))
-    if output.exists():
+    if os.path.lexists(output):
         problems.append(f"{output} exists: name a new directory")
     if problems:
         raise ConfigError(problems)
-    staging = layout.staging(output)
     try:
-        with staged(output, staging) as directory:
+        with new_directory(output) as directory:
             _write(run, record, directory)
             write_manifest(directory)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint cannot be written: {describe(error)}; {remedy(error)}"
+            f"the checkpoint {output} cannot be written: {describe(error)}; {remedy(error)}"
         ) from error
 
 

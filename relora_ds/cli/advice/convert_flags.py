@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from relora_ds.cli.numbers import Count
 from relora_ds.cli.parser import run_tool, tool_parser
 
 
@@ -23,7 +24,9 @@ def main(arguments: Sequence[str], prog: str | None = None) -> int:
         "--trainer", choices=("relora", "switchlora", "sltrain"), help="default: told by the flags"
     )
     parser.add_argument("--axolotl", type=Path, metavar="FILE", help="configuration of axolotl's")
-    parser.add_argument("--processes", type=int, default=1, help="that an axolotl file runs on [1]")
+    parser.add_argument(
+        "--processes", type=Count(), default=1, help="that an axolotl file runs on [1]"
+    )
     parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="to be converted")
     own, theirs = _divided(arguments)
     parsed = parser.parse_args(own)

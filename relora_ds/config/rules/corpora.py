@@ -45,6 +45,16 @@ def rows_have_documents(data: DataConfig, eval: EvalConfig) -> Iterator[Finding]
         )
 
 
+def validation_is_held_out(data: DataConfig) -> Iterator[Finding]:
+    trained = data.train if isinstance(data.train, list) else [(1.0, data.train)]
+    if data.valid and data.valid in [prefix for _, prefix in trained]:
+        yield Finding(
+            ("data", "valid"),
+            f"is {data.valid}, which data.train holds too: its loss tells what is remembered, not "
+            "what was learnt; name another file, or valid_share in its place",
+        )
+
+
 def builtin_vocabulary_fits_model(data: DataConfig, architecture: ModelConfig) -> Iterator[Finding]:
     size, rows = data.builtin_vocab_size, architecture.vocab_size
     if data.source == "builtin" and size > rows:

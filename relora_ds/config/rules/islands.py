@@ -11,7 +11,6 @@ from relora_ds.config.sections import (
     CheckpointConfig,
     EvalConfig,
     GuardsConfig,
-    OptimizerConfig,
     ParallelConfig,
     TrainConfig,
 )
@@ -27,12 +26,65 @@ def rounds_need_islands(parallel: ParallelConfig, islands: IslandsConfig) -> Ite
         )
 
 
+def rounds_begin_in_the_run(
+    parallel: ParallelConfig, islands: IslandsConfig, train: TrainConfig
+) -> Iterator[Finding]:
+    path, first = ("islands", "from_step"), islands.from_step
+    if not first:
+        return
+    if parallel.islands == 1:
+        yield Finding(
+            path,
+            f"is {first}, but parallel.islands is 1, and there are no rounds: set parallel.islands "
+            "to the number of parts that a slow link connects, or remove it",
+        )
+    elif islands.share_gradients:
+        yield Finding(
+            path,
+            f"is {first}, but islands share gradients in every update anyway: set islands.every to "
+            "the updates of a round, or remove it",
+        )
+    elif first >= train.steps:
+        yield Finding(
+            path,
+            f"is {first}, but must be less than train.steps ({train.steps}), or no round begins: "
+            "write less, or islands.every: 1 to share gradients in every update",
+        )
+
+
+def factors_of_rates_need_rounds(
+    parallel: ParallelConfig, islands: IslandsConfig
+) -> Iterator[Finding]:
+    if islands.inner_lr != 1.0 and (parallel.islands == 1 or islands.share_gradients):
+        yield Finding(
+            ("islands", "inner_lr"),
+            f"is {islands.inner_lr}, but is a factor of learning rates in rounds, and there are "
+            "none: set parallel.islands and islands.every, or remove it",
+        )
+
+
 def nesterov_has_momentum(islands: IslandsConfig) -> Iterator[Finding]:
     if islands.outer.nesterov and not islands.outer.momentum:
         yield Finding(
             ("islands", "outer", "nesterov"),
             "is true, but islands.outer.momentum is 0, along which nothing is looked ahead: set "
             "it, 0.9 is usual, or write false",
+        )
+
+
+def fragments_fit_a_round(islands: IslandsConfig) -> Iterator[Finding]:
+    every, transport = islands.every, islands.transport
+    if transport.fragments > every:
+        yield Finding(
+            ("islands", "transport", "fragments"),
+            f"is {transport.fragments}, but each of them leaves after an update of its own, and a "
+            f"round has islands.every ({every}): write {every} or less",
+        )
+    if transport.overlap >= every:
+        yield Finding(
+            ("islands", "transport", "overlap"),
+            f"is {transport.overlap}, but must be less than islands.every ({every}), after which "
+            f"the same fragment leaves again: write {every - 1} or less",
         )
 
 
@@ -59,6 +111,7 @@ def steps_end_rounds(
     every, warm = islands.every, method.warm_start
     steps: dict[KeyPath, int | None] = {
         ("train", "steps"): train.steps,
+        ("islands", "from_step"): islands.from_step,
         ("method", "warm_start_steps"): warm and warm.steps,
         ("method", "merge_every"): method.merges_every,
         ("eval", "every"): eval.every,
@@ -79,7 +132,6 @@ def islands_are_supported(
     islands: IslandsConfig,
     train: TrainConfig,
     guards: GuardsConfig,
-    optimizer: OptimizerConfig,
 ) -> Iterator[Finding]:
     size = parallel.islands
     if size == 1:
@@ -100,19 +152,14 @@ def islands_are_supported(
             f"is {value}, but parallel.islands is {size}: all islands would have to agree before "
             f"every update; write {'stop' if skips else 'off'}",
         )
-    kinds = {"matrix": optimizer.matrix, "adapter": optimizer.adapter}
-    for key, kind in kinds.items():
-        if kind is not None and not islands.share_gradients:
-            yield Finding(
-                ("optimizer", key),
-                f"is {kind}, whose state is not kept by island: write islands.every: 1 with the "
-                "plain average, or remove it",
-            )
 
 
 ISLAND_RULES = (
     rounds_need_islands,
+    rounds_begin_in_the_run,
+    factors_of_rates_need_rounds,
     nesterov_has_momentum,
+    fragments_fit_a_round,
     islands_share_the_batch,
     steps_end_rounds,
     islands_are_supported,

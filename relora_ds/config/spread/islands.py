@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from relora_ds.config.base import PositiveFloat, PositiveInt, Section
+from relora_ds.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class OuterConfig(Section):
@@ -29,6 +29,12 @@ class TransportConfig(Section):
     error_feedback: bool = True
     """Add what rounding to fewer bits left out to the change of the next round, at the price of 4
     bytes of host memory per trained weight and process."""
+    fragments: PositiveInt = 1
+    """Parts of what is trained that travel in turn, each once per round, at most `every`: a slow
+    link carries less at a time, more evenly."""
+    overlap: NonNegativeInt = 0
+    """Updates for which training goes on while a fragment travels, fewer than `every`. Islands then
+    wait for the link only if it takes longer than that."""
 
 
 class IslandsConfig(Section):
@@ -37,12 +43,39 @@ class IslandsConfig(Section):
     every: PositiveInt = 1
     """Optimizer steps per round, at the end of which the islands average what they train. 1 with
     the plain average in 32 bits shares gradients before each update: data parallelism."""
+    from_step: NonNegativeInt = 0
+    """Updates before the first round, a multiple of `every`. Islands share gradients in them, as if
+    `every` were 1: weights that still move fast are not left to drift apart, at the price of as
+    many exchanges."""
+    inner_lr: PositiveFloat = 1.0
+    """Factor of all learning rates in rounds. An island has but its share of the batch, so that the
+    part of a normalised update that islands have in common is smaller: with G islands and small
+    batches the root of G makes up for it."""
     outer: OuterConfig = OuterConfig()
     """The step that is taken from the islands' mean."""
     transport: TransportConfig = TransportConfig()
     """What the mean is made of."""
 
+    def rate_factor(self, done: int) -> float:
+        """Factor of all learning rates in the update after `done` ones of the run."""
+        apart = not self.share_gradients and done >= self.from_step
+        return self.inner_lr if apart else 1.0
+
     @property
     def share_gradients(self) -> bool:
         """Whether islands average gradients before every update, not weights after it."""
         return self.every == 1 and self.outer == OuterConfig() and self.transport.bits == 32
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a round may end without all weights being common at once."""
+        return self.transport.fragments > 1 or self.transport.overlap > 0
+
+    def leaving(self, done: int) -> list[int]:
+        """Numbers of the fragments that leave after so many updates of the run.
+
+        Fragment f of F does so f / F of a round after the round began, in every round.
+        """
+        count = self.transport.fragments
+        offsets = [number * self.every // count for number in range(count)]
+        return [n for n, offset in enumerate(offsets) if (done - offset) % self.every == 0]

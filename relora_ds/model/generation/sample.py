@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relora_ds.errors import ConfigError
+from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.model.generation.cache import CachedModel
 from relora_ds.model.llama import Llama
 from relora_ds.randomness import Stream
@@ -52,6 +52,7 @@ def generate(
     ends: Collection[int] = (),
     text: int = 0,
     cached: bool = True,
+    known: int | None = None,
 ) -> list[int]:
     """Tokens that follow a prompt, without those that end a text.
 
@@ -62,9 +63,12 @@ def generate(
         ends: tokens that end the text.
         text: number of the text, so that equal prompts may go on differently.
         cached: keep keys and values; otherwise everything is computed again for every token.
+        known: ids from here on stand for no token, as where a vocabulary is padded, and are never
+            chosen; None where all of the model's do.
 
     Raises:
         ConfigError: prompt and text are longer than the model's context, or the prompt is empty.
+        CheckpointError: the model does not compute numbers.
     """
     limit = model.config.max_position_embeddings
     total = len(prompt) + sampling.max_tokens
@@ -80,7 +84,12 @@ def generate(
     while len(found) < sampling.max_tokens:
         if not cached:
             unread, reader = [*prompt, *found], CachedModel(model, 1, total)
-        logits = reader.read(torch.tensor([unread], device=device))[0]
+        logits = reader.read(torch.tensor([unread], device=device))[0, :known]
+        if not bool(torch.isfinite(logits).all()):
+            raise CheckpointError(
+                "the model's logits are not finite: it diverged before it was saved, or its file "
+                "is damaged; use an earlier checkpoint"
+            )
         token = choose(logits, sampling, stream, len(found))
         if token in ends:
             break
@@ -101,7 +110,8 @@ def choose(logits: torch.Tensor, sampling: Sampling, stream: Stream, place: int)
     if sampling.temperature == 0.0:
         return int(logits.argmax())
     # on the host and in fp64, so that every device chooses alike from equal logits
-    scaled = logits.double().cpu() / sampling.temperature
+    exact = logits.double().cpu()
+    scaled = (exact - exact.max()) / sampling.temperature  # the largest is 0: none overflows
     chances, order = scaled.softmax(-1).sort(descending=True, stable=True)
     before = chances.cumsum(-1) - chances
     kept = chances.masked_fill(before >= sampling.top_p, 0.0)  # the likeliest always stays

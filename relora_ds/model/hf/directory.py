@@ -6,8 +6,10 @@ transformers package; what is written loads in its versions 4 and 5.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ from typing import Any
 import torch
 
 from relora_ds.config.model import ModelConfig
+from relora_ds.data.json_tokenizer import COMPANIONS
+from relora_ds.data.json_tokenizer import NAME as JSON_TOKENIZER
+from relora_ds.data.tokenizer import NAME as TOKENIZER
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.files.durable import (
     describe,
@@ -39,6 +44,16 @@ from a model of the user's."""
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What weights may be stored in, by the name that `config.json` has for it."""
 _NEW, _OLD = "new", "old"  # in the scratch folder: the export, and the one that it replaces
+BASE = "base"
+"""Folder of an adapter's base model within an export."""
+CARD = "README.md"
+RUN, ZERO = "training_run.yaml", "training_zero.json"
+"""The run that trained a model, and its DeepSpeed settings, beside its card."""
+CONFIG, ADAPTER_CONFIG, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
+ADAPTER = "adapter_model.safetensors"
+_NAMES = {CARD, RUN, ZERO, CONFIG, ADAPTER_CONFIG, GENERATION, ADAPTER, SINGLE, INDEX}
+_NAMES |= {TOKENIZER, JSON_TOKENIZER, *COMPANIONS}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def write_hf(
@@ -52,7 +67,8 @@ def write_hf(
 ) -> None:
     """Write a model that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads.
 
-    The directory appears complete or not at all; an earlier export in its place is replaced.
+    The directory appears complete or not at all; an earlier export in its place is replaced, unless
+    it holds files that no export writes.
 
     Args:
         directory: target; must not exist, be empty, or hold an export of ours.
@@ -62,7 +78,7 @@ def write_hf(
         tokenizer_path: SentencePiece model to go with it, or None.
         dtype: fp32, bf16 or fp16; what the tensors are stored in. None keeps each tensor's own.
         shard_bytes: largest size of one file, unless a single tensor is larger.
-        texts: contents of further files by name, a model card's for example.
+        texts: contents of the card's files by name.
 
     Raises:
         ConfigError: the target is taken, or `dtype` cannot be stored.
@@ -82,7 +98,7 @@ def new_export(directory: Path) -> Iterator[Path]:
     """An empty folder to fill with an export, which becomes `directory` at the end of the block.
 
     Raises:
-        ConfigError: something that is no export of ours is there.
+        ConfigError: something that is no export of ours is there, or lies in an export.
         CheckpointError: a file cannot be written.
     """
     target = directory.resolve()
@@ -94,7 +110,9 @@ def new_export(directory: Path) -> Iterator[Path]:
             work = scratch / _NEW
             work.mkdir()
             yield work
+            assert not _strangers(work), "what an export writes is known by its name"
             sync_tree(work)
+            check_target(target)  # again: writing takes minutes, and what is there is removed
             _publish(work, target)
     except OSError as error:
         raise CheckpointError(
@@ -111,12 +129,12 @@ def fill_hf(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write configuration, weights and tokenizer into an empty folder; see `write_hf`."""
-    _dump(_generation_json(config), folder / "generation_config.json")
+    _dump(_generation_json(config), folder / GENERATION)
     if tokenizer_path is not None:
         write_tokenizer(Path(tokenizer_path), folder)
     checked = _checked(weights, dense_shapes(config))
     stored = _write_weights(folder, checked, dtype, shard_bytes)
-    _dump(_config_json(config, stored), folder / "config.json")
+    _dump(_config_json(config, stored), folder / CONFIG)
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
@@ -237,14 +255,34 @@ def check_target(target: Path) -> None:
     """Make sure that an export may be written to a directory.
 
     Raises:
-        ConfigError: something else is there.
+        ConfigError: something else is there, or somebody's files lie in an earlier export.
     """
-    if not target.exists() or _is_export(target):
+    if not target.exists():
         return
-    if not target.is_dir() or any(target.iterdir()):
+    if _is_export(target):
+        strangers = _strangers(target)
+        if strangers:
+            more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+            raise ConfigError(
+                f"{target} is an earlier export, which a new one replaces as a whole, but holds "
+                f"{strangers[0]}{more}, which no export writes: move it elsewhere, or name a new "
+                "directory"
+            )
+    elif not target.is_dir() or any(target.iterdir()):
         raise ConfigError(
             f"{target} exists and is not an earlier export; name a new directory or remove it"
         )
+
+
+def _strangers(export: Path) -> list[str]:
+    """What lies in an export and is not of it, by its path in there, sorted."""
+    found: list[str] = []
+    for path in export.iterdir():
+        if path.name == BASE and path.is_dir():
+            found += [f"{BASE}/{name}" for name in _strangers(path)]
+        elif (path.name not in _NAMES and _SHARD.fullmatch(path.name) is None) or path.is_dir():
+            found.append(path.name)
+    return sorted(found)
 
 
 def _is_export(target: Path) -> bool:
@@ -259,7 +297,7 @@ def _is_export(target: Path) -> bool:
 
 
 def _publish(work: Path, target: Path) -> None:
-    """Put the finished directory in place of whatever `_check_target` allowed to stand there."""
+    """Put the finished directory in place of whatever `check_target` allowed to stand there."""
     if target.exists() and not exchange(work, target):
         # a directory that is not empty cannot be replaced in one step; keep it until the new stands
         os.replace(target, work.with_name(_OLD))
@@ -281,7 +319,7 @@ def recover_export(target: Path) -> None:
 
 def _restore_interrupted(target: Path) -> None:
     """Put back the export that a process had moved away when it was killed."""
-    for old in sorted(target.parent.glob(f".{target.name}.*/{_OLD}")):
+    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*/{_OLD}")):
         if not target.exists() and _is_export(old):
             os.replace(old, target)
 

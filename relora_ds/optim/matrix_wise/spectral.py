@@ -23,10 +23,11 @@ from relora_ds.optim.matrix import (
     StateTensor,
     Steps,
 )
-from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, Coefficients, polar
+from relora_ds.optim.matrix_wise.inverse_root import inverse_root
 
 _RIDGE = 1e-12
 """Added to the diagonal of ones of a Gram matrix, which may have less than full rank."""
+_TINY = torch.finfo(torch.float64).tiny
 _SQUARINGS = 6
 """Of a Gram matrix, for its largest eigenvalue: at most 10 % too large for r up to 512."""
 
@@ -41,8 +42,8 @@ class SpectralPair(MatrixOptimizer):
     is.
 
     Nothing of the size of B A is formed. With P = [N_B B] and Q = [A^T N_A^T], which have 2 r
-    columns, D = P Q^T; triangular factors of the Gram matrices of P and Q leave a polar factor of
-    one (2 r, 2 r) matrix, in fp64.
+    columns, D = P Q^T. In an orthonormal basis E of Q's columns, Q = E R, the Gram matrix of D is
+    R P^T P R^T, and O = P R^T (R P^T P R^T)^(-1/2) E^T: all else is (2 r, 2 r), in fp64.
     """
 
     needs: ClassVar[Needs] = "pair"
@@ -56,8 +57,6 @@ class SpectralPair(MatrixOptimizer):
     s B A moves by at most lr c, whatever the factors' sizes."""
     scale: float = 1.0
     """s, of the product in the weight."""
-    coefficients: Coefficients = POLAR_EXPRESS
-    """Steps towards the polar factor."""
 
     def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
         return {"momentum": StateTensor(shape, "slice")}
@@ -96,25 +95,33 @@ class SpectralPair(MatrixOptimizer):
         """
         rank, n = lora_a.shape[-2:]
         m = lora_b.shape[-2]
-        left = _Frame(torch.cat([ahead_b, lora_b], -1).double())
-        right = _Frame(torch.cat([lora_a, ahead_a], -2).double().mT)
-        core = polar(left.triangle @ right.triangle.mT, self.coefficients)
-        # with orthonormal E_P, E_Q of the frames: O = E_P core E_Q^T, and E^T P is a triangle
-        along_b = left.combine(core @ right.triangle[..., :rank])
-        along_a = right.combine(core.mT @ left.triangle[..., rank:])
-        factor = 0.5 * math.sqrt(max(1.0, m / n))
+        left = torch.cat([ahead_b, lora_b], -1).double()
+        frame = _Frame(torch.cat([lora_a, ahead_a], -2).double().mT)
+        left_gram = left.mT @ left
+        across = frame.triangle @ left_gram  # E^T Q P^T P
+        gram = across @ frame.triangle.mT
+        size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_TINY)[:, None, None]
+        rough, root = inverse_root(gram / size)
+        # O = P R^T rough root E^T. Rounding of `root` is not magnified where `rough` meets P R^T on
+        # its left or R P^T on its right before `root` does, hence the two orders.
+        for_b = rough @ (root @ frame.triangle[..., :rank])
+        for_a = root @ (rough @ across[..., rank:])
+        factor = 0.5 * math.sqrt(max(1.0, m / n)) / size.sqrt()
         if self.normalized:
-            sizes = largest_eigenvalue(right.gram[..., :rank, :rank])
-            sizes = sizes + largest_eigenvalue(left.gram[..., rank:, rank:])
-            factor = factor / (0.5 * self.scale * sizes.clamp(min=_RIDGE))[..., None, None]
-        return (factor * along_a).mT.to(lora_a.dtype), (factor * along_b).to(lora_b.dtype)
+            sizes = largest_eigenvalue(frame.gram[..., :rank, :rank])
+            sizes = sizes + largest_eigenvalue(left_gram[..., rank:, rank:])
+            factor = factor / (0.5 * self.scale * sizes.clamp(min=_RIDGE))[:, None, None]
+        along_b = left @ (factor * (frame.triangle.mT @ for_b))
+        along_a = frame.combine(factor * for_a)
+        return along_a.mT.to(lora_a.dtype), along_b.to(lora_b.dtype)
 
 
 class _Frame:
     """An orthonormal basis E of the columns of P, in products only: P = E `triangle`.
 
     The columns are scaled to length one before they are multiplied with each other, so that a
-    small one is not lost beside a large one.
+    small one is not lost beside a large one. One that lies in the span of those before it adds no
+    direction, and its row of the triangle is zero.
 
     Args:
         columns: P (batch, rows, k), fp64; may have less than full rank.
@@ -129,7 +136,9 @@ class _Frame:
         scaled = self.gram * self._inverse * self._inverse.mT
         scaled.diagonal(dim1=-2, dim2=-1).fill_(1 + _RIDGE)
         self._lower, _ = torch.linalg.cholesky_ex(scaled)  # which waits for nothing
-        self.triangle = self._lower.mT * lengths.unsqueeze(-2)
+        # of a column in the span of others the ridge alone is left, about twice
+        adds = self._lower.diagonal(dim1=-2, dim2=-1).square() > 10 * _RIDGE
+        self.triangle = (self._lower * adds.unsqueeze(-2)).mT * lengths.unsqueeze(-2)
         """(batch, k, k), upper triangular."""
 
     def combine(self, weights: torch.Tensor) -> torch.Tensor:

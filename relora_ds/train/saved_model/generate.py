@@ -16,7 +16,7 @@ from relora_ds.data.tokenizer import open_tokenizer
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, DataError
 from relora_ds.model.generation.sample import Sampling, generate
 
 
@@ -46,9 +46,9 @@ def generate_from_checkpoint(
         cached: keep keys and values of earlier tokens.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
-        ConfigError: it has no tokenizer, or a prompt is too long.
-        DataError: the tokenizer cannot be read.
+        CheckpointError: the checkpoint cannot be read, or its model does not compute numbers.
+        ConfigError: it has no tokenizer, or a prompt is too long or no text.
+        DataError: the tokenizer cannot be read, or is not that of the model.
     """
     dense = DenseModel(checkpoint)
     if dense.tokenizer is None:
@@ -57,6 +57,13 @@ def generate_from_checkpoint(
             f"data were prepared with into {dense.directory}"
         )
     tokenizer = open_tokenizer(dense.tokenizer)
+    known = tokenizer.vocab_size
+    if known > dense.architecture.vocab_size:
+        raise DataError(
+            f"{dense.tokenizer}: the tokenizer has {known} ids, but the model's vocab_size is "
+            f"{dense.architecture.vocab_size}: put the tokenizer there that the data were prepared "
+            "with"
+        )
     _, architecture = described(dense, with_tokenizer=True)
     ends = _ends(architecture)
     length = architecture.max_position_embeddings
@@ -66,12 +73,29 @@ def generate_from_checkpoint(
     model = dense.model(train, torch.device(accelerator_type())).eval()
     found = []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+        ids = tokenizer.encode(_text(prompt)) or [tokenizer.eos_id]
         room = min(sampling.max_tokens, max(1, length - len(ids)))
-        tokens = generate(model, ids, replace(sampling, max_tokens=room), ends, number, cached)
+        shorter = replace(sampling, max_tokens=room)
+        tokens = generate(model, ids, shorter, ends, number, cached, known)
         text = tokenizer.decode([*ids, *tokens]).removeprefix(tokenizer.decode(ids))
         found.append(Generated(prompt, text, len(tokens), len(tokens) < room))
     return found
+
+
+def _text(prompt: str) -> str:
+    """The prompt, if it is one.
+
+    Raises:
+        ConfigError: it holds bytes of a command line or of an input that are no text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt is no UTF-8 at its character {error.start + 1}: convert it, or set LANG "
+            "to the encoding that it is written in"
+        ) from error
+    return prompt
 
 
 def _ends(architecture: ModelConfig) -> tuple[int, ...]:

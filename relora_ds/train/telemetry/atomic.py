@@ -39,6 +39,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _remove_drafts(path: Path) -> None:
     """Remove temporary files of processes that have ended: the system has let go of their locks."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not draft.name.split(".")[-2].isdigit():  # no process's number: somebody's file
+            continue
         with contextlib.suppress(OSError), open_regular(draft) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             draft.unlink()

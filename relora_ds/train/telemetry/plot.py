@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relora_ds.errors import ConfigError
-from relora_ds.train.telemetry.sinks.base import read_metrics
+from relora_ds.train.telemetry.sinks.base import number_of, read_metrics
 from relora_ds.train.views.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def loss_figure(records: Sequence[dict[str, Any]], name: str) -> Figure:
 
 def has_losses(records: Sequence[dict[str, Any]]) -> bool:
     """Whether there is anything to plot."""
-    return any(record.get(key) is not None for record in records for key in _LOSSES)
+    return any(math.isfinite(number_of(record, key)) for record in records for key in _LOSSES)
 
 
 def _draw_loss(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
@@ -138,10 +139,9 @@ def _draw_events(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
 
 def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the records that report `key`; null becomes NaN. Two (n,) arrays."""
-    reported = [(record["step"], record[key]) for record in records if key in record]
-    steps = np.array([step for step, _ in reported], dtype=np.float64)
-    values = np.array([np.nan if v is None else v for _, v in reported], dtype=np.float64)
-    return steps, values
+    reported = [(record["step"], number_of(record, key)) for record in records if key in record]
+    pairs = np.array(reported, dtype=np.float64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -192,10 +192,10 @@ def _loss_limits(
 def _title(name: str, records: Sequence[dict[str, Any]]) -> str:
     """The run's name and, where there is one, its last evaluation."""
     for record in reversed(records):
-        if record.get("eval/loss") is not None:
-            text = f"{name}: eval loss {record['eval/loss']:.3f}"
-            perplexity = record.get("eval/perplexity")
-            if perplexity is not None:
+        loss, perplexity = (number_of(record, f"eval/{key}") for key in ("loss", "perplexity"))
+        if math.isfinite(loss):
+            text = f"{name}: eval loss {loss:.3f}"
+            if math.isfinite(perplexity):
                 text += f", perplexity {perplexity:,.2f}"
             return f"{text} at step {record['step']:,}"
     return name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from relora_ds.errors import ConfigError
-from relora_ds.train.telemetry.sinks.base import read_metrics
+from relora_ds.train.telemetry.sinks.base import number_of, read_metrics
 from relora_ds.train.views.figures import COLOURS, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class Curves:
         return place[known], values[known]
 
     def _of(self, key: str) -> np.ndarray:
-        found = (record.get(key) for record in self.records)
-        numbers = (v if isinstance(v, int | float) else np.nan for v in found)
-        return np.array(list(numbers), dtype=np.float64)
+        return np.array([number_of(record, key) for record in self.records], dtype=np.float64)
 
 
 def read_curves(run: Path) -> Curves:

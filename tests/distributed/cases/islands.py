@@ -9,6 +9,7 @@ from torch import nn
 
 from relora_ds.accounting.islands import GROUP, end_of_round, shared_gradients
 from relora_ds.accounting.recorder import Traffic, recorder
+from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.parallel.topology import Topology, as_one_island, share_models
@@ -16,7 +17,8 @@ from tests.harness.build import BATCH, CUT, SEQUENCE, VOCAB, Training, run_confi
 
 MICRO = 1
 RATES = {"dense": 8e-3, "adapter": 1.2e-2}
-_RELORA = {"name": "relora", "rank": 4, "alpha": 6, "merge_every": 4, "restart_warmup_steps": 2}
+RANK = 4
+_RELORA = {"name": "relora", "rank": RANK, "alpha": 6, "merge_every": 4, "restart_warmup_steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 4, "alpha": 6},
@@ -53,14 +55,20 @@ def described(
 class Island(Training):
     """A run as one of its islands drives it."""
 
-    def __init__(self, config: RunConfig, alone: Topology, stage: int) -> None:
+    def __init__(
+        self, config: RunConfig, alone: Topology, stage: int, architecture: ModelConfig = CUT
+    ) -> None:
         recorder.start()
         topology = share_models(alone, config)
-        for name, group in (("tp", topology.tp.group), (GROUP, topology.islands.group)):
+        between = topology.islands.group, topology.islands.background
+        for group in between:
             if group is not None:
-                recorder.name_group(group, name)
-        probe = _batch(0)[:1, :-1]
-        super().__init__(as_one_island(config), topology, {"stage": stage}, CUT, probe=probe)
+                recorder.name_group(group, GROUP)
+        if topology.tp.group is not None:
+            recorder.name_group(topology.tp.group, "tp")
+        probe = batch(0)[:1, :-1]
+        zero = {"stage": stage}
+        super().__init__(as_one_island(config), topology, zero, architecture, probe=probe)
         self.rounds_end = True
         """Whether rounds end by themselves."""
 
@@ -71,16 +79,17 @@ class Island(Training):
         )
         return [tokens[at : at + MICRO] for at in starts]
 
-    def step(self, step: int) -> tuple[float, Any]:
+    def step(self, step: int, common: bool = True) -> tuple[float, Any]:
         """The update after `step` completed ones, as the loop does it: mean loss, and event."""
-        tokens = _batch(step)
+        tokens = batch(step)
         self.set_rates(step, RATES)
         self.engine.state.gradients.batch = lambda: self.own_share(tokens)
         self.before_step(step)
         recorder.begin_step()
+        self.engine.begin_update(step)
         loss, _ = self.train_step(self.own_share(tokens))
         if self.rounds_end:
-            self.engine.end_round(step + 1, self.session.products_to_merge(step + 1))
+            self.engine.end_round(step + 1, self.session.products_to_merge(step + 1), common)
         return float(distributed.mean_over_ranks(loss)), self.after_step(step + 1)
 
 
@@ -98,18 +107,18 @@ def losses(
         run = Island(described(method, islands, **form), topology, stage)
         found["/".join(map(str, cell))] = [run.step(step)[0] for step in range(steps)]
         if islands > 1 and method != "galore":  # which refreshes
-            closed = shared_gradients(_groups(run), run.zero, islands, run.topology.dp_rank)
-            assert _between_islands() == closed
+            closed = shared_gradients(groups_of(run), run.zero, islands, run.topology.dp_rank)
+            assert between_islands() == closed
         run.check_replicas()
         run.destroy()
     return found
 
 
-def _groups(run: Island) -> list[list[nn.Parameter]]:
+def groups_of(run: Island) -> list[list[nn.Parameter]]:
     return [parameters for _, parameters in run.engine.groups]
 
 
-def _between_islands() -> dict[Traffic, int]:
+def between_islands() -> dict[Traffic, int]:
     """Payload of this update between islands, as it was counted."""
     volumes = recorder.step_volumes().items()
     return {kind: volume.payload for kind, volume in volumes if kind.group == GROUP}
@@ -137,7 +146,7 @@ def common_weights(topology: Topology, cells: list[tuple[str, int, int, str]]) -
         run = Island(config, topology, stage)
         for step in range(3):
             run.step(step)
-        tokens = _batch(3)
+        tokens = batch(3)
         run.set_rates(3, RATES)
         run.train_step(run.own_share(tokens))
         figures: dict[str, Any] = {"differ": [spread_over_islands(run)]}
@@ -146,8 +155,8 @@ def common_weights(topology: Topology, cells: list[tuple[str, int, int, str]]) -
         run.engine.end_round(4, run.session.products_to_merge(4))
         products = run.session.products_to_merge(4)
         merged = [factor for product in products for factor in product.factors]
-        closed = end_of_round(_groups(run), run.zero, 2, run.topology.dp_rank, merged=merged)
-        figures["bytes"] = _between_islands() == closed
+        closed = end_of_round(groups_of(run), run.zero, 2, run.topology.dp_rank, merged=merged)
+        figures["bytes"] = between_islands() == closed
         figures["differ"].append(spread_over_islands(run))
         event = run.after_step(4)
         figures["differ"].append(spread_over_islands(run))
@@ -176,7 +185,7 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
     found = {}
     for cell in cells:
         method, stage, tensor, bits = cell
-        rounds = {"every": 2, "outer": _OUTER, "transport": {"bits": bits}}
+        rounds = {"every": 2, "outer": OUTER, "transport": {"bits": bits}}
         config = described(method, 2, tensor=tensor, rounds=rounds)
         run, momentum = Island(config, topology, stage), None
         figures: dict[str, Any] = {"error": []}
@@ -191,12 +200,50 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
             step_size = (wanted - start).norm()
             figures["error"].append(float((_masters(run) - wanted).norm() / step_size))
             momentum = None if bits < 32 else momentum  # what was left out is in the next round
-        closed = end_of_round(_groups(run), run.zero, 2, run.topology.dp_rank, bits)
-        figures["bytes"] = _between_islands() == closed
+        closed = end_of_round(groups_of(run), run.zero, 2, run.topology.dp_rank, bits)
+        figures["bytes"] = between_islands() == closed
         figures["differ"] = spread_over_islands(run)
         run.check_replicas()
         run.destroy()
         found["/".join(map(str, cell))] = figures
+    return found
+
+
+def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str, Any]:
+    """Eight updates in rounds of two, of which the first six share gradients; ReLoRA
+    merges after the fourth.
+
+    Args:
+        cells: method, ZeRO stage.
+
+    Returns:
+        By cell, a figure per update: `losses`; `differ`, the largest difference of any weight
+        between islands after it; `sent`, what moved between islands: `gradients` or `weights` as
+        the closed form has them, `nothing` or `else`. `plain`: losses without islands.
+    """
+    found = {}
+    for method, stage in cells:
+        plain = Island(described(method, 1), topology, stage)
+        figures: dict[str, Any] = {"plain": [plain.step(step)[0] for step in range(8)]}
+        plain.destroy()
+        rounds = {"every": 2, "from_step": 6, "transport": {"bits": 16}}
+        config = described(method, 2, rounds=rounds)
+        run = Island(config, topology, stage)
+        what = groups_of(run), run.zero, 2, run.topology.dp_rank
+        forms = {
+            "nothing": {},
+            "gradients": shared_gradients(*what),
+            "weights": end_of_round(*what, bits=16),
+        }
+        figures |= {"losses": [], "differ": [], "sent": []}
+        for step in range(8):
+            figures["losses"].append(run.step(step)[0])
+            sent = between_islands()
+            figures["sent"].append(next((n for n, form in forms.items() if form == sent), "else"))
+            figures["differ"].append(spread_over_islands(run))
+        run.check_replicas()
+        run.destroy()
+        found[f"{method}/{stage}"] = figures
     return found
 
 
@@ -219,7 +266,7 @@ def flipped_bits(topology: Topology) -> dict[str, str]:
     return said
 
 
-_OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 
 
 def _masters(run: Island) -> torch.Tensor:
@@ -272,7 +319,7 @@ def _mean_projections(run: Island) -> list[torch.Tensor]:
     return [mean / run.topology.islands.size for mean in means]
 
 
-def _batch(step: int) -> torch.Tensor:
+def batch(step: int) -> torch.Tensor:
     """The global batch of an update: one of two in turn, which are learnt by heart."""
     draw = torch.Generator().manual_seed(step % 2)
     return torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=draw)

@@ -25,7 +25,7 @@ from relora_ds.methods.interface import (
 )
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, polar
+from relora_ds.optim.matrix_wise.inverse_root import inverse_root
 from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.shape import shard_of
 from relora_ds.parallel.topology import Topology, share_models
@@ -155,10 +155,19 @@ def _step(
         ahead.append(0.05 * grad + 0.95 * momentum)
         live.append(mask)
     a, b = (factor.double() for factor in factors)
-    direction = polar((ahead[1] @ a + b @ ahead[0])[None], POLAR_EXPRESS)[0]
+    direction = _polar(ahead[1] @ a + b @ ahead[0])
     rate = 0.5 * lr * math.sqrt(max(1.0, b.shape[0] / a.shape[1]))
     for factor, mask, move in zip(factors, live, (b.T @ direction, direction @ a.T), strict=True):
         factor.sub_(mask * (lr * DECAY * factor + rate * move))
+
+
+def _polar(matrix: torch.Tensor) -> torch.Tensor:
+    """The polar factor, by singular value decomposition; the smallest singular values end below 1
+    as they do in the product."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    size = s.norm().clamp(min=1e-300)
+    rough, root = inverse_root((s / size).square().diag()[None])
+    return (u * (s / size * (rough * root)[0].diagonal())) @ vh
 
 
 def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,10 @@ def test_every_difference_is_listed() -> None:
     with pytest.raises(CheckpointError) as caught:
         continues(checkpoint("relora", 0), *overrides, fingerprints=["x"])
     first, *differences, remedy = str(caught.value).splitlines()
-    assert first == f"{checkpoint('relora', 0)}: belongs to a run that differs in"
+    assert first == (
+        f"{checkpoint('relora', 0)}: belongs to a run that differs in method.rank, "
+        "method.reset.joint, optimizer.lr, token files:"
+    )
     assert [row.split() for row in differences[:-1]] == [
         ["key", "checkpoint", "run"],
         ["method.rank", "2", "4"],
@@ -97,7 +101,9 @@ def test_every_difference_is_listed() -> None:
 def test_another_method_and_another_model(saved: Saved) -> None:
     with pytest.raises(CheckpointError) as caught:
         continues(checkpoint("switchlora", 0))
-    rows = [row.split(maxsplit=2) for row in str(caught.value).splitlines()]
+    first, *rest = str(caught.value).splitlines()
+    assert re.search(r"differs in (method\.\w+, ){4}method\.\w+ and \d+ more:$", first)
+    rows = [row.split(maxsplit=2) for row in rest]
     assert ["method.name", "'switchlora'", "'relora'"] in rows
     assert ["method.interval", "4.0", "not there"] in rows
     saved.edit(layout.MODEL, lambda data: data.update(rope_theta=500.0))

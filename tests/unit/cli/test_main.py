@@ -118,6 +118,52 @@ def test_ctrl_c_is_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "stopped: what was not finished has left nothing\n"
 
 
+_PRINTS = """
+import sys
+from relora_ds.cli.parser import run_tool
+def work():
+    for _ in range(int(sys.argv[1])):
+        print("x" * 1000)
+sys.exit(run_tool(work))
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 1000])
+def test_who_reads_the_output_may_stop_early(lines: int) -> None:
+    program = [sys.executable, "-c", _PRINTS, str(lines)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("lines", [1, 1000])
+def test_output_that_cannot_be_written_is_one_sentence(lines: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", _PRINTS, str(lines)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert (
+        done.stderr == "error: No space left on device; free some space there, or raise the quota\n"
+    )
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing" / "file"
+    assert run_tool(missing.touch) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: {missing}: No such file or directory; check that file system\n"
+
+
 def test_a_verb_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "corpus.txt"
     text.write_text("\n\n".join(f"{word} and {word[::-1]}" for word in SCRIPTS) * 20)

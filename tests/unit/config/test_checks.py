@@ -171,6 +171,9 @@ def test_a_broken_rule_is_one_problem(
         ["method={name: full}", "train.base_precision=auto"],
         ["method={name: sltrain, rank: 63, scale: 0.25, sparsity: 3.0e-4}"],
         ["data.builtin_vocab_size=2048"],
+        ["optimizer.spectral.momentum=0.95", "optimizer.muon.nesterov=true"],
+        ["islands.transport={bits: 32, error_feedback: true}", "islands.outer.lr=1.0"],
+        ["schedule={name: constant, min_lr_ratio: 0.1}", "guards.loss_spike.window=128"],
     ],
 )
 def test_the_edge_of_a_rule_is_allowed(run_file: Path, overrides: list[str]) -> None:
@@ -183,6 +186,21 @@ def test_the_edge_of_a_rule_is_allowed(run_file: Path, overrides: list[str]) -> 
         (["method.merge_every=950"], "runs for 950 steps: no merge will happen"),
         (["method.warm_start_steps=0", "method.warm_start_lr=1"], "warm_start_lr"),
         (["method={name: full}", "train.base_precision=bf16"], "no frozen base weights"),
+        (["optimizer.spectral.lr=0.02"], "write optimizer.adapter: spectral, or remove"),
+        (["optimizer.muon.steps=keller"], "optimizer.matrix is not given; write"),
+        (
+            ["method={name: full}", "optimizer={matrix: muon, scale: {momentum: 0.8}}"],
+            "has no effect: optimizer.matrix is muon",
+        ),
+        (["islands.transport.bits=4"], "has no effect: parallel.islands is 1"),
+        (["islands.outer.momentum=0.9"], "has no effect: parallel.islands is 1"),
+        (
+            ["parallel.islands=2", "islands.transport.error_feedback=false"],
+            "islands.transport.bits is 32",
+        ),
+        (["guards.loss_spike.sigma=4"], "guards.loss_spike.action is off"),
+        (["schedule={name: constant, min_lr_ratio: 0.5}"], "which never falls"),
+        (["data.valid=data/c4", "data.train=[[1, data/c4], [2, data/w]]"], "data.train holds too"),
     ],
 )
 def test_probable_mistakes_are_warnings(run_file: Path, overrides: list[str], part: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from relora_ds.config.checks import find_problems
 from relora_ds.config.schema import RunConfig
+from relora_ds.config.spread.islands import IslandsConfig
 from relora_ds.parallel.topology import as_one_island
 
 METHOD = {"name": "relora", "rank": 4, "merge_every": 20, "restart_warmup_steps": 2}
@@ -52,6 +53,10 @@ def test_rounds_that_end_with_every_common_step_are_accepted() -> None:
         ("guards.loss_spike", {"action": "warn"}, "write off"),
         ("parallel.islands", 1, "set parallel.islands"),
         ("islands.outer", {"nesterov": True}, "0.9 is usual"),
+        ("islands.transport", {"fragments": 11}, "write 10 or less"),
+        ("islands.transport", {"overlap": 10}, "write 9 or less"),
+        ("islands.from_step", 15, "write 10 or 20"),
+        ("islands.from_step", 40, "must be less than train.steps (40)"),
     ],
 )
 def test_what_does_not_fit_is_told_with_value_rule_and_remedy(
@@ -65,10 +70,27 @@ def test_what_does_not_fit_is_told_with_value_rule_and_remedy(
     assert told in message
 
 
-def test_optimizers_with_state_of_their_own_meet_in_every_update() -> None:
-    assert (
-        "write islands.every: 1" in problems(optimizer={"adapter": "spectral"})["optimizer.adapter"]
-    )
+def test_updates_before_the_first_round_need_rounds() -> None:
+    alone = problems(parallel={"islands": 1}, islands={"every": 1, "from_step": 10})
+    assert "set parallel.islands" in alone["islands.from_step"]
+    shared = problems(islands={"every": 1, "from_step": 10})
+    assert "set islands.every" in shared["islands.from_step"]
+    assert problems(islands={"from_step": 30}) == {}
+
+
+def test_rates_have_a_factor_in_rounds_only() -> None:
+    rounds = IslandsConfig(every=10, from_step=20, inner_lr=1.5)
+    assert [rounds.rate_factor(done) for done in (0, 19, 20, 39)] == [1.0, 1.0, 1.5, 1.5]
+    for none in (
+        problems(parallel={"islands": 1}, islands={"every": 1, "inner_lr": 1.4}),
+        problems(islands={"every": 1, "inner_lr": 1.4}),
+    ):
+        assert "there are none" in none["islands.inner_lr"]
+    assert problems(islands={"inner_lr": 1.4}) == {}
+
+
+def test_islands_train_apart_with_optimizers_of_matrices() -> None:
+    assert problems(optimizer={"adapter": "spectral"}) == {}
 
 
 def test_gradients_are_shared_at_one_update_per_round_with_the_plain_average_only() -> None:

@@ -65,7 +65,8 @@ def test_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run = load_run_config(path.relative_to(ROOT))
     assert run.warnings == ()
     assert run.config.output_dir == f"runs/{path.stem}"
-    size = "_".join(path.stem.split("_")[:2]).replace("quickstart", "llama_quickstart")
+    quick = path.stem.startswith("quickstart")
+    size = "llama_quickstart" if quick else "_".join(path.stem.split("_")[:2])
     assert run.config.model == f"configs/model/{size}.json"
     stage, sizes = (0, (1,)) if run.config.train.per_layer_update else (2, (1, 2))
     for dp_size in sizes:

@@ -126,6 +126,7 @@ def test_records_survive_a_torn_line_and_belong_to_their_description(tmp_path: P
     [
         ({"references": ["nobody"]}, "nobody"),
         ({"tuning_seed": 3}, "seed 3"),
+        ({"seeds": [2, 3, 2]}, "seed 2 is given twice"),
         ({"contestants": [*CONTESTANTS, CONTESTANTS[0]]}, "two contestants are named full"),
         ({"contestants": [{**CONTESTANTS[0], "rates": [2e-3, 1e-3]}]}, "ascend"),
         ({"contestants": [{**CONTESTANTS[0], "rates": []}]}, "tuned_as"),

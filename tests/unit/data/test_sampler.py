@@ -59,7 +59,7 @@ def test_uses_count_what_came_before(weights: list[float], number: int) -> None:
     assert blend.uses(number + 1)[dataset[0]] == uses[0] + 1
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -1.0], [1.0, np.nan], [1.0, np.inf]])
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [1.0, np.nan], [1.0, np.inf]])
 def test_weights_must_be_positive(weights: list[float]) -> None:
     with pytest.raises(DataError, match="must all be positive numbers"):
         Blend(weights)

@@ -45,6 +45,25 @@ def test_blend_without_validation(prefix: str, write_tokens: Callable[..., Token
         corpus.check_length(3)
 
 
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [([1e308, 1e308], (0.5, 0.5)), ([5e-324, 5e-324], (0.5, 0.5)), ([1.7e308, 1.7e304], None)],
+)
+def test_only_the_ratio_of_weights_counts(
+    prefix: str, weights: list[float], shares: tuple[float, ...] | None
+) -> None:
+    found = open_corpus(DataConfig(train=[(weight, prefix) for weight in weights])).weights
+    assert found == shares if shares else found == pytest.approx([1 / 1.0001, 1e-4 / 1.0001])
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1e-6], [1e300, 1e-300]])
+def test_a_share_that_no_batch_could_meet_is_named_at_the_start(
+    prefix: str, weights: list[float]
+) -> None:
+    with pytest.raises(DataError, match="of the sum, but must be at least 1/16384; raise it"):
+        open_corpus(DataConfig(train=[(weight, prefix) for weight in weights]))
+
+
 def test_builtin(prefix: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, int]] = []
 

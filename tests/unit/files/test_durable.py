@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_ds.files.durable import OutputFile, describe, exchange, remove, staged, write_file
+from relora_ds.files.durable import OutputFile, describe, exchange, remove, write_file
 
 
 def test_what_was_written_is_known(tmp_path: Path) -> None:
@@ -68,30 +68,6 @@ def test_a_closed_file_stays_closed(tmp_path: Path) -> None:
     file = OutputFile(tmp_path / "a")
     file.close()
     file.close()
-
-
-def test_a_directory_appears_whole(tmp_path: Path) -> None:
-    target, staging = tmp_path / "x" / "target", tmp_path / "x" / "target.tmp"
-    staging.mkdir(parents=True)
-    (staging / "left").touch()
-    with staged(target, staging) as directory:
-        (directory / "new").touch()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert not staging.exists()
-
-
-def test_a_directory_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    target, staging = tmp_path / "target", tmp_path / "target.tmp"
-
-    def fill() -> None:
-        with staged(target, staging) as directory:
-            (directory / "new").touch()
-            raise ValueError("half")
-
-    with pytest.raises(ValueError, match="half"):
-        fill()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_directories_change_places(tmp_path: Path) -> None:

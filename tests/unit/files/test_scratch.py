@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from relora_ds.files import scratch
-from relora_ds.files.scratch import remove_leftovers, scratch_folder
+from relora_ds.files.scratch import new_directory, remove_leftovers, scratch_folder
 
 ROOT = Path(scratch.__file__).parents[2]
 HOLD = """
@@ -83,18 +83,62 @@ def test_a_folder_of_another_host_goes_when_it_is_old(tmp_path, owner):
     assert not folder.exists()
 
 
-def test_a_folder_without_owner_goes_when_it_is_old(tmp_path):
+def test_a_directory_appears_whole_and_touches_nothing_beside_it(tmp_path):
+    target, other = tmp_path / "x" / "target", tmp_path / "x" / "target.tmp"
+    other.mkdir(parents=True)
+    (other / "mine").touch()
+    with new_directory(target) as directory:
+        (directory / "new").touch()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["target", "target.tmp"]
+    assert [path.name for path in other.iterdir()] == ["mine"]
+
+
+def test_a_directory_that_fails_leaves_nothing(tmp_path):
+    def fill():
+        with new_directory(tmp_path / "target") as directory:
+            (directory / "new").touch()
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_folder_that_got_no_owner_goes_when_it_is_old(tmp_path, draft):
     folder = tmp_path / ".work-abc"
-    (folder / "inner").mkdir(parents=True)
+    folder.mkdir()
+    if draft:  # killed while it was taken
+        (folder / ".owner.new").touch()
     remove_leftovers(tmp_path, ".work-")
     assert folder.exists()  # just made, and not locked yet
     age(folder)
-    (folder / "inner" / "file").touch()
-    remove_leftovers(tmp_path, ".work-")
-    assert folder.exists()  # somebody still writes
-    age(folder)
     remove_leftovers(tmp_path, ".work-")
     assert not folder.exists()
+
+
+def test_a_folder_of_the_user_s_stays_whatever_its_name_and_age(tmp_path):
+    folder = tmp_path / ".work-notes"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file").touch()
+    age(folder)
+    with scratch_folder(tmp_path, ".work-"):
+        pass
+    assert (folder / "inner" / "file").exists()
+
+
+def test_a_prefix_is_no_pattern(tmp_path, owner):
+    process, folder = owner
+    process.kill()
+    process.wait()
+    odd = tmp_path / ".[ab].left"
+    folder.rename(odd)
+    remove_leftovers(tmp_path, ".?*?.")
+    assert odd.exists()
+    remove_leftovers(tmp_path, ".[ab].")
+    assert not odd.exists()
 
 
 def test_files_links_and_other_names_stay(tmp_path):

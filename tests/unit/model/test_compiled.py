@@ -11,8 +11,9 @@ from torch import nn
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.errors import ConfigError
-from relora_ds.model import compiled, llama, mlp, norm, rope
+from relora_ds.model import llama, mlp, norm, rope
 from relora_ds.model.attention import Attention
+from relora_ds.numerics import compiled
 from relora_ds.parallel.linear import DenseLinear
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_ds.cli.parser import amount
+from relora_ds.cli.numbers import amount
 from relora_ds.cli.plan import main
 from relora_ds.config.load import load_run_config
 from relora_ds.errors import ConfigError
@@ -44,6 +44,21 @@ def test_longer_rounds_send_less_and_keep_more_of_the_speed() -> None:
     good = [each.every for each in found.rounds if each.speed >= 0.9]
     assert found.best == good[0]
     assert found.dense_seconds > 100 * found.local_seconds
+
+
+def test_fragments_that_travel_while_islands_train_hide_the_link() -> None:
+    wide = "islands.transport.bits=4"
+    turns = "islands.transport.fragments=4", "islands.transport.overlap=20"
+    blocked, hidden = planned(wide), planned(wide, *turns)
+    assert hidden.fragment_bytes < hidden.round_bytes / 2
+    assert hidden.round_bytes == blocked.round_bytes
+    assert blocked.asked.speed < hidden.asked.speed <= 1
+    # common weights, for evaluations, checkpoints and merges, cost their exchange as before
+    asked = hidden.asked
+    assert asked.bytes_per_update == pytest.approx(blocked.asked.bytes_per_update, rel=0.25)
+    shortest = hidden.rounds[0]
+    assert shortest.every == 1
+    assert shortest.seconds_per_update >= shortest.bytes_per_update / SLOW.bandwidth
 
 
 def test_what_an_island_sends_does_not_depend_on_how_many_share_it() -> None:

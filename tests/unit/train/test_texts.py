@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,46 @@ def test_a_model_without_a_tokenizer_is_one_sentence(
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "holds no tokenizer" in said
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_s_is_no_obstacle(
+    tmp_path: Path, tiny_corpus: TinyCorpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    padded = ARCHITECTURE.model_copy(update={"vocab_size": 2048})
+    weights = InitialWeights(padded, seed=1)
+    drawn = ((name, weights(name, shape)) for name, shape in dense_shapes(padded).items())
+    write_hf(tmp_path / "hf", padded, drawn, tiny_corpus.tokenizer, torch.float32)
+    (found,) = generated(capsys, tmp_path / "hf", "--prompt", "a", "--temperature", "9")
+    assert found["text"]
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_one_sentence(
+    tmp_path: Path, tiny_corpus: TinyCorpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ARCHITECTURE.model_copy(update={"vocab_size": 100})
+    weights = InitialWeights(small, seed=1)
+    drawn = ((name, weights(name, shape)) for name, shape in dense_shapes(small).items())
+    write_hf(tmp_path / "hf", small, drawn, tiny_corpus.tokenizer, torch.float32)
+    assert main(["generate", "--checkpoint", str(tmp_path / "hf"), "--prompt", "a"]) == 3
+    assert "the model's vocab_size is 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_prompt_that_is_no_text_is_one_sentence(
+    export: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    piped: bool,
+) -> None:
+    arguments = ["generate", "--checkpoint", str(export)]
+    if piped:
+        stream = io.TextIOWrapper(io.BytesIO(b"The\xfffunction"), encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", stream)
+    else:
+        arguments += ["--prompt", os.fsdecode(b"The\xfffunction")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "error: the prompt is no UTF-8 at its character 4: convert it, or set LANG to the encoding "
+        "that it is written in\n"
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
+from relora_ds.config.base import LARGEST
 from relora_ds.errors import ConfigError, ReloraError
 from relora_ds.files.regular import open_own, open_regular
 from relora_ds.train.telemetry.atomic import write_atomically
@@ -165,6 +166,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _parse(path) if record is not None]
 
 
+def number_of(record: Mapping[str, Any], key: str) -> float:
+    """A figure of a record; NaN where it reports none, or no number."""
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
 def last_figures(path: Path) -> dict[str, Any]:
     """The last known value of every figure that steps reported, as a summary holds them.
 
@@ -189,11 +196,31 @@ def _parse(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-            is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-        except ValueError:
-            record, is_record = None, False
-        if not is_record and number < len(lines):
+        record = _as_record(line)
+        if record is None and number < len(lines):
             _logger.warning("%s:%d is not a metrics line and is skipped", path, number)
-        yield line, record if is_record else None
+        yield line, record
+
+
+def _as_record(line: bytes) -> dict[str, Any] | None:
+    """What a line says, if it is such as `MetricsFile` writes: a step, and words, numbers or null.
+
+    What other programs write for a number that is not finite becomes null.
+    """
+    try:
+        record = json.loads(line, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    if not 0 <= record["step"] <= LARGEST:
+        return None
+    found = {name: finite_or_none(value) for name, value in record.items()}
+    kinds = (str, bool, float, type(None))
+    plain = all(isinstance(v, kinds) or _is_moderate(v) for v in found.values())
+    return found if plain else None
+
+
+def _is_moderate(value: object) -> bool:
+    """Whether it is a whole number that a float holds."""
+    return isinstance(value, int) and abs(value) < 1 << 1023

@@ -224,6 +224,18 @@ def test_a_target_that_is_there_is_left_alone(source: Path) -> None:
     with pytest.raises(ConfigError, match="imported exists: name a new directory"):
         import_hf(source, target)
     assert list(target.iterdir()) == []
+    target.rmdir()
+    target.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="imported exists: name a new directory"):
+        import_hf(source, target)
+
+
+def test_what_lies_beside_a_target_stays(source: Path) -> None:
+    other = source.with_name("imported.tmp")
+    other.mkdir()
+    (other / "mine").touch()
+    import_hf(source, source.with_name("imported"))
+    assert (other / "mine").exists()
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(
@@ -231,7 +243,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
 ) -> None:
     """Below a file, and on a disk that is full when half of it is written."""
     (source.parent / "file").touch()
-    with pytest.raises(CheckpointError, match=r"the checkpoint cannot be written: .*file"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint .* cannot be written: .*file"):
         import_hf(source, source.parent / "file" / "imported")
 
     def full(*arguments: object) -> None:

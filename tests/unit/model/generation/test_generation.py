@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from relora_ds.config.model import ModelConfig
-from relora_ds.errors import ConfigError
+from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.model.generation.cache import CachedModel
 from relora_ds.model.generation.sample import Sampling, choose, generate
 from relora_ds.model.hf.directory import write_hf
@@ -118,3 +118,25 @@ def test_what_does_not_fit_the_context_is_refused(plain: ModelConfig, build: Bui
 def test_values_out_of_range_are_refused(wrong: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Sampling(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e9])
+def test_ids_that_stand_for_no_token_are_never_chosen(
+    plain: ModelConfig, build: Build, temperature: float
+) -> None:
+    model, sampling = build(plain), Sampling(40, temperature=temperature)
+    assert max(generate(model, [4], sampling)) >= 8
+    assert max(generate(model, [4], sampling, known=8)) < 8
+
+
+def test_the_smallest_temperature_takes_the_likeliest() -> None:
+    logits, stream = torch.tensor([3.0, 40.0, -7.0]), Stream(0, "generate", "text", 0)
+    assert choose(logits, Sampling(temperature=5e-324), stream, 0) == 1
+
+
+def test_a_model_that_diverged_is_named(plain: ModelConfig, build: Build) -> None:
+    model = build(plain)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        generate(model, [4], Sampling(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import stat
 import zipfile
@@ -86,6 +87,39 @@ def test_target_is_replaced_only_if_it_is_an_export(tmp_path, plain):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is not an earlier export"):
         write_hf(tmp_path / "file", plain, weights.items(), None, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "base/mine.gguf", ".git/config", "model.gguf"])
+def test_an_export_with_somebody_s_files_in_it_stays(tmp_path, plain, name):
+    target, weights = tmp_path / "hf", drawn(plain)
+    write_hf(target, plain, weights.items(), None, torch.float32, shard_bytes=1)
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    before = sorted(target.rglob("*"))
+    seen = re.escape(name.removesuffix("/config"))
+    with pytest.raises(ConfigError, match=f"holds {seen}, which no export writes: move it"):
+        write_hf(target, plain, weights.items(), None, torch.bfloat16)
+    assert sorted(target.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    (target / name).unlink()
+    if (target / ".git").exists():
+        (target / ".git").rmdir()
+    write_hf(target, plain, weights.items(), None, torch.bfloat16)
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_file_that_comes_while_an_export_is_written_stays(tmp_path, plain):
+    target, weights = tmp_path / "hf", drawn(plain)
+    write_hf(target, plain, weights.items(), None, torch.float32)
+
+    def slowly():
+        yield from weights.items()
+        (target / "late.txt").write_text("mine")
+
+    with pytest.raises(ConfigError, match=r"holds late\.txt, which no export writes"):
+        write_hf(target, plain, slowly(), None, torch.bfloat16)
+    assert (target / "late.txt").read_text() == "mine"
+    assert json.loads((target / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_what_a_killed_export_left_is_undone(tmp_path, plain):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from relora_ds.optim.matrix import MatrixSlice, MatrixUpdate, OfWhole
-from relora_ds.optim.matrix_wise.polar import POLAR_EXPRESS, polar
 from relora_ds.optim.matrix_wise.spectral import SpectralPair, largest_eigenvalue
 from relora_ds.optim.rectangles import rectangles
 
@@ -21,10 +20,17 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def polar(matrix: torch.Tensor) -> torch.Tensor:
+    """U V^T of the singular value decomposition, of the singular values that are no rounding."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = s > 1e-10 * s[0]
+    return u[:, kept] @ vh[kept]
+
+
 def dense_step(a: torch.Tensor, na: torch.Tensor, b: torch.Tensor, nb: torch.Tensor) -> Whole:
     """The update by its formula, on the product's own change (m, n)."""
     (m, n) = b.shape[0], a.shape[1]
-    direction = polar((nb @ a + b @ na)[None], POLAR_EXPRESS)[0]
+    direction = polar(nb @ a + b @ na)
     factor = 0.5 * math.sqrt(max(1.0, m / n))
     return {"lora_A": factor * b.T @ direction, "lora_B": factor * direction @ a.T}
 
@@ -45,6 +51,21 @@ def test_it_is_the_polar_step_of_the_product(shape: tuple[int, int, int], zero: 
     for found, name in ((found_a, "lora_A"), (found_b, "lora_B")):
         scale = expected[name].abs().max().clamp(min=1.0)
         assert (found[0] - expected[name]).abs().max() <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("spread", [1e1, 1e2, 1e3])
+@pytest.mark.parametrize("which", ["factors", "momenta"])
+def test_it_is_exact_where_columns_are_nearly_dependent(which: str, spread: float) -> None:
+    m, n, r = 24, 20, 6
+    shapes = {"a": (r, n), "na": (r, n), "b": (m, r), "nb": (m, r)}
+    values = {name: draw(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    for name in ("a", "b") if which == "factors" else ("na", "nb"):
+        u, s, vh = torch.linalg.svd(values[name], full_matrices=False)
+        values[name] = (u * torch.logspace(0, -math.log10(spread), len(s)).double()) @ vh
+    expected = dense_step(**values)
+    found = SpectralPair().directions(*(values[name][None] for name in shapes))
+    for value, name in zip(found, ("lora_A", "lora_B"), strict=True):
+        assert (value[0] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
 
 
 def test_equal_columns_are_no_division_by_zero() -> None:

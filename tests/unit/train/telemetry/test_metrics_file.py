@@ -79,6 +79,35 @@ def test_an_altered_line_is_skipped_with_a_warning(
     assert [f"{path}:2" in caplog.text, f"{path}:3" in caplog.text] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "altered",
+    [
+        '{"step": true}',
+        '{"step": 1.0}',
+        '{"step": -1}',
+        f'{{"step": {10**30}}}',
+        '{"step": 2, "train/loss": {"a": 1}}',
+        '{"step": 2, "train/loss": [1.5]}',
+        f'{{"step": 2, "tokens": {10**400}}}',
+        "[" * 200_000,
+        '{"a":' * 200_000,
+    ],
+)
+def test_a_line_that_no_run_writes_is_skipped(
+    tmp_path: Path, altered: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "a": 1}}\n{altered}\n{{"step": 3, "a": "b"}}\n')
+    assert read_metrics(path) == [{"step": 1, "a": 1}, {"step": 3, "a": "b"}]
+    assert f"{path}:2 is not a metrics line" in caplog.text
+
+
+def test_numbers_that_are_not_finite_are_read_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": NaN, "b": -Infinity, "c": 1e999}\n')
+    assert read_metrics(path) == [{"step": 1, "a": None, "b": None, "c": None}]
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     _log_steps(path, range(0, 4))
@@ -119,17 +148,18 @@ def test_a_failed_atomic_write_leaves_the_earlier_file(
 
 
 _DRAFTS = ("summary [1].json.4711", "summary [1].json.4712", "summary 1.json.4713")
+_DRAFTS += ("summary [1].json.backup",)
 
 
 def test_what_a_killed_writer_left_goes_and_what_another_one_writes_stays(tmp_path: Path) -> None:
     path = tmp_path / "summary [1].json"
-    dead, alive, foreign = (tmp_path / f".{name}.tmp" for name in _DRAFTS)
-    for draft in (dead, alive, foreign):
+    dead, alive, foreign, mine = (tmp_path / f".{name}.tmp" for name in _DRAFTS)
+    for draft in (dead, alive, foreign, mine):
         draft.write_bytes(b"half")
     with alive.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         write_atomically(path, b"whole")
-        assert set(tmp_path.iterdir()) == {path, alive, foreign}
+        assert set(tmp_path.iterdir()) == {path, alive, foreign, mine}
 
 
 def test_a_file_that_was_removed_does_not_take_lines_as_if_nothing_had_happened(

@@ -42,6 +42,8 @@ CASES: dict[str, list[Record]] = {
     "one_point": _curve(range(1, 2)),
     "two_points": _curve(range(1, 3)),
     "no_eval": _curve(range(10, 1000, 10)),
+    "words_for_numbers": [*_curve(range(1, 4)), {"step": 5, "train/loss": "b", "eval/loss": "c"}],
+    "largest_numbers": [{"step": 1, "train/loss": 3e38}, {"step": 2, "train/loss": -3e38}],
     "only_eval": [{"step": 0, "eval/loss": 10.4}],
     "constant": [{"step": s, "train/loss": 2.0, "train/lr": 0.0} for s in range(30)],
     "nulls": [{"step": s, "train/loss": None if s > 20 else 3.0 - s / 20} for s in range(40)],
