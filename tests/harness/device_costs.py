@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("meta")
 _FREE = ("prim::", "empty", "new_empty", "detach", "_unsafe_view")
-_CONVERGING = ("_linalg_eigh", "_linalg_svd")
-"""Operations of which the host looks whether they converged."""
+_CHECKED = ("_linalg_eigh", "_linalg_svd", "cholesky_inverse")
+"""Operations of which the host looks whether they converged or found what they divide by."""
 _INDEXED = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
@@ -90,7 +90,7 @@ class SimulatedDevice(TorchDispatchMode):
         if here and (found := _sized_by_values(name, args, here)) is not None:
             self.costs.waits.append(name)
             return found
-        if here and name in _CONVERGING:
+        if here and name in _CHECKED:
             self.costs.waits.append(name)
         if name == "_to_copy":
             return self._moved(func, args[0], args, keywords)

@@ -52,6 +52,49 @@ def rounds_begin_in_the_run(
         )
 
 
+def ramp_leads_to_longer_rounds(
+    parallel: ParallelConfig, islands: IslandsConfig, train: TrainConfig
+) -> Iterator[Finding]:
+    path, every = ("islands", "ramp"), islands.every
+    if not islands.ramp:
+        return
+    if parallel.islands == 1 or islands.share_gradients:
+        yield Finding(
+            path,
+            "is given, but there are no rounds: set parallel.islands and islands.every, or remove "
+            "it",
+        )
+        return
+    if islands.in_turn:
+        yield Finding(
+            path,
+            "is given, but the turns of islands.transport.fragments and overlap are those of "
+            "rounds of one length: write fragments: 1 and overlap: 0, or remove it",
+        )
+    before = islands.from_step
+    for number, (until, shorter) in enumerate(islands.ramp):
+        if until % every:
+            yield Finding(
+                (*path, number, 0),
+                f"is {until}, but must be a multiple of islands.every ({every}), so that rounds of "
+                f"both lengths end there: write {multiples_near(until, every)}",
+            )
+        elif not before < until < train.steps:
+            yield Finding(
+                (*path, number, 0),
+                f"is {until}, but must lie between {before}, where these rounds begin, and "
+                f"train.steps ({train.steps}): write a number between them",
+            )
+        if every % shorter or shorter == every:
+            fitting = ", ".join(str(n) for n in range(1, every) if every % n == 0)
+            yield Finding(
+                (*path, number, 1),
+                f"is {shorter}, but must be a divisor of islands.every ({every}) and less: write "
+                f"one of {fitting}",
+            )
+        before = until
+
+
 def factors_of_rates_need_rounds(
     parallel: ParallelConfig, islands: IslandsConfig
 ) -> Iterator[Finding]:
@@ -157,6 +200,7 @@ def islands_are_supported(
 ISLAND_RULES = (
     rounds_need_islands,
     rounds_begin_in_the_run,
+    ramp_leads_to_longer_rounds,
     factors_of_rates_need_rounds,
     nesterov_has_momentum,
     fragments_fit_a_round,

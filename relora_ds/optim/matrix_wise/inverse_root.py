@@ -9,6 +9,8 @@ are, and none of them has the host wait.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 SMALLEST = 1e-4
@@ -83,9 +85,14 @@ def _root_about_one(matrices: torch.Tensor) -> torch.Tensor:
     torch.bmm(first, first, out=powers[2])
     torch.bmm(powers[2], first, out=powers[3])
     fourth = powers[2] @ powers[2]
-    coefficients = matrices.new_tensor(_POLYNOMIAL)
-    blocks = (coefficients @ powers.flatten(1)).view_as(powers)
+    blocks = (_coefficients(matrices.device) @ powers.flatten(1)).view_as(powers)
     found = blocks[3]
     for block in (blocks[2], blocks[1], blocks[0]):
         found = torch.baddbmm(block, fourth, found)
     return found
+
+
+@cache
+def _coefficients(device: torch.device) -> torch.Tensor:
+    """Of the polynomial, fp32; kept, as every copy to a GPU would have the host wait."""
+    return torch.tensor(_POLYNOMIAL, dtype=torch.float32, device=device)

@@ -21,6 +21,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.engine.zero.digest import ReplicaDigest
 from relora_ds.engine.zero.layout import Layout
+from relora_ds.engine.zero.moments import OptimizerSlices
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.methods.build import meta_model
@@ -232,7 +233,9 @@ def live(
         probe = torch.ones(3, device=DEVICE)
         pair: Any = "pair"
         gradients = PassedGradients(model, DEVICE, pair, SINGLE)
-        state = ZeroState(layout, bases, clocks, lambda: 4, lambda: probe, gradients)
+        state = ZeroState(
+            OptimizerSlices(layout, clocks, lambda: 4), bases, lambda: probe, gradients
+        )
         state.host.tensor = _pinned(state.host.tensor)
         session = method.start(state, model)
         names = dict(model.named_parameters())

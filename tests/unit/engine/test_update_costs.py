@@ -18,6 +18,7 @@ from relora_ds.methods.build import meta_model
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.llama import Llama
+from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.tensor import SINGLE
 from relora_ds.train.evaluate import validation_loss
 from tests.harness.build import TINY, run_config
@@ -89,3 +90,16 @@ def test_an_evaluation_waits_once() -> None:
     assert len(costs.waits) == 1
     assert not costs.blocking
     assert len(costs.queued) == 2 * MICRO_BATCHES
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_spectral_updates_wait_for_nothing(normalized: bool) -> None:
+    rule, costs = SpectralPair(normalized=normalized), Costs()
+    factors = [torch.empty(3, *shape, device=DEVICE) for shape in [(4, 9)] * 2 + [(12, 4)] * 2]
+    for _ in range(2):  # the first makes what is kept
+        with SimulatedDevice() as device:
+            rule.directions(*factors)
+        costs = device.costs
+    assert costs.launches
+    assert not costs.waits
+    assert not costs.blocking
