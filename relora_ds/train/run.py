@@ -329,7 +329,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         telemetry=telemetry,
         checkpoints=checkpoints,
         stop=stop,
-        agreement=Agreement(topology.islands, config.islands.every),
+        agreement=Agreement(topology.islands, config.islands.every, config.islands.in_turn),
         guard=StepGuard(config.guards, guards, bad_batches.note),
         trace=StepTrace(config.log.profile, output_dir / TRACES, topology.rank),
         final=earlier_figures(output_dir) if saved and topology.is_main else {},
