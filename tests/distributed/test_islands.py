@@ -25,10 +25,12 @@ FOUR: list[tuple[str, int, int, int]] = [
     ("sltrain", 3, 2, 2),
     ("low_rank", 2, 2, 2),
     ("lora", 1, 2, 2),
+    *(("galore", stage, 2, 2) for stage in STAGES),
     *(("relora", stage, 1, 2) for stage in STAGES),
-    *(("full", stage, 1, 4) for stage in STAGES),
 ]
 """Method, ZeRO stage, tensor-parallel size and islands on four ranks."""
+ALONE = [(method, stage, 1, 4) for method in islands.METHODS for stage in STAGES]
+"""Four islands of one rank each."""
 
 
 def test_gradients_shared_by_islands_are_data_parallelism() -> None:
@@ -43,6 +45,12 @@ def test_every_method_shares_gradients_at_every_stage() -> None:
 @pytest.mark.slow
 def test_islands_of_several_ranks_share_gradients() -> None:
     _compare(4, FOUR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_four_islands_share_gradients_under_every_method(stage: int) -> None:
+    _compare(4, [cell for cell in ALONE if cell[1] == stage])
 
 
 @pytest.mark.slow

@@ -76,8 +76,8 @@ def ramp_leads_to_longer_rounds(
         if until % every:
             yield Finding(
                 (*path, number, 0),
-                f"is {until}, but must be a multiple of islands.every ({every}), so that rounds of "
-                f"both lengths end there: write {multiples_near(until, every)}",
+                f"is {until}, but must be a multiple of islands.every ({every}), where a round "
+                f"ends in any case: write {multiples_near(until, every)}",
             )
         elif not before < until < train.steps:
             yield Finding(
@@ -85,12 +85,11 @@ def ramp_leads_to_longer_rounds(
                 f"is {until}, but must lie between {before}, where these rounds begin, and "
                 f"train.steps ({train.steps}): write a number between them",
             )
-        if every % shorter or shorter == every:
-            fitting = ", ".join(str(n) for n in range(1, every) if every % n == 0)
+        if shorter >= every:
             yield Finding(
                 (*path, number, 1),
-                f"is {shorter}, but must be a divisor of islands.every ({every}) and less: write "
-                f"one of {fitting}",
+                f"is {shorter}, but must be less than islands.every ({every}), to which rounds "
+                "grow: write less, or remove the pair",
             )
         before = until
 

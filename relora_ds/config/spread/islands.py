@@ -48,10 +48,10 @@ class IslandsConfig(Section):
     `every` were 1: weights that still move fast are not left to drift apart, at the price of as
     many exchanges."""
     ramp: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
-    """Shorter rounds early in the run: `[[300, 5]]` has rounds of 5 updates until 300 are done, a
-    multiple of `every`, which 5 divides. What islands lose by training apart grows with the
-    learning rate: rounds that are short while it is high cost less than rounds of one length that
-    exchange as much."""
+    """Shorter rounds early in the run: `[[300, 2], [500, 5]]` has rounds of two updates until 300
+    are done, and of five until 500, both multiples of `every`. What islands lose by training apart
+    grows with the learning rate: rounds that are short while it is high cost less than rounds of
+    one length that exchange as much. Every multiple of `every` ends a round, also a shorter one."""
     inner_lr: PositiveFloat = 1.0
     """Factor of all learning rates in rounds. An island has but its share of the batch, so that the
     part of a normalised update that islands have in common is smaller: with G islands and small
@@ -72,14 +72,14 @@ class IslandsConfig(Section):
 
     def ends_at(self, done: int) -> bool:
         """Whether a round ends after so many updates of the run."""
-        return done % self.every_at(done - 1) == 0
+        return done % self.every % self.every_at(done - 1) == 0
 
     def ramp_ends(self, first: int, last: int, every: int) -> float:
         """Rounds that the ramp adds to those of `every` updates, between two counts of updates."""
         added, start = 0.0, self.from_step
         for until, shorter in self.ramp:
             updates = max(0, min(until, last) - max(start, first))
-            added += updates * max(0.0, 1 / shorter - 1 / every)
+            added += updates * (-(-every // shorter) - 1) / every
             start = until
         return added
 
