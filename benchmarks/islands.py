@@ -13,6 +13,7 @@ one host it says nothing of a slow link, for which `tools/plan.py --islands` has
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -115,8 +116,9 @@ def _measure(parsed: argparse.Namespace) -> None:
     results: list[Result] = []
     synchronous: dict[int, float] = {}
     for cell in cells(parsed):
-        directory = parsed.output / cell.name
-        overrides = [*parsed.overrides, *cell.overrides(), f"output_dir={directory}"]
+        apart = parsed.apart if cell.islands > 1 else []
+        directory = parsed.output / "_".join([cell.name, *_told_apart(apart)])
+        overrides = [*parsed.overrides, *cell.overrides(), *apart, f"output_dir={directory}"]
         summary = _run(parsed.run, overrides, directory, parsed.processes)
         perplexity = float(summary["eval/perplexity"])
         synchronous.setdefault(cell.seed, perplexity)
@@ -127,6 +129,11 @@ def _measure(parsed: argparse.Namespace) -> None:
         found = [asdict(each) for each in results]
         (parsed.output / "islands.json").write_text(json.dumps(found, indent=1) + "\n")
     Console(highlight=False).print(_table(results))
+
+
+def _told_apart(overrides: Sequence[str]) -> list[str]:
+    """Part of a directory's name that runs with other overrides do not have."""
+    return [hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]] if overrides else []
 
 
 def _run(run: str, overrides: Sequence[str], directory: Path, processes: int) -> dict[str, Any]:
@@ -189,6 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, nargs="+", default=[25, 50], metavar="H")
     parser.add_argument("--bits", type=int, nargs="+", default=[32], choices=(4, 8, 16, 32))
     parser.add_argument("--outer", nargs="+", default=["plain"], choices=tuple(_OUTER))
+    parser.add_argument(
+        "--apart",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of runs with islands only, such as islands.inner_lr=1.4",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="S")
     parser.add_argument("--output", type=Path, default=Path("runs/islands"), metavar="DIR")
     return parser

@@ -20,6 +20,7 @@ from relora_ds.cli.parser import run_tool, tool_parser
 from relora_ds.engine import distributed
 from relora_ds.engine.deepspeed.layouts import PartitionedParameters
 from relora_ds.engine.deepspeed.partition import ZeroPartitioner
+from relora_ds.engine.zero.moments import OptimizerSlices
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.numerics.base_weight import KINDS
@@ -65,7 +66,7 @@ def benchmark_merge(layers: int, width: int, rank: int, repeats: int) -> dict[st
         _, working = layout.working(weight)
         bases[weight] = KINDS["working"](working, working.clone())
     gradients = FrozenGradients(torch.nn.Module(), topology.device, group, SINGLE)
-    state = ZeroState(layout, bases, {}, lambda: 0, lambda: None, gradients)
+    state = ZeroState(OptimizerSlices(layout, {}, lambda: 0), bases, lambda: None, gradients)
 
     def on_slices() -> None:
         factors = state.weights.gather_in_turn([(lora_b, lora_a) for _, lora_a, lora_b in triples])

@@ -2,7 +2,7 @@
 
 import sys
 
-from relora_ds.cli.evaluate import main
+from relora_ds.cli.saved_model.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from relora_ds.cli.views.generate import main
+from relora_ds.cli.saved_model.generate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from relora_ds import __version__
 from relora_ds.cli import (
-    evaluate,
     export,
     import_hf,
     plan,
@@ -23,7 +22,8 @@ from relora_ds.cli import (
     train_tokenizer,
 )
 from relora_ds.cli.advice import convert_flags, doctor
-from relora_ds.cli.views import generate, plot_spectrum, report
+from relora_ds.cli.saved_model import evaluate, finetune, generate
+from relora_ds.cli.views import plot_spectrum, report
 
 PROG = "relora-ds"
 
@@ -50,6 +50,7 @@ VERBS = {
     "prepare-data": Verb(prepare_data.main, "turn text files into a token file"),
     "train-tokenizer": Verb(train_tokenizer.main, "train a SentencePiece tokenizer on text files"),
     "evaluate": Verb(evaluate.main, "perplexity of a checkpoint or a Hugging Face directory"),
+    "finetune": Verb(finetune.main, "fine-tune a model on a task of GLUE, and score it"),
     "generate": Verb(generate.main, "go on with a text, from a checkpoint or an export"),
     "export": Verb(export.main, "write a checkpoint's dense model as a Hugging Face directory"),
     "import": Verb(import_hf.main, "write a Hugging Face directory as a checkpoint to begin with"),

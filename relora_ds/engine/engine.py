@@ -29,6 +29,7 @@ from relora_ds.engine.zero.digest import ReplicaDigest
 from relora_ds.engine.zero.fragments import clocked_fragments, rounding_streams
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.engine.zero.matrices import ZeroMatrices
+from relora_ds.engine.zero.moments import OptimizerSlices
 from relora_ds.engine.zero.state import Probe, ZeroState
 from relora_ds.engine.zero.tensor_gradients import (
     FrozenGradients,
@@ -117,15 +118,14 @@ class TrainEngine:
         self._place_optimizer(method.seed)
         self._digest = self._digest_of_replicas(islands)
         self.state = ZeroState(
-            self.layout,
+            OptimizerSlices(
+                self.layout, self.clocks, self.completed_steps, self.matrices.moments()
+            ),
             self.bases,
-            self.clocks,
-            self.completed_steps,
             self._probe,
             FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp, islands),
             lambda weight: self._digest.seal([weight]),
             tp,
-            self.matrices.moments(),
         )
         self._shares = TensorGradients(model, self.layout, tp)
         self._across = IslandGradients(self.layout, islands, self.device)

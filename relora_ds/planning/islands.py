@@ -172,8 +172,10 @@ def _plan(
             sent, waited = gradients, seconds(gradients)
         else:
             of_round = apart(every)
-            sent = together * gradients + (1 - together) * of_round[0] / every
+            more = config.islands.ramp_ends(phase.first_step, phase.last_step, every) / phase.steps
+            sent = together * gradients + (1 - together) * of_round[0] / every + more * plain
             waited = together * seconds(gradients) + (1 - together) * of_round[1] / every
+            waited += more * seconds(plain)
         spent = local + waited
         return Round(every, sent, spent, local / spent, dense / sent)
 

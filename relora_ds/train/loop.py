@@ -128,7 +128,8 @@ class Trainer:
                 return self.guard.rewind(step, engine.non_finite())
             done = step + 1
             meter.step()
-            stopping = self._meet("end of step", done, phase, self.stop.requested())
+            here = Place("end of step", done, phase.name)
+            stopping = self.agreement.ask(here, self.stop.requested())
             self._ask_for_saves(done)
             last = done == self.config.train.steps
             due = _is_due(done, self.config.checkpoint.every) or self._goes_on_from(phase, done)
@@ -156,9 +157,9 @@ class Trainer:
         at_step(None)
         return None
 
-    def _meet(self, point: str, done: int, phase: Phase, stop: bool = False) -> bool:
-        """Make sure that all ranks are at the same place; whether any of them wants to stop."""
-        return self.agreement.meet(Place(point, done, phase.name), stop)
+    def _meet(self, point: str, done: int, phase: Phase) -> None:
+        """Make sure that all ranks are at the same place."""
+        self.agreement.meet(Place(point, done, phase.name))
 
     def _update(
         self, phase: Phase, engine: TrainEngine, session: Session[Any], step: int, seen: Seen
@@ -348,7 +349,7 @@ class Trainer:
             telemetry=dict(self.telemetry.state_dict()),
             guards=self.guard.state(),
             data_fingerprints=list(self.corpus.fingerprints()),
-            arithmetic=describe_arithmetic(self.topology.device),
+            arithmetic=describe_arithmetic(self.topology.device, bool(self.config.train.compile)),
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)

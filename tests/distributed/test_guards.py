@@ -47,6 +47,11 @@ def test_ranks_agree_on_a_stop(places: dict[str, Any]) -> None:
     assert places["one"]
 
 
+def test_a_wish_at_the_end_of_a_round_is_known_one_update_later(places: dict[str, Any]) -> None:
+    # within a round nobody is asked
+    assert [step for step, wanted in places["later"].items() if wanted] == [5]
+
+
 def test_ranks_at_different_places_say_where_each_is(places: dict[str, Any]) -> None:
     assert "rank 0: end of step after 7 updates in phase relora" in places["step"]
     assert "rank 1: end of step after 8 updates in phase relora" in places["step"]

@@ -157,8 +157,9 @@ def test_fragments_on_their_way_survive_a_stop_and_a_kill(
         assert struck(faults) == [fault.moment.name], output
         codes.append(code)
     assert (codes[0], codes[1] != 0) == (75, True)
-    stopped = load_file(tmp_path / "broken" / "checkpoints" / "step_9" / "round_rank_0.safetensors")
-    assert stopped["left"].tolist() == [-1, -1, 8]
+    # asked for in update 8, agreed upon at the end of its round, and known one update later
+    source = tmp_path / "broken" / "checkpoints" / "step_10"
+    assert load_file(source / "round_rank_0.safetensors")["left"].tolist() == [9, -1, -1]
     code, output = run([file, broken], processes=2)
     assert (code, "step_12" in output) == (0, True), output
 
@@ -169,6 +170,12 @@ def test_fragments_on_their_way_survive_a_stop_and_a_kill(
             assert line.get(figure) == expected[step].get(figure), (step, figure)
     last = [tmp_path / name / "checkpoints" / "step_18" for name in ("unbroken", "broken")]
     assert_same_checkpoint(*last)
+
+    # more islands go on as copies of the first one
+    more = [f"output_dir={tmp_path / 'more'}", f"checkpoint.resume={source}", "parallel.islands=4"]
+    code, output = run([file, *more], processes=4)
+    assert code == 0, output
+    assert sorted(metrics(tmp_path / "more")) == list(range(11, 19))
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ ELSEWHERE = {
     ),
     r"python tools/prepare_data\.py --dataset .*": "needs the package datasets and a data set",
     r"python tools/evaluate\.py .*--lm-eval .*": "tests/unit/train/test_lm_eval.py",
+    r"python tools/finetune\.py .*": "tests/unit/train/glue/test_glue.py",
     r"python tools/doctor\.py --hostfile .*": "tests/unit/planning/doctor/test_doctor.py",
     r"(OMP_NUM_THREADS=1 )?python benchmarks/[\w/]+\.py.*": "minutes: test_benchmarks, slow",
     r"torchrun .* benchmarks/\w+\.py .*": "minutes: test_benchmarks, slow",

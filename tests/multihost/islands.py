@@ -3,11 +3,11 @@
     python -m tests.multihost.islands [--rate 1Mbit] [--delay 0.1] [--every 50] [--overlap 24] ...
 
 Two hosts, each an island of one rank that trains the quickstart's model with ReLoRA, exchange their
-changes in the background. The link is fast and slow by turns, for some lines of the log each, which
-are two rounds apart; the first of them belongs to neither. Beside the measured speed stand the
-seconds that the first island waited, and what synchronous training would take over the same link by
-calculation. Prints JSON and writes it to a file. The last exchange, which makes all weights common,
-is told apart.
+changes in the background. The link is fast and slow by turns, for some rounds each; the first round
+of a window belongs to neither. A figure is the median over rounds, as other work disturbs some of
+them. Beside the speed stand the seconds that the first island waited for changes, and what
+synchronous training would take over the same link by calculation. Prints JSON and writes it to a
+file. The last exchange, which makes all weights common, is told apart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from relora_ds.cli.numbers import amount
@@ -33,25 +34,23 @@ from tests.multihost.link import ADDRESSES, DEVICE, LOCAL, Link, Speed, missing
 
 _RUN = "configs/run/quickstart.yaml"
 _TURNS = ("local", "slow")
-_ROUNDS = 2
-"""Between two lines of the log, which all islands make together."""
 Lines = Mapping[int, Mapping[str, Any]]
 
 
 def overrides(parsed: argparse.Namespace, directory: Path) -> list[str]:
-    """What the run sets: one window per turn and repetition, and one line before and after."""
-    lines = 2 + parsed.lines * len(_TURNS) * parsed.repeat
+    """What the run sets: one window per turn and repetition, and one round before and after."""
+    rounds = 2 + parsed.rounds * len(_TURNS) * parsed.repeat
     transport = {key: getattr(parsed, key) for key in ("bits", "fragments", "overlap")}
     method = {"name": "relora", "rank": parsed.rank, "merge_every": 1_000_000}
     return [
         f"output_dir={directory / 'run'}",
         f"method={json.dumps(method)}",
-        f"train.steps={lines * _ROUNDS * parsed.every}",
+        f"train.steps={rounds * parsed.every}",
         f"train.micro_batch_size={parsed.batch}",
         f"train.global_batch_size={2 * parsed.batch}",
         "eval={every: 0, batches: 1}",
         "checkpoint={every: 0, resume: false}",
-        f"log.every={_ROUNDS * parsed.every}",
+        f"log.every={parsed.every}",
         "parallel.islands=2",
         f"islands.every={parsed.every}",
         f"islands.transport={json.dumps(transport)}",
@@ -59,7 +58,7 @@ def overrides(parsed: argparse.Namespace, directory: Path) -> list[str]:
 
 
 def measure(parsed: argparse.Namespace, directory: Path) -> Lines:
-    """The lines of the run's log by updates."""
+    """Metrics at the end of every round of the run, by updates."""
     slow, settings = Speed(parsed.rate, parsed.delay), overrides(parsed, directory)
     common = os.environ | {
         "DS_ACCELERATOR": "cpu",
@@ -71,7 +70,6 @@ def measure(parsed: argparse.Namespace, directory: Path) -> Lines:
         "LOCAL_RANK": "0",
     }
     command = [sys.executable, "-u", "launch/pretrain.py", _RUN, *settings]
-    line = _ROUNDS * parsed.every
     with ExitStack() as stack:
         link = stack.enter_context(Link())
         ranks = []
@@ -82,7 +80,7 @@ def measure(parsed: argparse.Namespace, directory: Path) -> Lines:
             ranks.append(rank_)
         turns = [speed for _ in range(parsed.repeat) for speed in (LOCAL, slow)]
         for number, speed in enumerate(turns):
-            _wait(ranks[0], directory, line * (1 + number * parsed.lines))
+            _wait(ranks[0], directory, parsed.every * (1 + number * parsed.rounds))
             link.speed = speed
         codes = [rank.wait(3600) for rank in ranks]
     if any(codes):
@@ -95,22 +93,22 @@ def figures(parsed: argparse.Namespace, lines: Lines) -> dict[str, Any]:
     tokens = 2 * parsed.batch * 128
     seconds: dict[str, list[float]] = {turn: [] for turn in _TURNS}
     waited: dict[str, list[float]] = {turn: [] for turn in _TURNS}
-    step = _ROUNDS * parsed.every
+    every = parsed.every
     for number in range(parsed.repeat * len(_TURNS)):
-        turn, first = _TURNS[number % len(_TURNS)], 1 + number * parsed.lines
-        for index in range(first + 2, first + parsed.lines + 1):  # after the one of the transition
-            end, before = lines[index * step], lines[(index - 1) * step]
+        turn, first = _TURNS[number % len(_TURNS)], 1 + number * parsed.rounds
+        for index in range(first + 2, first + parsed.rounds + 1):  # after that of the transition
+            end, before = lines[index * every], lines[(index - 1) * every]
             seconds[turn].append(tokens / end["throughput/tokens_per_second"])
             gone = end["islands/wait_seconds"] - before["islands/wait_seconds"]
-            waited[turn].append(gone / step)
+            waited[turn].append(gone / every)
     last = sorted(lines)[-2:]
     return {
-        "seconds per update": {turn: _mean(found) for turn, found in seconds.items()},
-        "waited per update": {turn: _mean(found) for turn, found in waited.items()},
-        "speed": _mean(seconds["local"]) / _mean(seconds["slow"]),
+        "seconds per update": {turn: median(found) for turn, found in seconds.items()},
+        "waited per update": {turn: median(found) for turn, found in waited.items()},
+        "speed": median(seconds["local"]) / median(seconds["slow"]),
         "last exchange": lines[last[1]]["islands/wait_seconds"]
         - lines[last[0]]["islands/wait_seconds"],
-        "lines": seconds,
+        "rounds": seconds,
     }
 
 
@@ -135,10 +133,6 @@ def predicted(parsed: argparse.Namespace, directory: Path, local: float) -> dict
     }
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _wait(process: subprocess.Popen[str], directory: Path, step: int) -> None:
     path = directory / "run" / "metrics.jsonl"
     while max(metrics(directory / "run"), default=0) < step if path.is_file() else True:
@@ -161,8 +155,8 @@ def main() -> int:
     parser.add_argument("--overlap", type=int, default=24)
     parser.add_argument("--rank", type=int, default=8, help="r of the factors [8]")
     parser.add_argument("--batch", type=int, default=8, help="sequences per island [8]")
-    parser.add_argument("--lines", type=int, default=3, help="of the log in a window [3]")
-    parser.add_argument("--repeat", type=int, default=1, help="windows of each kind [1]")
+    parser.add_argument("--rounds", type=int, default=3, help="in a window [3]")
+    parser.add_argument("--repeat", type=int, default=4, help="windows of each kind [4]")
     parser.add_argument("--output", type=Path, default=Path("runs/islands_hosts.json"))
     parsed = parser.parse_args()
     reason = missing()

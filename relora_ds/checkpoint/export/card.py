@@ -31,15 +31,7 @@ _FIGURES = {
     "eval/loss": "validation loss, nats per token",
     "eval/perplexity": "validation perplexity",
 }
-_METHODS = {
-    "full": "full-rank training",
-    "galore": "GaLore",
-    "lora": "LoRA from scratch",
-    "low_rank": "low-rank factors",
-    "relora": "ReLoRA",
-    "sltrain": "SLTrain",
-    "switchlora": "SwitchLoRA",
-}
+_DIGITS = 12  # of a hash, which tell files apart
 
 
 @dataclass(frozen=True)
@@ -109,18 +101,20 @@ def parameter_count(architecture: ModelConfig) -> int:
 
 def _card(record: RunRecord, results: Results, dtype: str) -> Iterator[str]:
     config, state = record.config, record.trainer
-    method = config.method.name
+    method, begun = config.method, config.train.init_from
+    kind = ["low-rank"] if method.low_rank is not None else []
     about = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["relora_ds", "llama", "pre-training", "low-rank", method],
+        "tags": ["relora_ds", "llama", "pre-training", *kind, method.name],
     }
+    done = "pre-trained" if begun is None else f"trained further from `{Path(begun).name}`"
     name = Path(config.output_dir).name or "model"
     yield f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n# {name}\n\n"
     yield (
-        f"A LLaMA model of {parameter_count(record.architecture):,} parameters, pre-trained with "
-        f"{_METHODS.get(method, method)} on {state.tokens:,} tokens by relora_ds. It has had no "
-        f"instruction tuning and no safety training. Weights are stored in {dtype}.\n\n"
+        f"A LLaMA model of {parameter_count(record.architecture):,} parameters, {done} with "
+        f"{method.title or method.name} on {state.tokens:,} tokens by relora_ds, without "
+        f"instruction tuning or safety training. Weights are stored in {dtype}.\n\n"
     )
     yield "## Training\n\n" + _table(("", ""), _training(record)) + "\n"
     figures = [(what, results.figures.get(key)) for key, what in _FIGURES.items()]
@@ -146,6 +140,9 @@ def _training(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "seed", str(config.train.seed)
     yield "data", _data(record)
     parallel = f"{state.dp_size} data-parallel x {state.tp_size} tensor-parallel processes"
+    if (islands := config.parallel.islands) > 1:
+        yield "islands", _inline(config.islands.model_dump(mode="json"))
+        parallel = f"{islands} islands x {parallel}"
     yield "topology", f"{parallel}, ZeRO stage {state.zero_stage}"
 
 
@@ -162,8 +159,14 @@ def _data(record: RunRecord) -> str:
         return "the builtin corpus of relora_ds (English documentation that ships with Python)"
     prefixes = [data.train] if isinstance(data.train, str) else [p for _, p in data.train or ()]
     names = ", ".join(f"`{Path(prefix).name}`" for prefix in prefixes)
-    prints = ", ".join(f"`{each[:16]}`" for each in record.trainer.data_fingerprints)
+    prints = ", ".join(f"`{_shortened(each)}`" for each in record.trainer.data_fingerprints)
     return f"token files {names}; fingerprints, training files first: {prints}"
+
+
+def _shortened(fingerprint: str) -> str:
+    """A fingerprint with the beginning of its hash; what was hashed stands before a colon."""
+    what, colon, digest = fingerprint.rpartition(":")
+    return f"{what}{colon}{digest[:_DIGITS]}"
 
 
 def _hardware(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -176,6 +179,7 @@ def _hardware(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _repeat(record: RunRecord) -> str:
     processes = record.trainer.dp_size * record.trainer.tp_size
+    processes *= record.config.parallel.islands
     command = f"relora-ds train {RUN}"
     if processes > 1:
         command = f"torchrun --nproc_per_node {processes} --no-python {command}"

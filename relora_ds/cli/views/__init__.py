@@ -1,1 +1,1 @@
-"""Verbs that show something: texts of a model, pictures and reports of runs."""
+"""Verbs that show something: pictures and reports of runs."""

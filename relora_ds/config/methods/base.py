@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from relora_ds.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from relora_ds.config.reading.document import Finding, Rule
@@ -26,6 +27,9 @@ class MethodSettings(Section):
     The defaults describe full-rank training. Nothing outside of a method's own modules asks for
     its class: what it must know of every method is a member here.
     """
+
+    title: ClassVar[str | None] = None
+    """What texts call the method, if not by its name."""
 
     name: str
     """Chooses the method; its key in the registries of settings and of methods."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from relora_ds.config.methods.base import MethodSettings
 from relora_ds.config.methods.catalogue import register_settings
@@ -11,6 +11,8 @@ from relora_ds.config.methods.catalogue import register_settings
 @register_settings
 class FullConfig(MethodSettings):
     """Full-rank training: every weight is trained. The baseline of every comparison."""
+
+    title: ClassVar[str | None] = "full-rank training"
 
     name: Literal["full"]
     """Chooses this method."""

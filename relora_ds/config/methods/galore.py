@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from relora_ds.config.base import PositiveFloat, PositiveInt
 from relora_ds.config.methods.base import WarmStarted, WithFactors
@@ -16,6 +16,8 @@ from relora_ds.config.sections import OptimizerConfig, ParallelConfig
 class GaLoreConfig(WarmStarted, WithFactors):
     """GaLore: Adam on gradients that are projected to a subspace of rank r, which is chosen anew
     every few hundred updates (Zhao et al., arXiv 2403.03507)."""
+
+    title: ClassVar[str | None] = "GaLore"
 
     name: Literal["galore"]
     """Chooses this method."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from relora_ds.config.methods.adapter import AdapterConfig
 from relora_ds.config.methods.base import WarmStarted
@@ -12,6 +12,8 @@ from relora_ds.config.methods.catalogue import register_settings
 @register_settings
 class LoRAConfig(WarmStarted, AdapterConfig):
     """LoRA from scratch: adapters on a frozen base that never changes (Hu et al., 2021)."""
+
+    title: ClassVar[str | None] = "LoRA from scratch"
 
     name: Literal["lora"]
     """Chooses this method."""

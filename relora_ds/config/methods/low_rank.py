@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from relora_ds.config.methods.base import WithFactors
 from relora_ds.config.methods.catalogue import register_settings
@@ -11,6 +11,8 @@ from relora_ds.config.methods.catalogue import register_settings
 @register_settings
 class LowRankConfig(WithFactors):
     """Factorised training from scratch: the projection *is* B @ A, there is no dense weight."""
+
+    title: ClassVar[str | None] = "low-rank factors"
 
     name: Literal["low_rank"]
     """Chooses this method."""

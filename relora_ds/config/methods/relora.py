@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,8 @@ class ResetConfig(Section):
 @register_settings
 class ReLoRAConfig(WarmStarted, AdapterConfig):
     """ReLoRA: merge the adapters into W and restart them, again and again (Lialin et al., 2023)."""
+
+    title: ClassVar[str | None] = "ReLoRA"
 
     name: Literal["relora"]
     """Chooses this method."""

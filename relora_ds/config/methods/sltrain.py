@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ from relora_ds.config.sections import TrainConfig
 class SLTrainConfig(WithFactors):
     """SLTrain: every projection is scale * B @ A plus a sparse matrix on a fixed random support,
     and no dense weight is kept (Han et al., 2024)."""
+
+    title: ClassVar[str | None] = "SLTrain"
 
     name: Literal["sltrain"]
     """Chooses this method."""

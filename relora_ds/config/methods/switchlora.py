@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from relora_ds.config.base import NonNegativeInt, PositiveFloat
 from relora_ds.config.methods.adapter import AdapterConfig
@@ -19,6 +19,8 @@ from relora_ds.config.sections import OptimizerConfig
 class SwitchLoRAConfig(WarmStarted, AdapterConfig):
     """SwitchLoRA: replace single vectors of the adapters by candidates, a few at every step, while
     W absorbs the difference (arXiv 2406.06564). Events stop with the last update."""
+
+    title: ClassVar[str | None] = "SwitchLoRA"
 
     name: Literal["switchlora"]
     """Chooses this method."""

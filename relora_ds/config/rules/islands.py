@@ -52,6 +52,48 @@ def rounds_begin_in_the_run(
         )
 
 
+def ramp_leads_to_longer_rounds(
+    parallel: ParallelConfig, islands: IslandsConfig, train: TrainConfig
+) -> Iterator[Finding]:
+    path, every = ("islands", "ramp"), islands.every
+    if not islands.ramp:
+        return
+    if parallel.islands == 1 or islands.share_gradients:
+        yield Finding(
+            path,
+            "is given, but there are no rounds: set parallel.islands and islands.every, or remove "
+            "it",
+        )
+        return
+    if islands.in_turn:
+        yield Finding(
+            path,
+            "is given, but the turns of islands.transport.fragments and overlap are those of "
+            "rounds of one length: write fragments: 1 and overlap: 0, or remove it",
+        )
+    before = islands.from_step
+    for number, (until, shorter) in enumerate(islands.ramp):
+        if until % every:
+            yield Finding(
+                (*path, number, 0),
+                f"is {until}, but must be a multiple of islands.every ({every}), where a round "
+                f"ends in any case: write {multiples_near(until, every)}",
+            )
+        elif not before < until < train.steps:
+            yield Finding(
+                (*path, number, 0),
+                f"is {until}, but must lie between {before}, where these rounds begin, and "
+                f"train.steps ({train.steps}): write a number between them",
+            )
+        if shorter >= every:
+            yield Finding(
+                (*path, number, 1),
+                f"is {shorter}, but must be less than islands.every ({every}), to which rounds "
+                "grow: write less, or remove the pair",
+            )
+        before = until
+
+
 def factors_of_rates_need_rounds(
     parallel: ParallelConfig, islands: IslandsConfig
 ) -> Iterator[Finding]:
@@ -157,6 +199,7 @@ def islands_are_supported(
 ISLAND_RULES = (
     rounds_need_islands,
     rounds_begin_in_the_run,
+    ramp_leads_to_longer_rounds,
     factors_of_rates_need_rounds,
     nesterov_has_momentum,
     fragments_fit_a_round,

@@ -47,6 +47,11 @@ class IslandsConfig(Section):
     """Updates before the first round, a multiple of `every`. Islands share gradients in them, as if
     `every` were 1: weights that still move fast are not left to drift apart, at the price of as
     many exchanges."""
+    ramp: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    """Shorter rounds early in the run: `[[300, 2], [500, 5]]` has rounds of two updates until 300
+    are done, and of five until 500, both multiples of `every`. What islands lose by training apart
+    grows with the learning rate: rounds that are short while it is high cost less than rounds of
+    one length that exchange as much. Every multiple of `every` ends a round, also a shorter one."""
     inner_lr: PositiveFloat = 1.0
     """Factor of all learning rates in rounds. An island has but its share of the batch, so that the
     part of a normalised update that islands have in common is smaller: with G islands and small
@@ -60,6 +65,23 @@ class IslandsConfig(Section):
         """Factor of all learning rates in the update after `done` ones of the run."""
         apart = not self.share_gradients and done >= self.from_step
         return self.inner_lr if apart else 1.0
+
+    def every_at(self, done: int) -> int:
+        """Optimizer steps of the round that the update after `done` ones of the run is in."""
+        return next((every for until, every in self.ramp if done < until), self.every)
+
+    def ends_at(self, done: int) -> bool:
+        """Whether a round ends after so many updates of the run."""
+        return done % self.every % self.every_at(done - 1) == 0
+
+    def ramp_ends(self, first: int, last: int, every: int) -> float:
+        """Rounds that the ramp adds to those of `every` updates, between two counts of updates."""
+        added, start = 0.0, self.from_step
+        for until, shorter in self.ramp:
+            updates = max(0, min(until, last) - max(start, first))
+            added += updates * (-(-every // shorter) - 1) / every
+            start = until
+        return added
 
     @property
     def share_gradients(self) -> bool:

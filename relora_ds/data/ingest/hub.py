@@ -131,7 +131,7 @@ class HubTexts:
     @property
     def total(self) -> int | None:
         """Rows, if the data set is on the disk."""
-        return len(self._rows) if _is_saved(self._all.name) else None
+        return len(self._rows) if is_saved(self._all.name) else None
 
     def shares(self, workers: int) -> list[Share]:
         """Equal numbers of rows; a stream is one share, which one worker reads."""
@@ -146,7 +146,7 @@ class HubTexts:
     def sources(self) -> tuple[SourceFile, ...]:
         """The data set, and the bytes of its files; 0 for a stream."""
         share = self._all
-        files = self._rows.cache_files if _is_saved(share.name) else []
+        files = self._rows.cache_files if is_saved(share.name) else []
         size = sum(Path(file["filename"]).stat().st_size for file in files)
         parts = (share.name, share.config, share.split)
         return (SourceFile(path=":".join(part for part in parts if part), bytes=size),)
@@ -166,7 +166,7 @@ def open_dataset(share: DatasetShare) -> Any:
         ) from error
     package.disable_progress_bars()
     try:
-        if not _is_saved(share.name):
+        if not is_saved(share.name):
             split = share.split or _DEFAULT_SPLIT
             return package.load_dataset(share.name, share.config, split=split, streaming=True)
         saved = package.load_from_disk(share.name)
@@ -197,7 +197,8 @@ def _no_split(share: DatasetShare, names: list[str]) -> DataError:
     return DataError(f"{share.name}: no split {asked!r}; {known}")
 
 
-def _is_saved(name: str) -> bool:
+def is_saved(name: str) -> bool:
+    """Whether a folder is one that `save_to_disk` wrote."""
     return any(Path(name, file).is_file() for file in _SAVED)
 
 

@@ -118,7 +118,7 @@ class Rounds:
                 exact: see `MeanProducts`. Weights are made common for them.
             common: whether weights have to be common, at the end of a round.
         """
-        ends = done % self._config.every == 0
+        ends = self._config.ends_at(done)
         if self._anchors is None:
             return
         if ends and (common or products or not self._config.in_turn):

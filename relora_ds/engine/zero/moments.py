@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -19,6 +20,23 @@ from relora_ds.parallel.shape import global_shape, shard_of
 
 MatrixMoments = Mapping[nn.Parameter, tuple[torch.Tensor, ...]]
 """Moments of parameters that are updated matrix-wise: this rank's slices, live and 1-D."""
+
+
+@dataclass(frozen=True)
+class OptimizerSlices:
+    """What the optimizer keeps on this rank, and how far it is.
+
+    Args:
+        layout: where Adam's moments are.
+        clocks: clock of every parameter that has one.
+        completed_steps: the optimizer's own count of updates.
+        by_matrix: moments of parameters that are updated matrix-wise.
+    """
+
+    layout: Layout
+    clocks: Mapping[nn.Parameter, VectorClock]
+    completed_steps: Callable[[], int]
+    by_matrix: MatrixMoments = field(default_factory=dict)
 
 
 class _RotatedRows:
@@ -79,34 +97,22 @@ class ZeroMoments(Moments):
     """The slices of all moments that the optimizer keeps on this rank.
 
     Args:
-        layout: where Adam's moments are.
-        clocks: clock of every parameter that has one.
-        completed_steps: the optimizer's own count of updates.
+        slices: what the optimizer keeps here.
         collectives: sums over the ranks that hold other parts.
-        by_matrix: moments of parameters that are updated matrix-wise, slices of this rank, 1-D.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        clocks: Mapping[nn.Parameter, VectorClock],
-        completed_steps: Callable[[], int],
-        collectives: StateCollectives,
-        by_matrix: MatrixMoments,
-    ) -> None:
-        self._by_matrix = by_matrix
-        self._layout = layout
-        self._clocks = clocks
-        self._completed_steps = completed_steps
+    def __init__(self, slices: OptimizerSlices, collectives: StateCollectives) -> None:
+        self._slices = slices
+        self._layout = slices.layout
         self._collectives = collectives
 
     @property
     def updates(self) -> int:
-        return self._completed_steps()
+        return self._slices.completed_steps()
 
     def shard(self, parameter: nn.Parameter) -> MomentShard | None:
         stretch = self._layout.placements[parameter].stretch
-        if (held := self._by_matrix.get(parameter)) is None:
+        if (held := self._slices.by_matrix.get(parameter)) is None:
             adam = [self._layout.optimizer_state(parameter, key) for key in MOMENTS]
             held = tuple(moment for moment in adam if moment is not None)
         elif not stretch.length:
@@ -142,7 +148,7 @@ class ZeroMoments(Moments):
 
     def _count(self, parameter: nn.Parameter) -> int:
         """How many moments a parameter has, also where this rank has nothing of it."""
-        return len(self._by_matrix.get(parameter, MOMENTS))
+        return len(self._slices.by_matrix.get(parameter, MOMENTS))
 
     def rotate(self, rotations: Mapping[nn.Parameter, torch.Tensor]) -> None:
         found, cut = {}, []
@@ -192,6 +198,6 @@ class ZeroMoments(Moments):
         return None if copies else self.shard(parameter)
 
     def restart(self, parameter: nn.Parameter) -> int:
-        clock = self._clocks[parameter]
-        clock.restart(self._completed_steps())
+        clock = self._slices.clocks[parameter]
+        clock.restart(self._slices.completed_steps())
         return clock.count

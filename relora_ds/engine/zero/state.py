@@ -10,14 +10,12 @@ from torch import nn
 from relora_ds.accounting.recorder import recorder
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.host_memory import ZeroHostMemory
-from relora_ds.engine.zero.layout import Layout
-from relora_ds.engine.zero.moments import MatrixMoments, ZeroMoments
+from relora_ds.engine.zero.moments import OptimizerSlices, ZeroMoments
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.engine.zero.vectors import ZeroVectors
 from relora_ds.engine.zero.weights import ZeroWeights
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import BaseWeight
-from relora_ds.optim.vector_clock import VectorClock
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
 Probe = Callable[[], torch.Tensor | None]
@@ -27,30 +25,24 @@ class ZeroState(TrainState):
     """Weights, masters and moments, whole or sliced, wherever the layout says they are.
 
     Args:
-        layout: where working weights, masters and Adam's moments are.
+        slices: what the optimizer keeps on this rank; its layout knows working weights and masters.
         bases: authoritative store of every frozen weight that may be edited.
-        clocks: clock of every parameter that has one.
-        completed_steps: the optimizer's own count of updates.
         probe: output of the model on a fixed batch.
         gradients: runs the model outside of updates.
         edited: called with every frozen parameter that was edited.
         tp: the tensor-parallel group whose ranks hold other parts.
-        by_matrix: moments of what is updated matrix-wise; None where nothing is.
     """
 
     def __init__(
         self,
-        layout: Layout,
+        slices: OptimizerSlices,
         bases: Mapping[nn.Parameter, BaseWeight],
-        clocks: Mapping[nn.Parameter, VectorClock],
-        completed_steps: Callable[[], int],
         probe: Probe,
         gradients: FrozenGradients,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
         tp: TensorParallel = SINGLE,
-        by_matrix: MatrixMoments | None = None,
     ) -> None:
-        matrices = by_matrix or {}
+        layout = slices.layout
         # collectives are where the parameters are, also if moments are offloaded
         device = next(iter((*layout.placements, *bases))).device
         self._collectives = collectives = StateCollectives(layout, tp, device)
@@ -59,8 +51,8 @@ class ZeroState(TrainState):
         host = ZeroHostMemory(layout, collectives)
         super().__init__(
             ZeroWeights(layout, bases, edited, collectives),
-            ZeroMoments(layout, clocks, completed_steps, collectives, matrices),
-            ZeroVectors(layout, clocks, completed_steps, host, collectives, matrices),
+            ZeroMoments(slices, collectives),
+            ZeroVectors(slices, host, collectives),
             host,
             gradients,
         )

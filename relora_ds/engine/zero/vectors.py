@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,14 +10,13 @@ from torch import nn
 
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
-from relora_ds.engine.zero.layout import Layout
-from relora_ds.engine.zero.moments import MatrixMoments
+from relora_ds.engine.zero.moments import OptimizerSlices
 from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
 from relora_ds.numerics.batched.rows import Move, Rows, clear_rows, copy_matrices, copy_rows
 from relora_ds.numerics.gpu import launch
 from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
-from relora_ds.optim.vector_clock import Fragment, Stretch, VectorClock, VectorPlaces
+from relora_ds.optim.vector_clock import Fragment, Stretch, VectorPlaces
 from relora_ds.parallel.shape import inner_shard, tp_local_shape
 
 
@@ -63,32 +62,21 @@ class ZeroVectors(Vectors):
     """Rows and columns of factors, whole or in pieces, wherever the layout says they are.
 
     Args:
-        layout: where working weights, masters and Adam's moments are.
-        clocks: clock of every parameter that has one.
-        completed_steps: the optimizer's own count of updates.
+        slices: what the optimizer keeps here.
         host: knows which span of a stored vector is kept here.
         collectives: sums over the ranks that hold other parts.
-        by_matrix: moments of parameters that are updated matrix-wise, slices of this rank, 1-D.
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        clocks: Mapping[nn.Parameter, VectorClock],
-        completed_steps: Callable[[], int],
-        host: HostMemory,
-        collectives: StateCollectives,
-        by_matrix: MatrixMoments,
+        self, slices: OptimizerSlices, host: HostMemory, collectives: StateCollectives
     ) -> None:
-        self._by_matrix = by_matrix
-        self._layout = layout
-        self._clocks = clocks
-        self._completed_steps = completed_steps
+        self._slices = slices
+        self._layout = slices.layout
         self._host = host
         self._collectives = collectives
 
     def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
-        return self._clocks[parameter].live(self._completed_steps() + ahead)
+        return self._slices.clocks[parameter].live(self._slices.completed_steps() + ahead)
 
     def locate(
         self,
@@ -135,7 +123,7 @@ class ZeroVectors(Vectors):
         found = []
         for each in factors:
             (everything,) = _here(each).working
-            axis = self._clocks[each.parameter].axis
+            axis = self._slices.clocks[each.parameter].axis
             chosen = each.parameter.detach().index_select(axis, everything.index[0])
             found.append(chosen if axis == 0 else chosen.t().contiguous())
         return found
@@ -153,7 +141,7 @@ class ZeroVectors(Vectors):
     def _shapes(self, factors: Sequence[LocatedVectors]) -> list[tuple[int, int]]:
         """Of some vectors of each factor, as rows."""
         return [
-            (len(each.index), tp_local_shape(p)[1 - self._clocks[p].axis])
+            (len(each.index), tp_local_shape(p)[1 - self._slices.clocks[p].axis])
             for each, p in ((each, each.parameter) for each in factors)
         ]
 
@@ -204,11 +192,11 @@ class ZeroVectors(Vectors):
             self._layout.drop_copies(vectors.parameter)
 
     def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
-        completed, cleared = self._completed_steps(), 0
+        completed, cleared = self._slices.completed_steps(), 0
         rows: dict[torch.device, list[Rows]] = {}
         for each in vectors:
             parameter, places = each.parameter, _here(each).master
-            clock = self._clocks[parameter]
+            clock = self._slices.clocks[parameter]
             stretch, moments = self._moments(parameter)
             fragment = self._fragment(parameter, stretch)
             for moment in moments:
@@ -224,8 +212,8 @@ class ZeroVectors(Vectors):
     def _moments(self, parameter: nn.Parameter) -> tuple[Stretch, tuple[torch.Tensor, ...]]:
         """This rank's moments of a parameter, and where in them its elements lie."""
         placement = self._layout.placements[parameter]
-        if parameter in self._by_matrix:
-            return replace(placement.stretch, offset=0), self._by_matrix[parameter]
+        if parameter in self._slices.by_matrix:
+            return replace(placement.stretch, offset=0), self._slices.by_matrix[parameter]
         state = self._layout.optimizer.state.get(placement.owner, {})
         return placement.stretch, tuple(state[key] for key in MOMENTS if key in state)
 
@@ -235,7 +223,7 @@ class ZeroVectors(Vectors):
         return working, self._fragment(parameter, Stretch(start, 0, working.numel()))
 
     def _fragment(self, parameter: nn.Parameter, stretch: Stretch) -> Fragment:
-        return fragment_of(parameter, stretch, self._clocks[parameter])
+        return fragment_of(parameter, stretch, self._slices.clocks[parameter])
 
 
 def lay_out_wire(

@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import astuple, dataclass
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from relora_ds.errors import DesyncError
 from relora_ds.parallel.islands import ALONE, Islands, join_one_of
@@ -47,6 +47,16 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=_BYTES).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A meeting that is under way."""
+
+    place: Place
+    flags: torch.Tensor
+    group: ProcessGroup
+    work: Work | None
+
+
 class Agreement:
     """Meetings of all ranks, in a group of their own on the host: the answer must not wait for work
     that is queued on a device. Made on every rank.
@@ -56,10 +66,12 @@ class Agreement:
     Args:
         islands: whose ranks can meet among themselves.
         every: updates of a round.
+        later: whether islands go on at the end of a round before they know what others want.
     """
 
-    def __init__(self, islands: Islands = ALONE, every: int = 1) -> None:
-        self._every = every
+    def __init__(self, islands: Islands = ALONE, every: int = 1, later: bool = False) -> None:
+        self._every, self._later = every, later
+        self._asked: _Asked | None = None
         world = range(torch.distributed.get_world_size())
         self._everyone = join_one_of([world], torch.distributed.get_rank(), backend="gloo")
         self._within = self._everyone
@@ -83,14 +95,35 @@ class Agreement:
         Raises:
             DesyncError: on every rank: they are at different places; names them.
         """
+        return self._answer(self._ask(place, stop))
+
+    def ask(self, place: Place, stop: bool) -> bool:
+        """Meet at the end of an update; whether the run is to end here. A collective call.
+
+        Where islands meet over a slow link and may go on, they do: what they want, and whether they
+        are at the same place, is known after the next update.
+        """
+        earlier, self._asked = self._asked, None
+        wanted = earlier is not None and self._answer(earlier)
+        if self._later and place.step % self._every == 0:
+            self._asked = self._ask(place, stop)
+            return wanted
+        return self.meet(place, stop) or wanted
+
+    def _ask(self, place: Place, stop: bool) -> _Asked:
         digest, within = place.digest(), place.step % self._every > 0
         # the largest and, inverted, the smallest in one reduction
         flags = torch.tensor([int(stop and not within), digest, ~digest])
-        group = self._within if within else self._everyone
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=group)
-        wanted, high, low = flags.tolist()
+        group, largest = self._within if within else self._everyone, torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(flags, op=largest, group=group, async_op=True)
+        return _Asked(place, flags, group, work)
+
+    def _answer(self, asked: _Asked) -> bool:
+        if asked.work is not None:
+            asked.work.wait()
+        wanted, high, low = asked.flags.tolist()
         if high != ~low:
-            self._refuse(place, group)
+            self._refuse(asked.place, asked.group)
         return bool(wanted)
 
     def _refuse(self, place: Place, group: ProcessGroup) -> None:

@@ -1,1 +1,1 @@
-"""A saved model at work: texts from it, and tasks of lm-eval."""
+"""A saved model at work: texts from it, tasks of lm-eval, fine-tuning on GLUE."""

@@ -12,12 +12,12 @@ from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.export.hf import described
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
-from relora_ds.data.tokenizer import open_tokenizer
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
-from relora_ds.errors import ConfigError, DataError
+from relora_ds.errors import ConfigError
 from relora_ds.model.generation.sample import Sampling, generate
+from relora_ds.train.saved_model.directory import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,7 @@ def generate_from_checkpoint(
         DataError: the tokenizer cannot be read, or is not that of the model.
     """
     dense = DenseModel(checkpoint)
-    if dense.tokenizer is None:
-        raise ConfigError(
-            f"{checkpoint} holds no tokenizer: put the tokenizer.model or tokenizer.json that the "
-            f"data were prepared with into {dense.directory}"
-        )
-    tokenizer = open_tokenizer(dense.tokenizer)
-    known = tokenizer.vocab_size
-    if known > dense.architecture.vocab_size:
-        raise DataError(
-            f"{dense.tokenizer}: the tokenizer has {known} ids, but the model's vocab_size is "
-            f"{dense.architecture.vocab_size}: put the tokenizer there that the data were prepared "
-            "with"
-        )
+    tokenizer = tokenizer_of(dense)
     _, architecture = described(dense, with_tokenizer=True)
     ends = _ends(architecture)
     length = architecture.max_position_embeddings
@@ -76,7 +64,7 @@ def generate_from_checkpoint(
         ids = tokenizer.encode(_text(prompt)) or [tokenizer.eos_id]
         room = min(sampling.max_tokens, max(1, length - len(ids)))
         shorter = replace(sampling, max_tokens=room)
-        tokens = generate(model, ids, shorter, ends, number, cached, known)
+        tokens = generate(model, ids, shorter, ends, number, cached, tokenizer.vocab_size)
         text = tokenizer.decode([*ids, *tokens]).removeprefix(tokenizer.decode(ids))
         found.append(Generated(prompt, text, len(tokens), len(tokens) < room))
     return found

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from relora_ds.checkpoint.export.card import CARD, with_scores
-from relora_ds.checkpoint.export.hf import export_hf
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.errors import ConfigError
 from relora_ds.extras import require
 from relora_ds.files.regular import read_regular
+from relora_ds.train.saved_model.directory import as_directory
+from relora_ds.train.saved_model.notes import note_in_summary
 from relora_ds.train.telemetry.atomic import write_atomically
 
 _MAX_BYTES = 64 << 20
@@ -52,11 +49,7 @@ def run_tasks(
     """
     lm_eval, manager = _opened(tasks, include)
     check_accelerator()
-    with TemporaryDirectory() as scratch:
-        model = path
-        if not (path / "config.json").is_file():
-            model = Path(scratch) / "model"
-            export_hf(path, model, torch.float32)
+    with as_directory(path) as model:
         try:
             found = lm_eval.simple_evaluate(
                 model="hf",
@@ -117,21 +110,4 @@ def _note(path: Path, scores: dict[str, dict[str, float]]) -> None:
         rows = [(task, metric, v) for task, all_ in scores.items() for metric, v in all_.items()]
         text = read_regular(card, _MAX_BYTES).decode()
         write_atomically(card, with_scores(text, rows).encode())
-    for summary in _summaries(path):
-        try:
-            content = json.loads(read_regular(summary, _MAX_BYTES))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
-            earlier = content.get(KEY)
-            content[KEY] = (earlier if isinstance(earlier, dict) else {}) | scores
-            write_atomically(summary, (json.dumps(content, indent=2) + "\n").encode())
-        return
-
-
-def _summaries(path: Path) -> Iterator[Path]:
-    """Where the summary of a model's run may lie: it, `hf/` and `checkpoints/step_N` are in it."""
-    place = path.resolve()
-    for each in (place, *list(place.parents)[:2]):
-        if (each / "summary.json").is_file() and (each / "metrics.jsonl").is_file():
-            yield each / "summary.json"
+    note_in_summary(path, KEY, scores)

@@ -210,8 +210,8 @@ def rounds_apart(topology: Topology, cells: list[tuple[str, int, int, int]]) -> 
 
 
 def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str, Any]:
-    """Eight updates in rounds of two, of which the first six share gradients; ReLoRA
-    merges after the fourth.
+    """Twelve updates: four that share gradients, two rounds of two, one of four. ReLoRA merges
+    after the fourth and the eighth, and moves nothing in the update that follows.
 
     Args:
         cells: method, ZeRO stage.
@@ -219,24 +219,27 @@ def begun_together(topology: Topology, cells: list[tuple[str, int]]) -> dict[str
     Returns:
         By cell, a figure per update: `losses`; `differ`, the largest difference of any weight
         between islands after it; `sent`, what moved between islands: `gradients` or `weights` as
-        the closed form has them, `nothing` or `else`. `plain`: losses without islands.
+        the closed form has them, `merged` with the factors, `nothing` or `else`. `plain`: losses
+        without islands.
     """
     found = {}
     for method, stage in cells:
-        plain = Island(described(method, 1), topology, stage)
-        figures: dict[str, Any] = {"plain": [plain.step(step)[0] for step in range(8)]}
+        plain = Island(described(method, 1, steps=12), topology, stage)
+        figures: dict[str, Any] = {"plain": [plain.step(step)[0] for step in range(5)]}
         plain.destroy()
-        rounds = {"every": 2, "from_step": 6, "transport": {"bits": 16}}
-        config = described(method, 2, rounds=rounds)
+        rounds = {"every": 4, "from_step": 4, "ramp": [[8, 2]], "transport": {"bits": 16}}
+        config = described(method, 2, steps=12, rounds=rounds)
         run = Island(config, topology, stage)
         what = groups_of(run), run.zero, 2, run.topology.dp_rank
+        merged = [p for each in run.session.products_to_merge(8) for p in each.factors]
         forms = {
             "nothing": {},
             "gradients": shared_gradients(*what),
             "weights": end_of_round(*what, bits=16),
+            "merged": end_of_round(*what, bits=16, merged=merged),
         }
         figures |= {"losses": [], "differ": [], "sent": []}
-        for step in range(8):
+        for step in range(12):
             figures["losses"].append(run.step(step)[0])
             sent = between_islands()
             figures["sent"].append(next((n for n, form in forms.items() if form == sent), "else"))

@@ -21,6 +21,7 @@ SCRIPTS = {
     "prepare-data": "tools/prepare_data.py",
     "train-tokenizer": "tools/train_tokenizer.py",
     "evaluate": "tools/evaluate.py",
+    "finetune": "tools/finetune.py",
     "generate": "tools/generate.py",
     "export": "tools/export_hf.py",
     "import": "tools/import_hf.py",

@@ -89,6 +89,43 @@ def test_rates_have_a_factor_in_rounds_only() -> None:
     assert problems(islands={"inner_lr": 1.4}) == {}
 
 
+def test_rounds_grow_from_a_ramp() -> None:
+    rounds = IslandsConfig(every=10, from_step=10, ramp=((20, 4), (30, 5)))
+    ends = [done for done in range(11, 51) if rounds.ends_at(done)]
+    assert ends == [14, 18, 20, 25, 30, 40, 50]  # a multiple of ten ends a round in any case
+    assert rounds.ramp_ends(0, 50, 10) == pytest.approx(len(ends) - 4)
+    # two phases have the rounds of one, and rounds as short as the first stage add none
+    assert rounds.ramp_ends(0, 20, 10) + rounds.ramp_ends(20, 50, 10) == pytest.approx(3)
+    assert rounds.ramp_ends(0, 50, 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("ramp", "key", "told"),
+    [
+        (((15, 2),), "0.0", "write 10 or 20"),
+        (((20, 2), (20, 5)), "1.0", "between 20"),
+        (((40, 2),), "0.0", "train.steps (40)"),
+        (((20, 10),), "0.1", "must be less than islands.every (10)"),
+    ],
+)
+def test_a_ramp_has_stages_that_fit_each_other(
+    ramp: tuple[tuple[int, int], ...], key: str, told: str
+) -> None:
+    found = problems(islands={"ramp": ramp})
+    assert list(found) == [f"islands.ramp.{key}"]
+    assert told in found[f"islands.ramp.{key}"]
+
+
+def test_a_ramp_needs_rounds_and_no_turns() -> None:
+    ramp = ((20, 5),)
+    assert problems(islands={"ramp": ramp}) == {}
+    for islands, told in (
+        ({"every": 1}, "there are no rounds"),
+        ({"transport": {"fragments": 2}}, "write fragments: 1"),
+    ):
+        assert told in problems(islands={"ramp": ramp, **islands})["islands.ramp"]
+
+
 def test_islands_train_apart_with_optimizers_of_matrices() -> None:
     assert problems(optimizer={"adapter": "spectral"}) == {}
 

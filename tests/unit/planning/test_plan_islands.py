@@ -61,6 +61,26 @@ def test_fragments_that_travel_while_islands_train_hide_the_link() -> None:
     assert shortest.seconds_per_update >= shortest.bytes_per_update / SLOW.bandwidth
 
 
+def test_short_rounds_and_shared_gradients_of_early_updates_are_counted() -> None:
+    loaded = load_run_config(RUN, [])
+    warm = loaded.config.method.warm_start
+    assert warm is not None
+    start, added = warm.steps, 500
+    phase = loaded.config.train.steps - start
+    plain = planned()
+    ramp = planned(f"islands.ramp=[[{start + added}, 10]]").asked
+    more = plain.round_bytes * (added / 10 - added / 100) / phase
+    assert ramp.bytes_per_update == pytest.approx(plain.asked.bytes_per_update + more)
+    assert plain.asked.speed > ramp.speed
+
+    together = planned(f"islands.from_step={start + added}").asked
+    gradients = planned("islands.every=1").asked.bytes_per_update
+    share = added / phase
+    expected = share * gradients + (1 - share) * plain.asked.bytes_per_update
+    assert together.bytes_per_update == pytest.approx(expected)
+    assert ramp.speed > together.speed
+
+
 def test_what_an_island_sends_does_not_depend_on_how_many_share_it() -> None:
     few, many = planned(gpus=4), planned(gpus=32)
     assert few.round_bytes == pytest.approx(many.round_bytes, rel=1e-4)

@@ -34,10 +34,43 @@ def test_the_card_tells_method_data_tokens_metrics_and_hardware() -> None:
     assert "relora" in str(front_matter(card)["tags"])
     for said in ('"merge_every": ', "ReLoRA", "320 tokens", "21.5000", "3.2500", "NVIDIA H100"):
         assert said in card
-    assert all(each[:16] in card for each in record.trainer.data_fingerprints)
+    for fingerprint in record.trainer.data_fingerprints:
+        assert fingerprint.rpartition(":")[2][:12] in card
     assert "validation loss" not in card  # none was given
     assert "2.13.0" in card
     assert "None" not in card
+
+
+def test_the_card_of_islands_that_began_with_a_model_says_so(saved: Saved) -> None:
+    def change(run: dict[str, dict[str, object]]) -> None:
+        run["parallel"]["islands"] = 3
+        run["train"]["init_from"] = "models/llama-3"
+        run["islands"] = {"every": 4}
+
+    saved.edit("run.yaml", change)
+    record = read_record(saved.path)
+    card = card_files(record, Results(), "float32")[CARD]
+    processes = 3 * record.trainer.dp_size * record.trainer.tp_size
+    assert f"torchrun --nproc_per_node {processes} " in card
+    assert '| islands | `{"every": 4' in card
+    assert "trained further from `llama-3` with ReLoRA" in card
+
+
+@pytest.mark.parametrize("method", ["full", "relora"])
+def test_only_a_model_of_low_rank_is_tagged_so(saved: Saved, method: str) -> None:
+    if method == "full":
+        saved.edit("run.yaml", lambda run: run.update(method={"name": "full"}))
+    card = card_files(read_record(saved.path), Results(), "float32")[CARD]
+    assert ("low-rank" in str(front_matter(card)["tags"])) is (method == "relora")
+
+
+@pytest.mark.parametrize("kind", ["", "sha256/64MiB:", "held out/1:"])
+def test_fingerprints_tell_files_apart(saved: Saved, kind: str) -> None:
+    prints = [f"{kind}{digit * 64}" for digit in "ab"]
+    saved.edit("trainer.json", lambda state: state.update(data_fingerprints=prints))
+    saved.edit("run.yaml", lambda run: run.update(data={"train": "data/c4", "valid": "data/v"}))
+    card = card_files(read_record(saved.path), Results(), "float32")[CARD]
+    assert f"`{kind}{'a' * 12}`, `{kind}{'b' * 12}`" in card
 
 
 def test_figures_are_those_of_the_checkpoint_not_of_the_end(tmp_path: Path) -> None:

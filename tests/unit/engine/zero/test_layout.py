@@ -19,6 +19,7 @@ from relora_ds.engine.deepspeed.layouts import (
     build_layout,
 )
 from relora_ds.engine.zero.layout import Layout, MasterCopies, WholeParameters
+from relora_ds.engine.zero.moments import OptimizerSlices
 from relora_ds.engine.zero.state import ZeroState
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.errors import ConfigError, ReloraError
@@ -282,7 +283,8 @@ def state_of(cut: Cut, layout: Layout, done: int = 4) -> tuple[ZeroState, Vector
     """The port over one rank's cut; the first parameter has a clock, a frozen weight a store."""
     clock = VectorClock(3, axis=0)
     clocks = {cut.flat[0]: clock}
-    return ZeroState(layout, {}, clocks, lambda: done, lambda: None, no_gradients()), clock
+    slices = OptimizerSlices(layout, clocks, lambda: done)
+    return ZeroState(slices, {}, lambda: None, no_gradients()), clock
 
 
 def no_gradients() -> FrozenGradients:
@@ -326,7 +328,8 @@ def test_frozen_weights_are_edited_through_their_store() -> None:
     cut = Cut(1, 0)
     weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16), requires_grad=False)
     base = Residual(weight.data.view(-1), torch.full((12,), 1.0))
-    state = ZeroState(cut.layout(), {weight: base}, {}, lambda: 0, lambda: None, no_gradients())
+    slices = OptimizerSlices(cut.layout(), {}, lambda: 0)
+    state = ZeroState(slices, {weight: base}, lambda: None, no_gradients())
     sums = state.weights.add_product(weight, torch.ones(4, 1), torch.full((1, 3), 2.0**-20), 1.0)
     assert sums is not None
     assert sums[0] == 12

@@ -1,0 +1,1 @@
+"""Verbs that put a saved model to work: scores, texts, fine-tuning."""

@@ -1,0 +1,1 @@
+"""Fine-tuning of a saved model on tasks of GLUE, and its scores."""
