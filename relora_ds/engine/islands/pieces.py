@@ -78,8 +78,8 @@ def fragments(layout: Layout, names: Mapping[nn.Parameter, str], count: int) -> 
     number = {id(owner): n for n, owner in enumerate(layout.owners())}
     found = []
     for parameters in share_out({p: names[p] for p in layout.placements}, count):
-        # tensor-parallel ranks must come to the same of what they hold alike: no block of a code may
-        # have elements of what they do not
+        # tensor-parallel ranks must come to the same of what they hold alike: no block of a code
+        # may have elements of what they do not
         pieces: list[Piece] = []
         for alike in (True, False):
             held = [layout.placements[p] for p in parameters if (shard_of(p) is None) == alike]
