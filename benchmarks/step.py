@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO")
     parser.add_argument("--repeat", type=int, default=9, help="timed steps of each case")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers")
+    parser.add_argument("--compile", action="store_true", help="train.compile: layers, in ours")
     parser.add_argument("--no-transformers", action="store_true", help="leave that case out")
     beside = "in place of steps, time projections beside the authors' layers: DIR has their clones"
     parser.add_argument("--against", type=Path, metavar="DIR", help=beside)
@@ -103,8 +104,7 @@ def main() -> None:
     if parsed.against:
         return _against(parsed)
     figures = benchmark_steps(parsed)
-    for line in table(figures):
-        print(line)
+    print(*table(figures), sep="\n")
     if parsed.json:
         parsed.json.write_text(json.dumps([asdict(each) for each in figures], indent=1) + "\n")
 
@@ -266,6 +266,7 @@ def _ours(
     from relora_ds.engine.assemble import build_engine
     from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
     from relora_ds.methods.registry import plan_phases
+    from relora_ds.model.llama import Llama
 
     config = RunConfig.model_validate_json(json.dumps(_description(case, parsed)))
     topology = distributed.start(_TIMEOUT_MINUTES)
@@ -273,6 +274,8 @@ def _ours(
     zero = resolve_deepspeed_config(source, config, topology.dp_size)
     method = plan_phases(config)[-1].method
     engine = build_engine(_architecture(parsed), method, config, zero, topology)
+    if parsed.compile and isinstance(engine.model, Llama):
+        engine.model.compile_layers()
     engine.set_learning_rates(dict.fromkeys(("dense", "adapter", "pair"), 1e-3))
     with torch.no_grad():
         session = method.start(engine.state, engine.model)

@@ -102,7 +102,7 @@ def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Vol
         volume = Volume(times * each.calls, times * size * each.elements)
         add(each.operation, dtype, each.phase, volume)
 
-    add_exchange(_of_loss(model, work.update.tokens), "float32", _WIDE_BYTES, micro_batches)
+    add_exchange(_of_loss(model, work.update), "float32", _WIDE_BYTES, micro_batches)
     for each in _of_blocks(model, work.update.tokens):
         add_exchange(each, working, element, micro_batches)
     for layer in footprints(model, work.update).values():
@@ -116,15 +116,15 @@ def tensor_volumes(model: nn.Module, zero: ZeroSettings, work: GroupWork) -> Vol
     return moved
 
 
-def _of_loss(model: nn.Module, tokens: int) -> Exchange:
+def _of_loss(model: nn.Module, update: UpdateSize) -> Exchange:
     """Exchange of one micro-batch's softmax over the vocabulary, in fp32.
 
     Every chunk exchanges a maximum, and the sum together with the target's logit.
     """
     # the head holds as many words as the embedding does
     words = tp_local_shape(_embedding(model).weight)[0]
-    chunks = -(-tokens // chunk_rows(words))
-    return Exchange("all_reduce", "forward", 2 * chunks, 3 * tokens)
+    chunks = -(-update.tokens // chunk_rows(words, update.device))
+    return Exchange("all_reduce", "forward", 2 * chunks, 3 * update.tokens)
 
 
 def _of_blocks(model: nn.Module, tokens: int) -> Iterator[Exchange]:

@@ -89,6 +89,10 @@ class TrainConfig(Section):
     `step`: it is composed once per optimizer step and kept for all micro-batches, at the price of
     the dense weights' memory. `auto`: the fastest by operations and bytes for each shape; keeps
     weights only below ZeRO stage 3 and where all of them take less than an eighth of the device."""
+    compile: Free[Literal[False, "layers"]] = False
+    """`layers`: torch's compiler makes one kernel each of what a layer computes between its
+    products while it trains: norms with the sum before them, rotations, the gate. Equal to `false`
+    within rounding; costs up to a minute at the start, and less when it is started again."""
     activation_checkpointing: Free[bool] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     per_layer_update: bool = False

@@ -63,15 +63,22 @@ def describe_machine(device: torch.device) -> str:
     return line
 
 
-def describe_arithmetic(device: torch.device) -> str:
+def describe_arithmetic(device: torch.device, compiled: bool = False) -> str:
     """What the last bits of a result depend on: torch, the processor, and whose kernels compute.
 
     Kernels in C and what stands in for them on a host have the same bits, and are not named.
+
+    Args:
+        device: that computes.
+        compiled: whether torch's compiler makes the kernels of layers.
     """
+    layers = " and compiled layers" if compiled else ""
     if device.type != "cuda":
-        return f"torch {torch.__version__} on a CPU with {torch.backends.cpu.get_cpu_capability()}"
+        processor = torch.backends.cpu.get_cpu_capability()
+        return f"torch {torch.__version__} on a CPU with {processor}{layers}"
     kernels = "kernels in Triton" if launch.usable(device) else "torch's operations"
-    return f"torch {torch.__version__} on {torch.cuda.get_device_name(device)} with {kernels}"
+    name = torch.cuda.get_device_name(device)
+    return f"torch {torch.__version__} on {name} with {kernels}{layers}"
 
 
 def _why_none() -> str:

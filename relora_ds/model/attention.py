@@ -14,7 +14,7 @@ from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.model.attention_kernels import check_backend, select_kernel
 from relora_ds.model.documents import Documents
-from relora_ds.model.rope import rotate
+from relora_ds.model.rope import rotate, rotate_compiled
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -45,6 +45,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.compiled = False
+        """Whether torch's compiler makes the kernels around attention in training."""
         check_backend(backend, config.head_dim)
         self.backend = backend
         self.head_dim = config.head_dim
@@ -78,8 +80,9 @@ class Attention(nn.Module):
         # -1: a column-parallel projection returns only the heads of this process
         heads = (-1, self.head_dim)
         x_BSD = self.tp.enter(x_BSD)
-        q_BSNH = rotate(self.q_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
-        k_BSKH = rotate(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
+        turn = rotate_compiled if self.compiled and self.training else rotate
+        q_BSNH = turn(self.q_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
+        k_BSKH = turn(self.k_proj(x_BSD).unflatten(-1, heads), cos_SR, sin_SR)
         v_BSKH = self.v_proj(x_BSD).unflatten(-1, heads)
         grouped = q_BSNH.shape[2] != k_BSKH.shape[2]
         place = q_BSNH.device, q_BSNH.dtype, self.head_dim

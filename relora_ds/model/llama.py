@@ -22,7 +22,7 @@ from relora_ds.model.documents import Documents
 from relora_ds.model.embedding import LanguageHead, TokenEmbedding
 from relora_ds.model.loss import IGNORE
 from relora_ds.model.mlp import MLP
-from relora_ds.model.norm import RMSNorm
+from relora_ds.model.norm import AddAndNorm, RMSNorm
 from relora_ds.model.rope import rotary_tables
 from relora_ds.parallel.linear import LinearFactory, Projection
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, linear, f"{name}.self_attn", attention, tp)
         self.mlp = MLP(config, linear, f"{name}.mlp", tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.post_attention_layernorm = AddAndNorm(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
         self,
@@ -54,8 +54,9 @@ class DecoderLayer(nn.Module):
         documents: Documents | None = None,
     ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SR, sin_SR, documents)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        attended_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_SR, sin_SR, documents)
+        x_BSD, normed_BSD = self.post_attention_layernorm(x_BSD, attended_BSD)
+        return x_BSD + self.mlp(normed_BSD)
 
 
 class Decoder(nn.Module):
@@ -197,6 +198,12 @@ class Llama(nn.Module):
         """Let attention and positions end at this id from now on, and train on no token behind it;
         None takes that back."""
         self.model.document_end = end
+
+    def compile_layers(self) -> None:
+        """Have torch's compiler make what training computes between products from now on."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | MLP):
+                module.compiled = True
 
     def _targets(self, tokens: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:
         """What is predicted at each position, `IGNORE` where nothing is: int64 (B, S)."""

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head without ever holding the logits of all tokens.
 
-The head is applied to a few hundred tokens at a time. While training, the gradients of those tokens
-are taken at once, so that their logits can be dropped before the next ones are made; the backward
-pass only scales what is already there.
+The head is applied to some hundred or thousand tokens at a time. While training, the gradients of
+those tokens are taken at once, so that their logits can be dropped before the next ones are made;
+the backward pass only scales what is already there.
 
 Shape suffixes: T tokens, C tokens of one chunk, D model, V vocab.
 """
@@ -23,12 +23,21 @@ from relora_ds.parallel.tensor import TensorParallel
 IGNORE = -100
 """Target that contributes neither loss nor gradient (the value torch uses)."""
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = {"cuda": 256 << 20}
+"""Bytes of a chunk's logits. Each chunk passes over the whole gradient of the head, which takes a
+GPU longer than the products of a few hundred tokens."""
+_HOST_CHUNK_BYTES = 32 << 20
 
 
-def chunk_rows(vocab_size: int) -> int:
-    """Tokens per chunk: fp32 logits of at most 32 MiB, and a multiple of 64 where there is room."""
-    rows = max(1, _CHUNK_BYTES // (4 * vocab_size))
+def chunk_rows(vocab_size: int, device: str = "cpu") -> int:
+    """Tokens per chunk: fp32 logits of at most 32 MiB, on a GPU 256 MiB, and a multiple of 64 where
+    there is room.
+
+    Args:
+        vocab_size: columns of the logits.
+        device: type of the device that computes.
+    """
+    rows = max(1, _CHUNK_BYTES.get(device, _HOST_CHUNK_BYTES) // (4 * vocab_size))
     return rows - rows % 64 if rows > 64 else rows
 
 
@@ -50,14 +59,14 @@ def linear_cross_entropy(
         weight_VD: the head, same dtype as `hidden_TD`.
         targets_T: int64 in [0, V), or `IGNORE`.
         divisor: T for the mean over all tokens, 1 for the sum.
-        rows: tokens per chunk; default `chunk_rows(V)`.
+        rows: tokens per chunk; default `chunk_rows` of V and the device.
         vocabulary: set where `weight_VD` is this rank's rows of the head. The loss is then the same
             on every rank, and the gradient of the inputs is this rank's share of a sum.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs).
     """
-    rows = rows or chunk_rows(weight_VD.shape[0])
+    rows = rows or chunk_rows(weight_VD.shape[0], weight_VD.device.type)
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         loss = _LinearCrossEntropy.apply(
             hidden_TD, weight_VD, targets_T, 1.0 / divisor, rows, vocabulary

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from relora_ds.config.model import ModelConfig
+from relora_ds.numerics.compiled import compiled
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
@@ -36,6 +37,11 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad)
 
 
+@compiled
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """y = down(silu(gate(x)) * up(x)).
 
@@ -55,6 +61,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.compiled = False
+        """Whether torch's compiler makes the kernels of training."""
         width, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column", tp))
         self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column", tp))
@@ -63,4 +71,6 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
         x = self.tp.enter(x)
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        both = self.gate_proj(x), self.up_proj(x)
+        gated = _swiglu(*both) if self.compiled and self.training else _SwiGLU.apply(*both)
+        return self.down_proj(gated)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from relora_ds.numerics.compiled import compiled
 from relora_ds.parallel.shape import tp_local_shape
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
@@ -32,10 +33,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.tp = tp
+        self.compiled = False
+        """Whether torch's compiler makes the kernels of training."""
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D) in x's dtype."""
+        if self.compiled and self.training:
+            return _norm(x, self.weight, self.eps)
         if x.is_cuda:
             # torch's kernel accumulates half precision in fp32, rounds once, at the end, and keeps
             # only x and one number per row for the backward pass
@@ -50,6 +55,37 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tp_local_shape(self.weight).numel()}, eps={self.eps}"
+
+
+class AddAndNorm(RMSNorm):
+    """x + added, and the norm of that, which one pass computes where it is compiled."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: torch.Tensor, added: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of (..., D) -> the sum and its norm, both (..., D) in x's dtype."""
+        if self.compiled and self.training:
+            return _add_and_norm(x, added, self.weight, self.eps)
+        total = x + added
+        return total, super().forward(total)
+
+
+@compiled
+def _norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = _wide(x)
+    inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * inverse * weight_D).to(x.dtype)
+
+
+@compiled
+def _add_and_norm(
+    x: torch.Tensor, added: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # what later layers add to is rounded, and so what is normalised is too
+    total = x + added
+    wide = _wide(total)
+    inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return total, (wide * inverse * weight_D).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

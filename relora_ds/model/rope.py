@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from relora_ds.config.model import RopeScaling
 from relora_ds.model.rope_scaling import rotary_frequencies
+from relora_ds.numerics.compiled import compiled
 
 
 @lru_cache(maxsize=16)
@@ -59,6 +60,29 @@ def rotate(x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> 
     turned = _Rotation.apply(x_BSNH, cos_SR, sin_SR)
     assert isinstance(turned, torch.Tensor)
     return turned
+
+
+@compiled
+def rotate_compiled(
+    x_BSNH: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor
+) -> torch.Tensor:
+    """Turn each pair of every head as `rotate` does, in one pass of a compiled kernel.
+
+    Args:
+        x_BSNH: queries or keys, any float dtype.
+        cos_SR: fp32, from `rotary_tables`; (B, S, R) where sequences count positions differently.
+        sin_SR: fp32, from `rotary_tables`, likewise.
+
+    Returns:
+        (B, S, N, H) in x's dtype.
+    """
+    cos_S1R, sin_S1R = cos_SR.unsqueeze(-2), sin_SR.unsqueeze(-2)
+    first_BSNR, second_BSNR = x_BSNH.unflatten(-1, (2, -1)).unbind(-2)
+    turned = (
+        first_BSNR * cos_S1R - second_BSNR * sin_S1R,
+        second_BSNR * cos_S1R + first_BSNR * sin_S1R,
+    )
+    return torch.cat(turned, -1).to(x_BSNH.dtype)
 
 
 class _Rotation(torch.autograd.Function):

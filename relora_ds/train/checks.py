@@ -171,14 +171,17 @@ def doubt_about_the_start(model: DenseModel, architecture: ModelConfig) -> str |
     )
 
 
-def doubt_about_the_resume(saved: SavedRun, device: torch.device) -> str | None:
+def doubt_about_the_resume(
+    saved: SavedRun, device: torch.device, compiled: bool = False
+) -> str | None:
     """Why a resumed run is not bit for bit the one that was interrupted; None if nothing is known.
 
     Args:
         saved: the checkpoint to go on from.
         device: what this process computes on.
+        compiled: whether torch's compiler makes the kernels of its layers.
     """
-    before, now = saved.record.trainer.arithmetic, describe_arithmetic(device)
+    before, now = saved.record.trainer.arithmetic, describe_arithmetic(device, compiled)
     if before in (None, now):
         return None
     return (

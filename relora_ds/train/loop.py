@@ -349,7 +349,7 @@ class Trainer:
             telemetry=dict(self.telemetry.state_dict()),
             guards=self.guard.state(),
             data_fingerprints=list(self.corpus.fingerprints()),
-            arithmetic=describe_arithmetic(self.topology.device),
+            arithmetic=describe_arithmetic(self.topology.device, bool(self.config.train.compile)),
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)

@@ -266,6 +266,8 @@ def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> Tr
     )
     assert isinstance(engine.model, Llama)
     engine.model.separate_documents(prepared.corpus.document_end)
+    if config.train.compile:
+        engine.model.compile_layers()
     counts = parameter_counts(engine.model)
     _logger.info(
         "phase %s: %s trained and %s frozen parameters",

@@ -39,6 +39,7 @@ from relora_ds.errors import (
 )
 from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
+from relora_ds.numerics.compiled import check_compiler
 from relora_ds.parallel.topology import as_one_island, share_models
 from relora_ds.train.checks import (
     begun_with,
@@ -192,6 +193,8 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
     check_requirements(loaded, zero)
     masks = loaded.config.data.document_mask
     check_attention(loaded.config.train, loaded.architecture, topology.device, masks)
+    if loaded.config.train.compile:
+        check_compiler(topology.device)
     with doing("corpus"):
         corpus = open_corpus(loaded.config.data)
     with doing("verify the data"):
@@ -241,7 +244,10 @@ def _find_start(prepared: Prepared) -> tuple[Prepared, SavedRun | None]:
         fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
-        doubt = doubt_about_the_resume(saved, topology.device) if topology.is_main else None
+        compiled = bool(config.train.compile)
+        doubt = None
+        if topology.is_main:
+            doubt = doubt_about_the_resume(saved, topology.device, compiled)
         if doubt is not None:
             _logger.warning(doubt)
         return prepared, saved

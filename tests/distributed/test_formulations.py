@@ -18,6 +18,7 @@ _ALONE += [
     ("sltrain", 1, "recomputed"),
     ("switchlora", 0, "per_layer"),
 ]
+
 _COPIES = [("relora", 1, "act"), ("switchlora", 2, "act"), ("lora", 3, "act")]
 _SHARED = [
     ("relora", 1, "act"),
@@ -59,5 +60,29 @@ def test_one_copy_on_two_ranks() -> None:
 )
 def test_a_resumed_run_is_bit_identical(method: str, formulation: str, stage: int) -> None:
     arguments = {"method": method, "formulation": formulation, "stage": stage}
+    unbroken, resumed = run_ranks(cases.resumed, 2, 400.0, **arguments)
+    assert resumed == unbroken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "cells"),
+    [
+        (1, 1, [("lora", 0, "per_layer"), ("relora", 0, "per_layer"), ("relora", 1, "recomputed")]),
+        (2, 1, [(method, stage, "act") for method in cases.METHODS for stage in range(4)]),
+        (2, 2, [("relora", 1, "act"), ("sltrain", 3, "act"), ("switchlora", 2, "fold")]),
+    ],
+)
+def test_compiled_layers_are_the_same_run(
+    ranks: int, tensor: int, cells: list[tuple[str, int, str]]
+) -> None:
+    found = run_ranks(cases.compiled_losses, ranks, 900.0, cells=cells, tensor=tensor)
+    for cell, (plain, compiled) in found.items():
+        assert compiled == pytest.approx(plain, rel=2e-6), cell
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_compiled_layers_is_bit_identical() -> None:
+    arguments = {"method": "relora", "formulation": "layer", "stage": 1, "compiled": True}
     unbroken, resumed = run_ranks(cases.resumed, 2, 400.0, **arguments)
     assert resumed == unbroken

@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu.case import Case, Figures, Sizes
 from benchmarks.gpu.cases import own_kernels
 from relora_ds.model.init import InitialWeights, dense_shapes
+from relora_ds.model.llama import Llama
 from relora_ds.model.loss import linear_cross_entropy
 from relora_ds.model.mlp import MLP
 from relora_ds.model.rope import rotary_tables, rotate
@@ -36,6 +37,7 @@ def cases(tiny: bool) -> list[Case]:
         cross_entropy,
         rotation,
         gating,
+        compiled_layers,
         optimizer,
     ]
     named = [(function.__name__.replace("_", " "), function) for function in functions]
@@ -208,6 +210,35 @@ def gating(device: torch.device, sizes: Sizes) -> Figures:
             _detached(out, leaf.grad, *(parameter.grad for parameter in block.parameters()))
         )
     return {"error": _close(*results, limit=1e-5)}
+
+
+def compiled_layers(device: torch.device, sizes: Sizes) -> Figures:
+    """Loss and all gradients of a model whose layers torch's compiler makes, plain ones in fp64
+    beside it; in bf16 beside plain ones there."""
+    from benchmarks.gpu.runs import architecture
+
+    shape = architecture(sizes)
+    draw = torch.Generator().manual_seed(8)
+    tokens = torch.randint(0, shape.vocab_size, (2, 34), generator=draw)
+
+    def passed(place: torch.device, dtype: torch.dtype, compiled: bool) -> list[torch.Tensor]:
+        model = Llama(shape, DenseLinear).to(place, dtype)
+        with torch.no_grad():
+            for seed, parameter in enumerate(model.parameters()):
+                values = torch.randn(parameter.shape, generator=draw.manual_seed(seed))
+                parameter.copy_(values * 0.1)
+        if compiled:
+            model.compile_layers()
+        loss = model(tokens.to(place))
+        loss.backward()
+        return _detached(loss, *(parameter.grad for parameter in model.parameters()))
+
+    exact = passed(CPU, torch.float64, compiled=False)
+    half = [passed(device, torch.bfloat16, compiled) for compiled in (True, False)]
+    return {
+        "error": _close(passed(device, torch.float32, compiled=True), exact, limit=1e-4),
+        "bf16_error": _close(*half, limit=5e-2),
+    }
 
 
 def optimizer(device: torch.device, sizes: Sizes) -> Figures:

@@ -47,8 +47,9 @@ class CachedModel:
         for each, kept in zip(decoder.layers, self._kept, strict=True):
             layer = cast(DecoderLayer, each)
             normed_BSD = layer.input_layernorm(x_BSD)
-            x_BSD = x_BSD + self._attend(layer.self_attn, normed_BSD, cos_SR, sin_SR, kept)
-            x_BSD = x_BSD + layer.mlp(layer.post_attention_layernorm(x_BSD))
+            attended_BSD = self._attend(layer.self_attn, normed_BSD, cos_SR, sin_SR, kept)
+            x_BSD, normed_BSD = layer.post_attention_layernorm(x_BSD, attended_BSD)
+            x_BSD = x_BSD + layer.mlp(normed_BSD)
         self.length = end
         return self.model.lm_head(decoder.norm(x_BSD[:, -1:]))[:, 0].float()
 

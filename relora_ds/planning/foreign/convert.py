@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import yaml
 
 from relora_ds.config.reading.source import read_yaml
 from relora_ds.errors import ConfigError
-from relora_ds.planning.foreign.trainers import AXOLOTL, TRAINERS, Flags, Notes, Trainer, is_on
+from relora_ds.planning.foreign.flags import Flags, is_on
+from relora_ds.planning.foreign.trainers import AXOLOTL, TRAINERS, Notes, Trainer
 
 _PROCESSES = {"nproc_per_node", "nproc-per-node", "num_gpus"}
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -43,9 +44,11 @@ def convert_command(words: Sequence[str], trainer: str | None = None) -> Convert
     Raises:
         ConfigError: no trainer has such flags, or a value cannot be read.
     """
-    flags, processes = _flags(words)
+    notes = Notes()
+    flags, processes = _flags(words, notes)
     name = trainer or _trainer_of(flags)
-    return _convert(flags, TRAINERS[name], processes)
+    converted = _convert(flags, TRAINERS[name], processes)
+    return Converted(converted.run, [*converted.notes, *notes])
 
 
 def convert_axolotl(path: Path, processes: int) -> Converted:
@@ -71,11 +74,11 @@ def convert_axolotl(path: Path, processes: int) -> Converted:
             notes.append(f"{key}: has no meaning here")
     if not is_on(str(found.get("relora", "relora" in flags))):
         flags.pop("relora", None)
-    converted = _convert(flags, TRAINERS["relora"], processes)
+    converted = _convert(Flags(flags), TRAINERS["relora"], processes)
     return Converted(converted.run, [*converted.notes, *notes])
 
 
-def _flags(words: Sequence[str]) -> tuple[dict[str, str], int]:
+def _flags(words: Sequence[str], notes: Notes) -> tuple[Flags, int]:
     """Values by flag, and the number of processes that the launcher starts."""
     found: dict[str, str] = {}
     waiting: str | None = None
@@ -87,10 +90,16 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, str], int]:
         elif waiting is not None:
             found[waiting] = word
             waiting = None
-    started = [int(found.pop(name)) for name in _PROCESSES & found.keys()]
+    processes = 1
+    for name in _PROCESSES & found.keys():
+        started = found.pop(name)
+        if started.isdecimal() and int(started):
+            processes = int(started)
+        else:  # torchrun counts devices itself
+            notes.append(f"{name} {started}: does not say how many; one process is assumed")
     for name in ("standalone", "master_port", "master-port", "nnodes", "m"):
         found.pop(name, None)
-    return found, started[0] if started else 1
+    return Flags(found), processes
 
 
 def _trainer_of(flags: Flags) -> str:
@@ -116,17 +125,13 @@ def _trainer_of(flags: Flags) -> str:
 
 def _convert(given: Flags, trainer: Trainer, processes: int) -> Converted:
     notes = Notes()
-    flags = {**trainer.defaults, **given}
+    flags = Flags({**trainer.defaults, **given})
     for name in given:
         if name in trainer.dropped:
             notes.append(f"{name}: {trainer.dropped[name]}")
         elif name not in trainer.keys and name not in trainer.derived:
             notes.append(f"{name}: is not known here, and is left out")
-    try:
-        run = _run(flags, trainer, processes, notes)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"a flag is missing or its value cannot be read: {error}") from error
-    return Converted(run, notes)
+    return Converted(_run(flags, trainer, processes, notes), notes)
 
 
 def _run(flags: Flags, trainer: Trainer, processes: int, notes: Notes) -> dict[str, Any]:
@@ -146,10 +151,10 @@ def _run(flags: Flags, trainer: Trainer, processes: int, notes: Notes) -> dict[s
     if "model_config" not in flags:
         notes.append("model: name a file with the keys of a Hugging Face config.json")
     train = run.setdefault("train", {})
-    train["global_batch_size"] = _global_batch(flags, train, processes, notes)
-    train["precision"] = "fp32" if "32" in flags.get("dtype", "bfloat16") else "bf16"
+    train["global_batch_size"] = _global_batch(flags, processes, notes)
+    train["precision"] = "fp32" if "32" in (flags.get("dtype") or "") else "bf16"
     if "max_train_tokens" in flags:
-        per_step = train["global_batch_size"] * train["seq_length"]
+        per_step = train["global_batch_size"] * flags.whole("max_length")
         train["steps"] = math.ceil(_tokens(flags["max_train_tokens"]) / per_step)
     _optimizer(flags, run, notes)
     if "scheduler" in flags:
@@ -161,7 +166,7 @@ def _run(flags: Flags, trainer: Trainer, processes: int, notes: Notes) -> dict[s
 
 
 def _optimizer(flags: Flags, run: dict[str, Any], notes: Notes) -> None:
-    name, optimizer = flags.get("optimizer", "adam").lower(), run.setdefault("optimizer", {})
+    name, optimizer = flags.text("optimizer").lower(), run.setdefault("optimizer", {})
     if "per_layer" in name:
         run["train"]["per_layer_update"] = True
         run["deepspeed"] = "configs/zero/zero0.json"
@@ -169,15 +174,13 @@ def _optimizer(flags: Flags, run: dict[str, Any], notes: Notes) -> None:
         optimizer["name"] = "adamw8bit"
     elif not any(known in name for known in ("adam", "galore")):
         notes.append(f"optimizer {name}: is not offered, AdamW is used")
-    betas = float(flags.get("adam_beta1", 0.9)), float(flags.get("adam_beta2", 0.999))
-    optimizer["betas"] = list(betas)
+    optimizer["betas"] = [flags.real("adam_beta1", 0.9), flags.real("adam_beta2", 0.999)]
 
 
-def _global_batch(flags: Flags, train: Mapping[str, Any], processes: int, notes: Notes) -> int:
+def _global_batch(flags: Flags, processes: int, notes: Notes) -> int:
     if "total_batch_size" in flags:
-        return int(flags["total_batch_size"])
-    steps = int(flags.get("gradient_accumulation", 1))
-    batch = int(train["micro_batch_size"]) * steps * processes
+        return flags.whole("total_batch_size")
+    batch = flags.whole("batch_size") * flags.whole("gradient_accumulation", 1) * processes
     notes.append(f"global_batch_size {batch}: batch x accumulation x {processes} processes")
     return batch
 
@@ -191,7 +194,7 @@ def _number(text: str) -> Any:
 
 
 def _tokens(text: str) -> float:
-    match = re.fullmatch(r"([\d.]+)([KMB]?)", text.strip().upper())
+    match = re.fullmatch(r"(\d+\.?\d*)([KMB]?)", text.strip().upper(), re.ASCII)
     if match is None:
-        raise ValueError(f"max_train_tokens {text}")
+        raise ConfigError(f"the flag max_train_tokens is {text}: write a number such as 100M or 2B")
     return float(match[1]) * _UNITS[match[2]]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Flags = Mapping[str, str]
-"""Values as they are written, by name without dashes; a switch is `true`."""
+from relora_ds.planning.foreign.flags import Flags
+
 Notes = list[str]
 
 
@@ -84,26 +84,22 @@ _DROPPED = {
 }
 
 
-def is_on(value: str | None) -> bool:
-    """Whether a switch or a boolean is set."""
-    return value is not None and value.lower() in ("true", "1", "yes")
-
-
 def _relora(flags: Flags, notes: Notes) -> dict[str, Any]:
-    if not is_on(flags.get("use_peft")) and "relora" not in flags:
+    if not flags.is_on("use_peft") and "relora" not in flags:
         return {"name": "full"}
-    factors = {"rank": int(flags["lora_r"]), "alpha": float(flags["lora_alpha"])}
-    if is_on(flags.get("train_scaling")):
+    factors = {"rank": flags.whole("lora_r"), "alpha": flags.real("lora_alpha")}
+    if flags.is_on("train_scaling"):
         factors["trainable_scaling"] = True
     if "relora" not in flags:
         return {"name": "lora", **factors}
-    every, cycle = int(flags["relora"]), flags.get("cycle_length")
-    if cycle is not None and int(cycle) != every:
+    every = flags.whole("relora")
+    cycle = flags.whole("cycle_length", every)
+    if cycle != every:
         notes.append(f"cycle_length {cycle}: restarts of the rate and merges are one here, {every}")
     method = {"name": "relora", **factors, "merge_every": every, "reset": _reset(flags, notes)}
     for flag in ("restart_warmup_steps", "adjust_step"):
         if flag in flags:
-            method[flag] = int(flags[flag])
+            method[flag] = flags.whole(flag)
     return method
 
 
@@ -112,41 +108,41 @@ def _reset(flags: Flags, notes: Notes) -> dict[str, Any]:
         ("optimizer_magnitude_pruning", "magnitude"),
         ("optimizer_random_pruning", "random"),
     ):
-        if float(flags.get(flag, 0)) > 0:
+        if flags.real(flag, 0.0) > 0:
             notes.append(f"{flag}: both moments are pruned together; reset.joint: false is theirs")
-            return {"mode": mode, "fraction": float(flags[flag])}
-    if not is_on(flags.get("reset_optimizer_on_relora", "true")):
+            return {"mode": mode, "fraction": flags.real(flag)}
+    if "reset_optimizer_on_relora" in flags and not flags.is_on("reset_optimizer_on_relora"):
         notes.append("reset_optimizer_on_relora false: moments are always reset, mode zero is used")
     return {"mode": "zero"}
 
 
 def _switchlora(flags: Flags, notes: Notes) -> dict[str, Any]:
-    factors = {"rank": int(flags["lora_rank"]), "alpha": float(flags["lora_alpha"])}
-    if not is_on(flags.get("switch_lora")):
-        return {"name": "lora", **factors} if is_on(flags.get("use_lora")) else {"name": "full"}
+    factors = {"rank": flags.whole("lora_rank"), "alpha": flags.real("lora_alpha")}
+    if not flags.is_on("switch_lora"):
+        return {"name": "lora", **factors} if flags.is_on("use_lora") else {"name": "full"}
     notes.append("lr is that of everything, as there; optimizer.adapter_lr sets that of adapters")
     return {
         "name": "switchlora",
         **factors,
-        "interval": float(flags["switch_lora_interval"]),
-        "descent_rate": float(flags["switch_lora_descent_rate"]),
-        "freeze_steps": int(flags["adam_warm_step"]),
-        "candidates": "device" if is_on(flags.get("no_offload_candidates")) else "host",
+        "interval": flags.real("switch_lora_interval"),
+        "descent_rate": flags.real("switch_lora_descent_rate"),
+        "freeze_steps": flags.whole("adam_warm_step"),
+        "candidates": "device" if flags.is_on("no_offload_candidates") else "host",
     }
 
 
 def _sltrain(flags: Flags, notes: Notes) -> dict[str, Any]:
-    if flags["optimizer"].lower().startswith("galore"):
+    if flags.text("optimizer").lower().startswith("galore"):
         return {
             "name": "galore",
-            "rank": int(flags["rank"]),
-            "update_every": int(flags.get("update_proj_gap", 50)),
-            "scale": float(flags.get("galore_scale", 1.0)),
+            "rank": flags.whole("rank"),
+            "update_every": flags.whole("update_proj_gap", 50),
+            "scale": flags.real("galore_scale", 1.0),
         }
-    if flags["peft_model"] != "sltrain":
+    if flags.text("peft_model") != "sltrain":
         return {"name": "full"}
-    alpha, sparsity = float(flags["lora_alpha"]), float(flags["sp_ratio"])
-    return {"name": "sltrain", "rank": int(flags["rank"]), "alpha": alpha, "sparsity": sparsity}
+    alpha, sparsity = flags.real("lora_alpha"), flags.real("sp_ratio")
+    return {"name": "sltrain", "rank": flags.whole("rank"), "alpha": alpha, "sparsity": sparsity}
 
 
 TRAINERS = {

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from relora_ds.config.schema import RunConfig
 from relora_ds.engine import distributed
 from relora_ds.methods.formulation.composed import Composition
 from relora_ds.methods.interface import projection_layers
+from relora_ds.model.llama import Llama
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.topology import Topology, share_models
 from tests.harness.build import Training, batches, run_config
@@ -24,6 +27,7 @@ from tests.harness.resume import load, save
 STEPS, BREAK = 14, 7
 FORMULATIONS = ("split", "layer", "step")
 METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 4, "alpha": 6, "trainable_scaling": True},
     "relora": {
         "name": "relora",
@@ -72,6 +76,43 @@ def losses(
     return found
 
 
+def compiled_losses(
+    topology: Topology, cells: Sequence[tuple[str, int, str]], tensor: int = 1
+) -> dict[str, list[list[float]]]:
+    """Losses by method, ZeRO stage and plan: with plain layers, and with compiled ones.
+
+    Args:
+        topology: this rank's place.
+        cells: as in `losses`.
+        tensor: ranks that share a copy of the model.
+    """
+    found = {}
+    with compiler_at_work():
+        for method, stage, plan in cells:
+            both = []
+            for compiled in (False, True):
+                config = described(method, "auto", tensor, plan)
+                run = Training(config, share_models(topology, config), {"stage": stage})
+                if compiled:
+                    cast(Llama, run.engine.model).compile_layers()
+                tokens = enumerate(batches(STEPS))
+                both.append([run.update(step, each, RATES).loss for step, each in tokens])
+                run.check_replicas()
+                run.destroy()
+            found[f"{method}/{stage}/{plan}"] = both
+    return found
+
+
+@contextmanager
+def compiler_at_work() -> Iterator[None]:
+    """Take back what keeps torch's compiler off in tests; what is inside must have used it."""
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    before = counters["stats"]["unique_graphs"]
+    yield
+    assert counters["stats"]["unique_graphs"] > before
+    torch.compiler.reset()
+
+
 def _losses(run: Training, keeps: bool) -> list[float]:
     """Losses of all updates, in which composed weights were kept or were not."""
     layers = list(projection_layers(run.engine.model).values())
@@ -111,21 +152,26 @@ def _counted() -> Iterator[list[str]]:
         yield found
 
 
-def resumed(topology: Topology, method: str, formulation: str, stage: int) -> list[list[float]]:
+def resumed(
+    topology: Topology, method: str, formulation: str, stage: int, compiled: bool = False
+) -> list[list[float]]:
     """Losses of a run after its seventh update: unbroken, and resumed there."""
     config, tokens = described(method, formulation, 1, "act"), batches(STEPS)
     directory = distributed.broadcast_object(tempfile.mkdtemp())
 
     def train(run: Training, first: int, last: int) -> list[float]:
+        if compiled:
+            cast(Llama, run.engine.model).compile_layers()
         return [run.update(step, tokens[step], RATES).loss for step in range(first, last)]
 
-    run = Training(config, topology, {"stage": stage})
-    train(run, 0, BREAK)
-    saved = save(run, Path(directory))
-    unbroken = train(run, BREAK, STEPS)
-    run.destroy()
-    again = Training(config, topology, {"stage": stage})
-    load(again, saved)
-    found = train(again, BREAK, STEPS)
-    again.destroy()
+    with compiler_at_work() if compiled else nullcontext():
+        run = Training(config, topology, {"stage": stage})
+        train(run, 0, BREAK)
+        saved = save(run, Path(directory))
+        unbroken = train(run, BREAK, STEPS)
+        run.destroy()
+        again = Training(config, topology, {"stage": stage})
+        load(again, saved)
+        found = train(again, BREAK, STEPS)
+        again.destroy()
     return [unbroken, found]

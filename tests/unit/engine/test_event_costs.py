@@ -1,6 +1,6 @@
-"""What optimizers and events ask of a device: launches, waits and blocking copies, as upper limits.
+"""Launches, waits and blocking copies that optimizers and events ask of a device: upper limits.
 
-The limits are what was counted, and a little room. What lowers a count should lower its limit.
+What was counted, and a little room. What lowers a count should lower its limit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -230,12 +230,10 @@ def live(
             _, working = layout.working(weight)
             exact = torch.zeros(working.numel(), device=DEVICE)
             bases[weight] = KINDS["bf16_residual"](working, exact)
-        probe = torch.ones(3, device=DEVICE)
-        pair: Any = "pair"
-        gradients = PassedGradients(model, DEVICE, pair, SINGLE)
-        state = ZeroState(
-            OptimizerSlices(layout, clocks, lambda: 4), bases, lambda: probe, gradients
-        )
+        probe, pair = torch.ones(3, device=DEVICE), cast("Any", "pair")
+        passed = PassedGradients(model, DEVICE, pair, SINGLE)
+        slices = OptimizerSlices(layout, clocks, lambda: 4)
+        state = ZeroState(slices, bases, lambda: probe, passed)
         state.host.tensor = _pinned(state.host.tensor)
         session = method.start(state, model)
         names = dict(model.named_parameters())

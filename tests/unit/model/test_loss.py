@@ -147,9 +147,11 @@ def test_full_logits_never_exist(dtype, training):
 
 
 @pytest.mark.parametrize("vocab", [97, 32_000, 32_100, 128_256, 50_000_000])
-def test_a_chunk_fits_32_mib(vocab):
-    rows = chunk_rows(vocab)
-    assert rows == 1 or 4 * rows * vocab <= 32 * 2**20
+@pytest.mark.parametrize(("device", "mib"), [("cpu", 32), ("cuda", 256)])
+def test_a_chunk_fits(vocab, device, mib):
+    rows = chunk_rows(vocab, device)
+    assert rows == 1 or 4 * rows * vocab <= mib * 2**20
+    assert 4 * (rows + 64) * vocab > mib * 2**20, "there is room for more"
     assert rows % 64 == 0 or rows < 64
 
 

@@ -95,6 +95,19 @@ def test_tokens_become_steps(tmp_path: Path) -> None:
     assert config.train.steps == 1696  # of 1152 x 512 tokens each
 
 
+@pytest.mark.parametrize(("processes", "batch"), [("4", 288), ("gpu", 72), ("auto", 72), ("0", 72)])
+def test_a_launcher_may_count_devices_itself(processes: str, batch: int) -> None:
+    command = ["torchrun", "--nproc_per_node", processes, "main.py", "--relora", "100"]
+    converted = convert_command([*command, "--batch_size", "72"])
+    assert converted.run["train"]["global_batch_size"] == batch
+    noted = [note for note in converted.notes if note.startswith("nproc_per_node")]
+    assert noted == (
+        []
+        if batch == 288
+        else [f"nproc_per_node {processes}: does not say how many; one process is assumed"]
+    )
+
+
 def test_an_unknown_flag_is_named() -> None:
     converted = convert_command([*RELORA, "--made_up", "3"])
     assert "made_up: is not known here, and is left out" in converted.notes
@@ -105,8 +118,10 @@ def test_an_unknown_flag_is_named() -> None:
     [
         (["main.py", "--lr", "1"], "no trainer known here"),
         (["main.py", "--relora", "1", "--peft_model", "full"], "sltrain and of relora"),
-        ([*RELORA, "--relora", "often"], "cannot be read"),
-        (["main.py", "--relora", "1000"], "a flag is missing"),
+        ([*RELORA, "--relora", "often"], "relora is often, but must be a whole number"),
+        ([*RELORA, "--adam_beta1", "nan"], "adam_beta1 is nan, but must be a number"),
+        ([*RELORA, "--max_train_tokens", "1.2.3B"], "max_train_tokens is 1.2.3B: write a number"),
+        (["main.py", "--relora", "1000"], "the flag batch_size is missing, and its trainer has no"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(words: list[str], said: str) -> None:

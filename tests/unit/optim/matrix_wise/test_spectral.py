@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from relora_ds.methods.low_rank import split_spectrum
 from relora_ds.optim.matrix import MatrixSlice, MatrixUpdate, OfWhole
 from relora_ds.optim.matrix_wise.spectral import SpectralPair, largest_eigenvalue
 from relora_ds.optim.rectangles import rectangles
@@ -76,6 +77,22 @@ def test_equal_columns_are_no_division_by_zero() -> None:
     found = SpectralPair().directions(a[None], na[None], b[None], nb[None])
     for value, name in zip(found, ("lora_A", "lora_B"), strict=True):
         assert (value[0] - expected[name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (20, 40)])
+def test_factors_that_start_balanced_stay_so(shape: tuple[int, int]) -> None:
+    rank = 6
+    b, a = (factor.double() for factor in split_spectrum(draw(1, *shape), rank))
+    momenta = torch.zeros_like(a), torch.zeros_like(b)
+    start = b @ a
+    for step in range(40):
+        gradient = draw(100 + step, *shape)  # of the product
+        for momentum, grad in zip(momenta, (b.T @ gradient, gradient @ a.T), strict=True):
+            momentum.lerp_(grad, 0.05)
+        da, db = SpectralPair().directions(a[None], momenta[0][None], b[None], momenta[1][None])
+        a, b = a - 0.02 * da[0], b - 0.02 * db[0]
+    assert (b @ a - start).norm() > 0.1 * start.norm()
+    assert (b.T @ b - a @ a.T).norm() <= 1e-6 * (a @ a.T).norm()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
