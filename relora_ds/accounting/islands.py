@@ -27,7 +27,7 @@ from relora_ds.accounting.recorder import Traffic
 from relora_ds.accounting.zero_traffic import Payloads, dtype_name, sub_groups
 from relora_ds.numerics.codes.wire_codes import coded_bytes
 from relora_ds.parallel.ownership import padded, slices_of_groups
-from relora_ds.parallel.shape import tp_local_shape
+from relora_ds.parallel.shape import shard_of, tp_local_shape
 from relora_ds.parallel.zero import ZeroSettings
 
 GROUP = "islands"
@@ -102,10 +102,13 @@ def fragment_of_round(
         bits: of an element.
     """
     slices = slices_of_groups(groups, zero.stage, zero.dp_size)
-    held = sum(slices[parameter][dp_rank] for parameter in fragment)
+    held = {True: 0, False: 0}
+    for parameter in fragment:  # what tensor-parallel ranks hold alike has codes of its own
+        held[shard_of(parameter) is None] += slices[parameter][dp_rank]
     if bits == 32:
-        return _payloads("all_reduce", islands, "float32", held * _MASTER)
-    return _payloads("all_gather", islands, "uint8", islands * coded_bytes(held, bits))
+        return _payloads("all_reduce", islands, "float32", sum(held.values()) * _MASTER)
+    codes = sum(coded_bytes(elements, bits) for elements in held.values())
+    return _payloads("all_gather", islands, "uint8", islands * codes)
 
 
 def _owners(groups: Sequence[Sequence[nn.Parameter]], zero: ZeroSettings) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -218,6 +219,11 @@ def with_documents(corpus: Corpus) -> Corpus:
             "tools/prepare_data.py"
         )
     for file in corpus.files:
+        if not _holds_text(file):
+            raise DataError(
+                f"{file.prefix}.bin: its {file.num_documents} documents hold nothing but the token "
+                "that ends them, so that data.document_mask leaves no target; use another file"
+            )
         bounds = (file.document_start(n) for n in range(1, file.num_documents + 1))
         first = next(bound for bound in bounds if bound)
         for bound in (first, file.num_tokens):
@@ -228,6 +234,14 @@ def with_documents(corpus: Corpus) -> Corpus:
                     "the data with tools/prepare_data.py, or set document_mask: false"
                 )
     return replace(corpus, document_end=end)
+
+
+def _holds_text(file: TokenFile) -> bool:
+    """Whether a document has more than the token that ends it."""
+    if file.num_tokens > file.num_documents:
+        return True
+    starts = map(file.document_start, range(file.num_documents + 1))
+    return any(end - start > 1 for start, end in itertools.pairwise(starts))
 
 
 def _split(train: Sequence[TokenFile], share: float) -> Split:

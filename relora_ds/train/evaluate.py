@@ -10,6 +10,7 @@ import torch
 from relora_ds.activity import moved
 from relora_ds.data.batches import DocumentBatches, ValidationBatches
 from relora_ds.engine.distributed import sum_over_ranks
+from relora_ds.errors import DataError
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.transfers import upload
 
@@ -24,6 +25,9 @@ def validation_loss(
         model: left in the mode it was in.
         batches: this rank's share; every rank has equally many.
         distributed: sum over all ranks.
+
+    Raises:
+        DataError: there is none.
     """
     was_training = model.training
     model.eval()
@@ -38,6 +42,7 @@ def validation_loss(
     if distributed:
         sum_over_ranks(totals)
     loss, count = totals.tolist()
+    check_targets(count)
     return loss / count, int(count)
 
 
@@ -88,14 +93,32 @@ def published_score(
     return PublishedScore(published / ranks, token_loss, int(targets), int(count))
 
 
+def check_targets(count: float) -> None:
+    """Make sure that an evaluation has predicted something.
+
+    Raises:
+        DataError: it has no target, of whose losses there could be a mean.
+    """
+    if not count:
+        raise DataError(
+            "no token that the evaluation reads is a target: its documents hold nothing but the "
+            "token that ends them; take more of the set (eval.batches), or another one"
+        )
+
+
 def evaluation_metrics(
     model: Llama, batches: ValidationBatches | DocumentBatches, device: torch.device
 ) -> dict[str, float]:
-    """Figures of an evaluation during training, by metric name. A collective call."""
+    """Figures of an evaluation during training, by metric name. A collective call.
+
+    Raises:
+        DataError: nothing in it is predicted.
+    """
     if isinstance(batches, ValidationBatches):
         loss, _ = validation_loss(model, batches, device)
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     score = published_score(model, batches, device)
+    check_targets(score.tokens)
     return {
         "eval/loss": score.loss,
         "eval/perplexity": perplexity(score.loss),

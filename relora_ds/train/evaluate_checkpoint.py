@@ -21,7 +21,7 @@ from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
 from relora_ds.errors import ConfigError
 from relora_ds.model.llama import Llama
-from relora_ds.train.evaluate import perplexity, published_score, validation_loss
+from relora_ds.train.evaluate import check_targets, perplexity, published_score, validation_loss
 
 _DEFAULT_SEQ_LENGTH = 2048
 
@@ -146,6 +146,7 @@ def _published(
     ]
     loss = sum(score.loss for score in scores) / ranks
     tokens = sum(score.tokens for score in scores)
+    check_targets(tokens)
     token_loss = sum(score.token_loss * score.tokens for score in scores if score.tokens) / tokens
     return {
         "loss": loss,

@@ -11,6 +11,7 @@ from torch import nn
 from relora_ds.engine.zero.layout import Layout
 from relora_ds.numerics.codes.wire_codes import BLOCK
 from relora_ds.parallel.fragments import share_out
+from relora_ds.parallel.shape import shard_of
 
 _STRETCH = 1 << 24
 """Elements of a piece at most; it bounds what an exchange adds on the device."""
@@ -77,13 +78,19 @@ def fragments(layout: Layout, names: Mapping[nn.Parameter, str], count: int) -> 
     number = {id(owner): n for n, owner in enumerate(layout.owners())}
     found = []
     for parameters in share_out({p: names[p] for p in layout.placements}, count):
-        held = [layout.placements[parameter] for parameter in parameters]
-        stretches = [
-            (number[id(each.owner)], each.stretch.offset, each.stretch.length)
-            for each in held
-            if each.stretch.length
-        ]
-        found.append(Fragment(tuple(parameters), tuple(_cut(stretches))))
+        # tensor-parallel ranks must come to the same of what they hold alike: no block of a code
+        # may have elements of what they do not
+        pieces: list[Piece] = []
+        for alike in (True, False):
+            held = [layout.placements[p] for p in parameters if (shard_of(p) is None) == alike]
+            pieces += _cut(
+                [
+                    (number[id(each.owner)], each.stretch.offset, each.stretch.length)
+                    for each in held
+                    if each.stretch.length
+                ]
+            )
+        found.append(Fragment(tuple(parameters), tuple(pieces)))
     return found
 
 

@@ -125,6 +125,11 @@ def test_documents_are_told_apart_by_the_id_that_ends_them(
         open_corpus(DataConfig(train=elsewhere, document_mask=True))
     named = DataConfig(train=elsewhere, document_mask=True, tokenizer=str(tokenizer.path))
     assert open_corpus(named).document_end == end
+    with_gaps = write_tokens([[], [], [], [5, end]], "gaps").prefix
+    assert open_corpus(named.model_copy(update={"train": with_gaps})).document_end == end
+    wordless = write_tokens([[end], [], [end]], "wordless").prefix
+    with pytest.raises(DataError, match="its 3 documents hold nothing but the token that ends"):
+        open_corpus(named.model_copy(update={"train": wordless}))
     for texts, at, last in (([[5, 6], [7, end]], 1, 6), ([[], [5, end], [7, 8]], 3, 8)):
         unended = write_tokens(texts, "unended").prefix
         with pytest.raises(

@@ -16,16 +16,16 @@ import torch
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.sections import TrainConfig
-from relora_ds.data.batches import DocumentBatches
+from relora_ds.data.batches import DocumentBatches, ValidationBatches
 from relora_ds.data.prepare import prepare
 from relora_ds.data.token_files.megatron import indexed_dataset_module
 from relora_ds.data.tokenizer import train_tokenizer
 from relora_ds.data.tokens import TokenFile
-from relora_ds.errors import ConfigError
+from relora_ds.errors import ConfigError, DataError
 from relora_ds.model.hf.directory import write_hf
 from relora_ds.model.init import InitialWeights, dense_shapes
 from relora_ds.model.llama import Llama
-from relora_ds.train.evaluate import published_score
+from relora_ds.train.evaluate import published_score, validation_loss
 from relora_ds.train.evaluate_checkpoint import evaluate_checkpoint
 
 PAD, EOS, LENGTH = 1, 2, 12
@@ -64,9 +64,9 @@ def documents() -> list[list[int]]:
     return [[*generator.integers(3, 60, size).tolist(), EOS] for size in sizes]
 
 
-def written(path: Path) -> TokenFile:
+def written(path: Path, contents: list[list[int]] | None = None) -> TokenFile:
     builder = indexed_dataset_module().IndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
-    for ids in documents():
+    for ids in documents() if contents is None else contents:
         builder.add_item(torch.tensor(ids))
         builder.end_document()
     builder.finalize(f"{path}.idx")
@@ -121,6 +121,18 @@ def test_the_figure_is_the_published_one(
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
     assert found["protocol"] == "galore_compat"
     assert found["tokens"] == sum(score.tokens for score in scores)
+
+
+def test_an_evaluation_without_a_target_is_refused(
+    tmp_path: Path, directory: Path, model: Llama
+) -> None:
+    file = written(tmp_path / "tokens", [[EOS]] * 40)
+    said = "no token that the evaluation reads is a target"
+    with pytest.raises(DataError, match=said):
+        evaluate_checkpoint(directory, str(tmp_path / "tokens"), LENGTH, 2, 3)
+    model.separate_documents(EOS)
+    with pytest.raises(DataError, match=said):
+        validation_loss(model, ValidationBatches(file, LENGTH, 2, 0, 1), CPU, distributed=False)
 
 
 def test_rows_of_equal_weight_differ_by_the_counter_alone(tmp_path: Path, model: Llama) -> None:
