@@ -114,8 +114,10 @@ def nesterov_has_momentum(islands: IslandsConfig) -> Iterator[Finding]:
         )
 
 
-def fragments_fit_a_round(islands: IslandsConfig) -> Iterator[Finding]:
+def fragments_fit_a_round(parallel: ParallelConfig, islands: IslandsConfig) -> Iterator[Finding]:
     every, transport = islands.every, islands.transport
+    if parallel.islands == 1:  # a warning says that nothing reads them
+        return
     if transport.fragments > every:
         yield Finding(
             ("islands", "transport", "fragments"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from relora_ds.errors import ConfigError
 from relora_ds.train.telemetry.sinks.base import number_of, read_metrics
-from relora_ds.train.views.figures import new_figure, save_figure
+from relora_ds.train.views.figures import new_figure, plain, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def loss_figure(records: Sequence[dict[str, Any]], name: str) -> Figure:
     _draw_learning_rate(lr_axes, records)
     _draw_events(loss_axes, records)
     loss_axes.legend(loc="upper right", frameon=True, framealpha=0.9, fontsize=9)
-    loss_axes.set_title(_title(name, records), fontsize=11, loc="left")
+    loss_axes.set_title(_title(plain(name), records), fontsize=11, loc="left")
     return figure
 
 
@@ -133,7 +133,7 @@ def _draw_events(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
             linewidth=0.8,
             alpha=0.7,
             zorder=0,
-            label=event if len(steps) == 1 else f"{event} ({len(steps):,})",
+            label=plain(event) + (f" ({len(steps):,})" if len(steps) > 1 else ""),
         )
 
 

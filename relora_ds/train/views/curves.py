@@ -11,7 +11,7 @@ import numpy as np
 
 from relora_ds.errors import ConfigError
 from relora_ds.train.telemetry.sinks.base import number_of, read_metrics
-from relora_ds.train.views.figures import COLOURS, new_figure, save_figure
+from relora_ds.train.views.figures import COLOURS, new_figure, plain, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,10 +117,10 @@ def draw_curves(axes: Axes, runs: Sequence[Curves], metric: str, scale: Scale) -
             continue
         few = "o-" if len(values) < 30 else "-"
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(place, values, few, ms=3, lw=1.4, color=colour, label=run.name)
+        axes.plot(place, values, few, ms=3, lw=1.4, color=colour, label=plain(run.name))
         drawn = True
     axes.set_xlabel(SCALES[scale])
-    axes.set_ylabel(metric)
+    axes.set_ylabel(plain(metric))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if drawn and len(runs) > 1:

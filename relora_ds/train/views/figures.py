@@ -23,6 +23,12 @@ def new_figure(width: float = 9.0, height: float = 5.4) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def plain(text: str) -> str:
+    """A name for a picture as it is written: matplotlib sets what stands between dollars as a
+    formula, and leaves out of legends what begins with an underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def save_figure(figure: Figure, output: Path) -> None:
     """Write a figure; the suffix decides the format.
 

@@ -23,7 +23,7 @@ from relora_ds.methods.build import DenseWeights, meta_model
 from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.init import InitialWeights
-from relora_ds.train.views.figures import COLOURS, new_figure
+from relora_ds.train.views.figures import COLOURS, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,7 +171,7 @@ def draw_spectra(found: Sequence[Spectrum]) -> Figure:
             own = [e for e in found if (e.model, e.part, _kind(e)) == (model, part, kind)]
             if not own:
                 continue
-            colour, label = COLOURS[number % len(COLOURS)], f"{model}: {part}"
+            colour, label = COLOURS[number % len(COLOURS)], plain(f"{model}: {part}")
             above.plot([e.effective_rank for e in own], "o-", ms=3, color=colour, label=label)
             shares = [e.values / (e.values.max(initial=0.0) or 1.0) for e in own]
             mean = np.mean(shares, axis=0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from relora_ds.cli.main import main
 from relora_ds.errors import ConfigError
-from relora_ds.train.views.curves import plot_runs, read_curves
+from relora_ds.train.telemetry.plot import plot_run
+from relora_ds.train.views.curves import draw_curves, plot_runs, read_curves
 from relora_ds.train.views.report import write_report
 
 
@@ -45,6 +48,21 @@ def test_every_axis_is_derived_from_what_was_reported(tmp_path: Path) -> None:
     assert curves.scale("bytes").tolist() == [70, 140, 210, 280]
     place, values = curves.series("eval/loss", "tokens")
     assert (place.tolist(), values.tolist()) == ([4000], [1.5])
+
+
+@pytest.mark.parametrize("name", [r"a$\frac$b", "$x_1$", "one$", "_hidden", "<b>&amp;"])
+def test_a_name_is_drawn_as_it_is_written(tmp_path: Path, name: str) -> None:
+    run, other = write_run(tmp_path / name), write_run(tmp_path / "other")
+    figure = Figure()
+    axes = figure.subplots()
+    assert draw_curves(axes, [read_curves(run), read_curves(other)], "train/loss", "step")
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 2
+    plot_runs([run, other], tmp_path / "plot.png", "train/loss", "step")
+    plot_run(run / "metrics.jsonl", tmp_path / "loss.png")
+    page = write_report(run, tmp_path / "page.html").read_text()
+    assert f"<h1>{html.escape(name)}</h1>" in page
 
 
 def test_unknown_figures_are_left_out_of_axes_and_curves(tmp_path: Path) -> None:
