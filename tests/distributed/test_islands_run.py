@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from relora_ds.config.load import load_run_config
+from relora_ds.methods.registry import plan_phases
 from tests.conftest import TinyCorpus
 from tests.distributed.test_resume import FIGURES, assert_same_checkpoint
 from tests.harness.descriptions import describe
@@ -40,8 +42,8 @@ def described(
     bits: int = 8,
     adapter: str | None = "spectral",
 ) -> str:
-    """A run of twelve updates in rounds of three on two islands, of which the first shares
-    gradients: a warm start, and one merge."""
+    """A run of twelve updates in rounds of three on two islands: a warm start that shares
+    gradients, a round of two and one of the update that is left, and one merge."""
     run = describe(
         directory,
         METHOD,
@@ -55,6 +57,8 @@ def described(
         islands={
             "every": 3,
             "from_step": 3,
+            "ramp": [[6, 2]],
+            "inner_lr": 1.5,
             "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
             "transport": {"bits": bits},
         },
@@ -96,6 +100,13 @@ def test_a_kill_while_islands_meet_is_as_if_it_had_not_been(
         for kind in kinds:
             assert any(files[0][name].any() for name in files[0] if name.startswith(kind))
         assert all(torch.equal(files[1][name], tensor) for name, tensor in files[0].items())
+
+    config = load_run_config(description, []).config
+    for phase in plan_phases(config):
+        for step in range(phase.first_step, phase.last_step):
+            rates = phase.learning_rates(step, config.optimizer)
+            apart = 1.5 if step >= 3 else 1.0
+            assert expected[step + 1]["train/lr"] == pytest.approx(apart * rates["dense"]), step
 
     # more islands go on from the same weights
     source, more = tmp_path / "unbroken" / "checkpoints" / "step_6", tmp_path / "more"

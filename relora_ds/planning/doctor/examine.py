@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from relora_ds.planning.doctor import hosts
 from relora_ds.planning.doctor.finding import Finding
+from relora_ds.planning.doctor.hostfile import Node, read_hostfile
 from relora_ds.planning.doctor.packages import packages, python_version
 
 
@@ -35,32 +36,32 @@ def examine(directory: Path, hostfile: Path | None, meeting: bool = True) -> Ite
     yield from machine.disk(directory)
     yield from machine.port()
     yield from machine.variables(os.environ)
-    reached = True
+    nodes, reached = list[Node](), True
     if hostfile is not None:
-        for found in _nodes(hostfile):
+        nodes, findings = read_hostfile(hostfile)
+        for found in _of_nodes(nodes, findings):
             reached = reached and found.status != "problem"
             yield found
     if not meeting:
         return
     if reached:
-        yield from meet(hostfile)
+        yield from meet(nodes)
     else:
         yield Finding("meeting", "note", "not tried: see the problems of the nodes first")
 
 
-def _nodes(hostfile: Path) -> Iterator[Finding]:
+def _of_nodes(nodes: Sequence[Node], findings: Iterable[Finding]) -> Iterator[Finding]:
     yield from hosts.programs()
-    names, findings = hosts.read_hostfile(hostfile)
     yield from findings
-    versions = hosts.own_versions() if names else ""
+    versions = hosts.own_versions() if nodes else ""
     address = os.environ.get("MASTER_ADDR") or _address()
-    for name in names:
+    for node in nodes:
         answers = True
-        for found in hosts.node(name, versions):
+        for found in hosts.node(node.name, versions):
             answers = answers and not (found.check == "ssh" and found.status == "problem")
             yield found
         if answers:
-            yield hosts.way_back(name, address)
+            yield hosts.way_back(node.name, address)
 
 
 def _address() -> str:

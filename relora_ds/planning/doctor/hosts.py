@@ -1,8 +1,7 @@
-"""Checks of the nodes of a hostfile: its form, ssh, environment, clocks and the way back."""
+"""Checks of the nodes of a hostfile: ssh, environment, clocks and the way back."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import socket
@@ -10,12 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 
 from relora_ds.planning.doctor.finding import Finding
 
-_LINE = re.compile(r"([A-Za-z0-9._-]+)\s+slots=([1-9][0-9]*)\s*(?:#.*)?")
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "StrictHostKeyChecking=yes")
 _PATIENCE_S = 30.0
 _CLOCK_SECONDS = 2.0
@@ -23,35 +20,6 @@ _VERSIONS = (
     "import torch, sys; from importlib.metadata import version as v; "
     "print(sys.version.split()[0], torch.__version__, v('deepspeed'))"
 )
-
-
-def read_hostfile(path: Path) -> tuple[list[str], list[Finding]]:
-    """Names of the nodes, and what is wrong with the file."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        said = f"{path}: {error.strerror}"
-        return [], [Finding("hostfile", "problem", said, "write one line `name slots=N` per node")]
-    nodes, findings = list[str](), list[Finding]()
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        match = _LINE.fullmatch(text)
-        if not text or text.startswith("#"):
-            continue
-        if match is None:
-            remedy = "write `name slots=N`; users and ports go into ~/.ssh/config"
-            findings.append(Finding("hostfile", "problem", f"{path}:{number}: {text}", remedy))
-        elif match[1] in nodes:
-            said, remedy = f"{path}:{number}: {match[1]} once more", "name every node once"
-            findings.append(Finding("hostfile", "problem", said, remedy))
-        else:
-            nodes.append(match[1])
-    if not nodes and not findings:
-        remedy = "write one line `name slots=N` per node"
-        findings.append(Finding("hostfile", "problem", f"{path}: names no node", remedy))
-    if not findings:
-        findings.append(Finding("hostfile", "ok", f"{len(nodes)} nodes: {', '.join(nodes)}"))
-    return nodes, findings
 
 
 def programs() -> Iterator[Finding]:

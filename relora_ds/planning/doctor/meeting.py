@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,14 +14,26 @@ import torch
 from torch import distributed
 
 from relora_ds.planning.doctor.finding import Finding
+from relora_ds.planning.doctor.hostfile import Node
 
 _PATIENCE_S = 120.0
 _SILENCE = timedelta(seconds=60)
 _MET = "ranks met"
 
 
-def meet(hostfile: Path | None) -> Iterator[Finding]:
-    """Whether processes on all devices, or on all nodes of a hostfile, add up a number together."""
+def meet(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Whether processes on all devices add up a number together.
+
+    Args:
+        nodes: those that train; none for this machine alone.
+    """
+    with tempfile.NamedTemporaryFile("w", prefix="hostfile-") as hostfile:
+        hostfile.writelines(f"{node}\n" for node in nodes)
+        hostfile.flush()
+        yield from _meet(hostfile.name if nodes else None)
+
+
+def _meet(hostfile: str | None) -> Iterator[Finding]:
     on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = "nccl" if on_cuda else "gloo"
     if hostfile is None:
@@ -29,7 +42,7 @@ def meet(hostfile: Path | None) -> Iterator[Finding]:
         command += ["--nproc_per_node", str(size), "-m", __spec__.name]
     else:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command = [launcher, "--hostfile", str(hostfile), "--module", __spec__.name]
+        command = [launcher, "--hostfile", hostfile, "--module", __spec__.name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
         said, failed = done.stdout + done.stderr, done.returncode != 0

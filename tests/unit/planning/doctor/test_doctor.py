@@ -15,6 +15,7 @@ from relora_ds.cli.main import main
 from relora_ds.planning.doctor import hosts, machine, meeting
 from relora_ds.planning.doctor import packages as packages_module
 from relora_ds.planning.doctor.finding import Finding
+from relora_ds.planning.doctor.hostfile import read_hostfile
 
 
 def of(findings: Iterable[Finding], check: str) -> list[Finding]:
@@ -116,16 +117,24 @@ def test_credentials_that_would_travel_and_missing_interfaces_are_found(
         ("a slots=0\n", ":1: a slots=0"),
         ("user@a slots=1\n", "user@a"),
         ("# nothing\n", "names no node"),
+        ("a slots=2 island=x\nb slots=2 island=y # far\n", None),
+        ("a slots=1 island=x\nb slots=2 island=x\n", None),
+        ("a slots=2 island=x\nb slots=2\n", "1 of 2 nodes have a mark"),
+        ("a slots=2 island=x\nb slots=1 island=y\n", "x has 2, y has 1"),
+        ("a slots=1 island=x\nb slots=1 island=y\nc slots=1 island=x\n", "island=x is named again"),
+        ("a slots=1 island=\n", ":1: a slots=1 island="),
+        ("\udcff\udcfe slots=1\n", ":1: "),
         (None, "No such file"),
     ],
 )
 def test_hostfiles(tmp_path: Path, text: str | None, problem: str | None) -> None:
     path = tmp_path / "hosts"
     if text is not None:
-        path.write_text(text)
-    names, findings = hosts.read_hostfile(path)
+        path.write_text(text, errors="surrogateescape")
+    nodes, findings = read_hostfile(path)
     if problem is None:
-        assert names == ["a", "b"]
+        assert [node.name for node in nodes] == ["a", "b"]
+        assert all("island" not in str(node) for node in nodes)
         assert [each.status for each in findings] == ["ok"]
     else:
         assert any(problem in each.said for each in findings if each.status == "problem")
@@ -192,7 +201,7 @@ def test_the_verb_prints_a_list_and_fails_with_a_problem(
 
 @pytest.mark.distributed
 def test_processes_meet() -> None:
-    (found,) = meeting.meet(None)
+    (found,) = meeting.meet([])
     assert found.status == "ok", found
     assert "2 of 2 ranks met" in found.said
 
@@ -204,6 +213,6 @@ def test_processes_that_cannot_meet_are_a_problem(
     fake.write_text("#!/bin/sh\necho 'RuntimeError: no route to host' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    (found,) = meeting.meet(None)
+    (found,) = meeting.meet([])
     assert found.status == "problem"
     assert "no route to host" in found.said
