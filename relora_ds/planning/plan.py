@@ -26,8 +26,6 @@ from relora_ds.parallel.zero import ZeroSettings
 from relora_ds.planning.estimate import PhaseEstimator
 from relora_ds.planning.results import Candidate, Cluster, Cut, PhasePlan, Plan
 
-__all__ = ["Cluster", "plan"]
-
 
 def plan(loaded: LoadedRun, cluster: Cluster, compare_sizes: bool = True) -> Plan:
     """Estimates of every phase of a run at every ZeRO stage, and how to cut the run.

@@ -7,7 +7,6 @@ no optimizer state, of no topology. It is listed in a manifest and proved like a
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 
 from relora_ds.checkpoint.export.dense import FiniteWeights
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.format.record import RunRecord, TrainerState, write_record
 from relora_ds.checkpoint.format.tensors import write_tensors
+from relora_ds.checkpoint.rewriting.place import new_checkpoint, taken
 from relora_ds.checkpoint.saved_state import write_parts
 from relora_ds.config.methods.full import FullConfig
 from relora_ds.config.model import ModelConfig
@@ -26,8 +25,6 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
 from relora_ds.data.tokenizer import special_ids, tokenizers_in
 from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.files.durable import describe, remedy
-from relora_ds.files.scratch import new_directory
 from relora_ds.model.hf.directory import DTYPES
 from relora_ds.model.hf.weights import read_hf
 
@@ -49,8 +46,8 @@ def import_hf(source: Path, output: Path, *, with_tokenizer: bool = True) -> Non
             no export has; or the checkpoint cannot be written.
         DataError: its tokenizer cannot be read.
     """
-    if os.path.lexists(output):
-        raise ConfigError(f"{output} exists: name a new directory")
+    if (problem := taken(output)) is not None:
+        raise ConfigError(problem)
     if not (source / "config.json").is_file():
         raise ConfigError(
             f"{source} holds no config.json: give the directory of a model in Hugging Face's "
@@ -60,20 +57,14 @@ def import_hf(source: Path, output: Path, *, with_tokenizer: bool = True) -> Non
     tokenizers = tokenizers_in(source) if with_tokenizer else []
     for file in tokenizers:
         special_ids(file)
-    try:
-        with new_directory(output) as directory:
-            record = _record(source, output, architecture)
-            write_parts(_values(weights, source), 0, directory, record.origin)
-            write_tensors({}, directory / layout.side(""), record.origin)
-            write_record(record, directory)
-            for name in sorted(layout.TOKENIZER) if tokenizers else ():
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, directory / name)
-            write_manifest(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {output} cannot be written: {describe(error)}; {remedy(error)}"
-        ) from error
+    with new_checkpoint(output) as directory:
+        record = _record(source, output, architecture)
+        write_parts(_values(weights, source), 0, directory, record.origin)
+        write_tensors({}, directory / layout.side(""), record.origin)
+        write_record(record, directory)
+        for name in sorted(layout.TOKENIZER) if tokenizers else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
 
 
 def _record(source: Path, output: Path, architecture: ModelConfig) -> RunRecord:

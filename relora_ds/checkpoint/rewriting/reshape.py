@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from relora_ds.checkpoint.format import layout
-from relora_ds.checkpoint.format.manifest import write_manifest
 from relora_ds.checkpoint.format.record import RunRecord, ShardedLike, write_record
 from relora_ds.checkpoint.format.tensors import split_tensors, write_tensors
+from relora_ds.checkpoint.rewriting.place import new_checkpoint, taken
 from relora_ds.checkpoint.saved_run import SavedRun, open_saved_run
 from relora_ds.checkpoint.saved_state import write_state
 from relora_ds.config.rules.tensors import heads_divide_over_tensor
 from relora_ds.config.sections import ParallelConfig
-from relora_ds.errors import CheckpointError, ConfigError
-from relora_ds.files.durable import describe, remedy
-from relora_ds.files.scratch import new_directory
+from relora_ds.errors import ConfigError
 
 
 def reshape_checkpoint(
@@ -48,18 +45,12 @@ def reshape_checkpoint(
     changes = {key: value for key, value in wanted.items() if value is not None}
     record = replace(run.record, trainer=run.record.trainer.model_copy(update=changes), run="")
     problems = list(_problems(record))
-    if os.path.lexists(output):
-        problems.append(f"{output} exists: name a new directory")
+    if (problem := taken(output)) is not None:
+        problems.append(problem)
     if problems:
         raise ConfigError(problems)
-    try:
-        with new_directory(output) as directory:
-            _write(run, record, directory)
-            write_manifest(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {output} cannot be written: {describe(error)}; {remedy(error)}"
-        ) from error
+    with new_checkpoint(output) as directory:
+        _write(run, record, directory)
 
 
 def _write(run: SavedRun, record: RunRecord, directory: Path) -> None:

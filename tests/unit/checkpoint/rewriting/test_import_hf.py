@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "manifest.json")
 
-    monkeypatch.setattr("relora_ds.checkpoint.rewriting.import_hf.write_manifest", full)
+    monkeypatch.setattr("relora_ds.checkpoint.rewriting.place.write_manifest", full)
     with pytest.raises(CheckpointError, match="No space left on device; free some space there"):
         import_hf(source, source.with_name("imported"))
     assert sorted(path.name for path in source.parent.iterdir()) == ["file", "hf"]
