@@ -127,11 +127,7 @@ ON_ARRIVAL = Moment(
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "bits"), [(1, 4), (0, 32), (3, 8)])
 def test_fragments_on_their_way_survive_a_stop_and_a_kill(
-    tiny_corpus: TinyCorpus,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stage: int,
-    bits: int,
+    tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, bits: int
 ) -> None:
     """Every other round of three updates ends with common weights: the run is asked to stop within
     one, is continued, is killed while a fragment arrives, and is continued again."""
