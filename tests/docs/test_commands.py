@@ -172,6 +172,7 @@ def test_what_is_left_out_is_still_in_a_page() -> None:
         for c in {c for page in PAGES for c in commands(page)}
         if "benchmarks/" in c.text and "--against" not in c.arguments  # others' code is not here
     ),
+    ids=lambda text: text.partition("benchmarks/")[2],
 )
 def test_benchmarks(command: str) -> None:
     parsed = Command(command)
