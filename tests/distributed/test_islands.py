@@ -147,12 +147,18 @@ def test_fragments_travel_in_turn_while_islands_train() -> None:
 @pytest.mark.slow
 def test_fragments_travel_at_every_stage_with_several_ranks() -> None:
     _check_in_turn(2, IN_TURN_MORE, steps=12)
+    _check_in_turn(2, [("full", 1, 1, 32, (4, 3, 2))], steps=12, ramp=((4, 2),))
     _check_in_turn(4, [("full", 2, 1, 32, (4, 3, 2)), ("relora", 3, 1, 32, (4, 3, 2))], steps=8)
     _check_in_turn(4, [("relora", 1, 2, 8, (4, 3, 2)), ("full", 3, 2, 4, (4, 2, 1))], steps=8)
 
 
-def _check_in_turn(ranks: int, cells: list[islands_in_turn.InTurn], steps: int) -> None:
-    found = run_ranks(islands_in_turn.in_turn, ranks, cells=cells, steps=steps)
+def _check_in_turn(
+    ranks: int,
+    cells: list[islands_in_turn.InTurn],
+    steps: int,
+    ramp: tuple[tuple[int, int], ...] = (),
+) -> None:
+    found = run_ranks(islands_in_turn.in_turn, ranks, cells=cells, steps=steps, ramp=ramp)
     for cell in cells:
         figures = found["/".join(map(str, cell))]
         assert figures["bytes"], cell

@@ -124,22 +124,14 @@ ON_ARRIVAL = Moment(
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "bits"), [(1, 4), (0, 32), (3, 8)])
-def test_fragments_on_their_way_survive_a_stop_and_a_kill(
-    tiny_corpus: TinyCorpus,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stage: int,
-    bits: int,
-) -> None:
-    """Every other round of three updates ends with common weights: the run is asked to stop within
-    one, is continued, is killed while a fragment arrives, and is continued again."""
-    description = describe(
-        tmp_path,
+def in_turn(directory: Path, corpus: TinyCorpus, stage: int, bits: int) -> str:
+    """A run of eighteen updates in rounds of three, of which every other one ends with common
+    weights; fragments travel for two updates."""
+    run = describe(
+        directory,
         METHOD | {"merge_every": 9},
         stage,
-        tiny_corpus.files,
+        corpus.files,
         train={"steps": 18},
         checkpoint={"every": 6},
         eval={"every": 6},
@@ -150,7 +142,17 @@ def test_fragments_on_their_way_survive_a_stop_and_a_kill(
             "transport": {"bits": bits, "fragments": 3, "overlap": 2},
         },
     )
-    file = str(write_run(description, tmp_path / "run.yaml"))
+    return str(write_run(run, directory / "run.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "bits"), [(1, 4), (0, 32), (3, 8)])
+def test_fragments_on_their_way_survive_a_stop_and_a_kill(
+    tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, bits: int
+) -> None:
+    """Every other round of three updates ends with common weights: the run is asked to stop within
+    one, is continued, is killed while a fragment arrives, and is continued again."""
+    file = in_turn(tmp_path, tiny_corpus, stage, bits)
     unbroken, broken = (f"output_dir={tmp_path / name}" for name in ("unbroken", "broken"))
     code, output = run([file, unbroken], processes=2)
     assert code == 0, output

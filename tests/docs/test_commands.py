@@ -45,6 +45,7 @@ ELSEWHERE = {
     r"python tools/evaluate\.py .*--lm-eval .*": "tests/unit/train/test_lm_eval.py",
     r"python tools/finetune\.py .*": "tests/unit/train/glue/test_glue.py",
     r"python tools/doctor\.py --hostfile .*": "tests/unit/planning/doctor/test_doctor.py",
+    r".*benchmarks/step\.py --against .*": "tests/unit/benchmarks/test_authors_layers.py",
     r"(OMP_NUM_THREADS=1 )?python benchmarks/[\w/]+\.py.*": "minutes: test_benchmarks, slow",
     r"torchrun .* benchmarks/\w+\.py .*": "minutes: test_benchmarks, slow",
 }
@@ -82,6 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: TinyCorpus) -
         shutil.copytree(world / "runs" / "mine", world / "runs" / name)
     for name in ("my_model", "Llama-3.2-1B"):
         shutil.copytree(world / "runs" / "mine" / "hf", world / name)
+    shutil.copytree(world / "runs" / "mine" / "hf", world / "runs" / "quickstart" / "hf")
     (world / "data").mkdir()
     for name in ("train", "valid", "other", "c4_valid"):
         for suffix in (".bin", ".idx", ".json"):
@@ -162,9 +164,15 @@ def test_what_is_left_out_is_still_in_a_page() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize(
     "command",
-    sorted({c.text for page in PAGES for c in commands(page) if "benchmarks/" in c.text}),
+    sorted(
+        c.text
+        for c in {c for page in PAGES for c in commands(page)}
+        if "benchmarks/" in c.text and "--against" not in c.arguments  # others' code is not here
+    ),
+    ids=lambda text: text.partition("benchmarks/")[2],
 )
 def test_benchmarks(command: str) -> None:
     parsed = Command(command)

@@ -6,7 +6,6 @@ the one within Qt (`pip install PySide6`).
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
@@ -14,14 +13,17 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Timer
 from typing import Any
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FLAGS = ("--no-sandbox", "--disable-gpu")
-_PLACE = "what-the-script-found"
-_CONSOLE = re.compile(r":CONSOLE[(:]\d+\)?\] (.*)")
+_FOUND = "the script found "
+_CONSOLE = re.compile(r':CONSOLE[(:]\d+\)?\] "(.*)", source: ')
 _PATIENCE_S = 120
 # in a process of its own: Qt may have one application only, and ends with it
 _QT = """
@@ -84,46 +86,53 @@ def open_page(page: Path, script: str) -> Opened:
     Raises:
         NoEngineError: none is here, or the one that is does not start.
     """
-    program = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
-    if program is not None:
-        return _by_program(program, page, script)
     reasons = []
-    for module, open_by in (("playwright", _by_playwright), ("PySide6", _by_qt)):
-        if find_spec(module) is None:
-            reasons.append(f"{module} is not installed")
-            continue
+    for name, open_by in (
+        ("a browser of the PATH", _by_program),
+        ("playwright", _by_playwright),
+        ("PySide6", _by_qt),
+    ):
         try:
             return open_by(page, script)
         except NoEngineError as error:
-            reasons.append(f"{module}: {error}")
-    raise NoEngineError(f"no {_BROWSERS[0]} in the PATH, {', '.join(reasons)}")
+            reasons.append(f"{name}: {error}")
+    raise NoEngineError("; ".join(reasons))
 
 
-def _by_program(program: str, page: Path, script: str) -> Opened:
-    """By a copy of the page whose last element holds what the script found."""
+def _by_program(page: Path, script: str) -> Opened:
+    """By a copy of the page that says on its console what the script found, half a second later."""
+    program = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+    if program is None:
+        raise NoEngineError("there is none")
+    say = f"setTimeout(() => console.log({_FOUND!r} + ({script})), 500)"
     copy = page.with_name(f"{page.stem}-with-script.html")
-    end = "document.body.append(place)"
-    put = f'const place = document.createElement("pre"); place.id = "{_PLACE}"'
-    text = page.read_text()
-    copy.write_text(
-        text.replace(
-            "</body>", f"<script>{put}; place.textContent = {script}; {end}</script></body>"
-        )
-    )
-    command = [program, "--headless", *_FLAGS, "--window-size=1280,800"]
-    command += ["--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run(
-        [*command, copy.as_uri()], capture_output=True, text=True, timeout=_PATIENCE_S
-    )
-    held = re.search(f'<pre id="{_PLACE}">(.*?)</pre>', done.stdout, re.DOTALL)
-    if held is None:
-        raise NoEngineError(f"{program} gave no page: {done.stderr[-500:]}")
-    return Opened(program, _CONSOLE.findall(done.stderr), json.loads(html.unescape(held[1])))
+    last = f"<script>addEventListener('load', () => {say})</script></body>"
+    copy.write_text(page.read_text().replace("</body>", last))
+    said: list[str] = []
+    with TemporaryDirectory() as profile:
+        command = [program, "--headless", *_FLAGS, f"--user-data-dir={profile}"]
+        command += ["--enable-logging=stderr", "--window-size=1280,800", copy.as_uri()]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            end = Timer(_PATIENCE_S, process.kill)
+            end.start()
+            try:
+                for line in process.stderr or ():
+                    said += _CONSOLE.findall(line)
+                    if said and said[-1].startswith(_FOUND):
+                        break
+            finally:
+                end.cancel()
+                process.kill()
+    if not said or not said[-1].startswith(_FOUND):
+        raise NoEngineError(f"{program} said nothing of the page in {_PATIENCE_S} s")
+    return Opened(program, said[:-1], json.loads(said[-1].removeprefix(_FOUND)))
 
 
 def _by_playwright(page: Path, script: str) -> Opened:
-    from playwright import sync_api  # pyright: ignore[reportMissingImports]
-
+    try:
+        sync_api: Any = import_module("playwright.sync_api")
+    except ImportError as error:
+        raise NoEngineError("it is not installed") from error
     with sync_api.sync_playwright() as started:
         try:
             browser = started.chromium.launch(args=list(_FLAGS))
@@ -140,6 +149,8 @@ def _by_playwright(page: Path, script: str) -> Opened:
 
 
 def _by_qt(page: Path, script: str) -> Opened:
+    if find_spec("PySide6") is None:
+        raise NoEngineError("it is not installed")
     settings = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": " ".join(_FLAGS)}
     done = subprocess.run(
         [sys.executable, "-c", _QT, str(page), script],

@@ -56,6 +56,7 @@ class PlainIslands:
         fragments: names of the parameters of each.
         outer: `lr`, `momentum` and Nesterov's step.
         seed: of the run.
+        first_turn: updates before any fragment leaves by itself.
     """
 
     islands: list[PlainIsland]
@@ -64,6 +65,7 @@ class PlainIslands:
     fragments: list[list[str]]
     outer: tuple[float, float, bool]
     seed: int
+    first_turn: int = 0
     common: Values | None = None
     momentum: Values = field(default_factory=dict)
     on_their_way: list[tuple[int, list[str], list[Values]]] = field(default_factory=list)
@@ -81,7 +83,7 @@ class PlainIslands:
         everything = list(self.islands[0].trained())
         if self.common is None:
             self.common = self.islands[0].values(everything)
-        else:
+        elif done >= self.first_turn:
             for number, names in enumerate(self.fragments):
                 if (done - number * self.every // len(self.fragments)) % self.every == 0:
                     sent = [island.values(names) for island in self.islands]

@@ -30,7 +30,7 @@ from relora_ds.config.load import load_run_config
 from relora_ds.planning.islands import plan_islands
 from relora_ds.planning.results import Cluster, IslandLink
 from tests.harness.run import metrics
-from tests.multihost.link import ADDRESSES, DEVICE, LOCAL, Link, Speed, missing
+from tests.multihost.link import LOCAL, Link, Speed, missing
 
 _RUN = "configs/run/quickstart.yaml"
 _TURNS = ("local", "slow")
@@ -60,24 +60,13 @@ def overrides(parsed: argparse.Namespace, directory: Path) -> list[str]:
 def measure(parsed: argparse.Namespace, directory: Path) -> Lines:
     """Metrics at the end of every round of the run, by updates."""
     slow, settings = Speed(parsed.rate, parsed.delay), overrides(parsed, directory)
-    common = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": DEVICE,
-        "MASTER_ADDR": ADDRESSES[0],
-        "MASTER_PORT": "29500",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-    }
     command = [sys.executable, "-u", "launch/pretrain.py", _RUN, *settings]
     with ExitStack() as stack:
         link = stack.enter_context(Link())
-        ranks = []
-        for rank in (0, 1):
-            log = stack.enter_context((directory / f"rank_{rank}.txt").open("w"))
-            rank_ = link.start(rank, command, common | {"RANK": str(rank)}, log)
-            stack.callback(rank_.kill)
-            ranks.append(rank_)
+        logs = [stack.enter_context((directory / f"rank_{n}.txt").open("w")) for n in (0, 1)]
+        ranks = link.start_ranks(command, os.environ, logs)
+        for rank in ranks:
+            stack.callback(rank.kill)
         turns = [speed for _ in range(parsed.repeat) for speed in (LOCAL, slow)]
         for number, speed in enumerate(turns):
             _wait(ranks[0], directory, parsed.every * (1 + number * parsed.rounds))

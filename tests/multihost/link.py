@@ -112,6 +112,25 @@ class Link:
         both = {"stdout": output, "stderr": subprocess.STDOUT}
         return subprocess.Popen(inside, env=dict(environment), text=True, **both)
 
+    def start_ranks(
+        self, command: Sequence[str], environment: Mapping[str, str], outputs: Sequence[IO[str]]
+    ) -> list[subprocess.Popen[str]]:
+        """Start one rank of a run on each host."""
+        shared = {
+            **environment,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": DEVICE,
+            "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": "29500",
+            "WORLD_SIZE": str(len(ADDRESSES)),
+            "LOCAL_RANK": "0",
+        }
+        return [
+            self.start(rank, command, {**shared, "RANK": str(rank)}, output)
+            for rank, output in enumerate(outputs)
+        ]
+
     def _carry(self) -> None:
         """Move packets until the link is taken down."""
         waiting: list[deque[tuple[float, bytes]]] = [deque(), deque()]

@@ -65,12 +65,6 @@ def ramp_leads_to_longer_rounds(
             "it",
         )
         return
-    if islands.in_turn:
-        yield Finding(
-            path,
-            "is given, but the turns of islands.transport.fragments and overlap are those of "
-            "rounds of one length: write fragments: 1 and overlap: 0, or remove it",
-        )
     before = islands.from_step
     for number, (until, shorter) in enumerate(islands.ramp):
         if until % every:

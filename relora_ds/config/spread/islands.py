@@ -93,11 +93,19 @@ class IslandsConfig(Section):
         """Whether a round may end without all weights being common at once."""
         return self.transport.fragments > 1 or self.transport.overlap > 0
 
+    def ends_together(self, done: int) -> bool:
+        """Whether the round that ends after so many updates makes all weights common in any case,
+        as every shorter round of the ramp does."""
+        return not self.in_turn or self.every_at(done - 1) != self.every
+
     def leaving(self, done: int) -> list[int]:
         """Numbers of the fragments that leave after so many updates of the run.
 
-        Fragment f of F does so f / F of a round after the round began, in every round.
+        Fragment f of F does so f / F of a round after the round began, in every round behind the
+        ramp.
         """
+        if self.every_at(done) != self.every:
+            return []
         count = self.transport.fragments
         offsets = [number * self.every // count for number in range(count)]
         return [n for n, offset in enumerate(offsets) if (done - offset) % self.every == 0]

@@ -121,7 +121,7 @@ class Rounds:
         ends = self._config.ends_at(done)
         if self._anchors is None:
             return
-        if ends and (common or products or not self._config.in_turn):
+        if ends and (common or products or self._config.ends_together(done)):
             with recorder.phase("step"), doing("end of a round"):
                 self._make_common(products)
         elif self._flights and self._flights[0].left + self._transport.overlap <= done:

@@ -34,7 +34,9 @@ InTurn = tuple[str, int, int, int, tuple[int, int, int]]
 """Method, ZeRO stage, tensor-parallel size, bits; and of rounds: updates, fragments, overlap."""
 
 
-def in_turn(topology: Topology, cells: list[InTurn], steps: int) -> dict[str, Any]:
+def in_turn(
+    topology: Topology, cells: list[InTurn], steps: int, ramp: tuple[tuple[int, int], ...] = ()
+) -> dict[str, Any]:
     """Two islands whose fragments travel in turn, with a Nesterov step when they arrive.
 
     Weights are made common for ReLoRA's merge and at the end, and not at the end of other rounds.
@@ -49,7 +51,7 @@ def in_turn(topology: Topology, cells: list[InTurn], steps: int) -> dict[str, An
     for cell in cells:
         method, stage, tensor, bits, (every, fragments, overlap) = cell
         transport = {"bits": bits, "fragments": fragments, "overlap": overlap}
-        rounds = {"every": every, "outer": OUTER, "transport": transport}
+        rounds = {"every": every, "outer": OUTER, "transport": transport, "ramp": ramp}
         config = described(method, 2, tensor=tensor, steps=steps, rounds=rounds)
         run = Island(config, topology, stage, TINY)
         parts = share_out({p: n for n, p in run.named.items() if p.requires_grad}, fragments)
@@ -68,7 +70,8 @@ def in_turn(topology: Topology, cells: list[InTurn], steps: int) -> dict[str, An
                     torch.cat([batch(step)[rank :: topology.world_size] for rank in ranks])
                     for ranks in (range(size), range(size, 2 * size))
                 ]
-                figures["plain"].append(plain.step(step, shares, rates, last, bool(merged)))
+                together = last or _ends_together(run, step + 1)
+                figures["plain"].append(plain.step(step, shares, rates, together, bool(merged)))
         figures["differ"].append(spread_over_islands(run))
         if plain is not None:
             model = plain.islands[0].model
@@ -90,7 +93,7 @@ def _expected_traffic(
         fragment_of_round(*form, parts[number], bits)
         for number in (islands.leaving(done) if not _common_after(run, done) else [])
     ]
-    if last or products:
+    if last or products or _ends_together(run, done + 1):
         merged = [factor for product in products for factor in product.factors]
         payloads.append(end_of_round(*form, bits, merged))
     for payload in payloads:
@@ -100,7 +103,12 @@ def _expected_traffic(
 
 
 def _common_after(run: Island, done: int) -> bool:
-    return done == 0 or bool(run.session.products_to_merge(done))
+    merged = bool(run.session.products_to_merge(done))
+    return done == 0 or merged or _ends_together(run, done)
+
+
+def _ends_together(run: Island, done: int) -> bool:
+    return run.config.islands.ends_at(done) and run.config.islands.ends_together(done)
 
 
 def _plain_islands(run: Island, parts: list[list[nn.Parameter]]) -> PlainIslands:
@@ -125,4 +133,5 @@ def _plain_islands(run: Island, parts: list[list[nn.Parameter]]) -> PlainIslands
         [[names[parameter] for parameter in part] for part in parts],
         (outer.lr, outer.momentum, outer.nesterov),
         config.train.seed,
+        max((until for until, _ in config.islands.ramp), default=0),
     )

@@ -60,5 +60,8 @@ def test_every_fragment_leaves_once_per_round_at_a_time_of_its_own() -> None:
     left = {done: config.leaving(done) for done in range(20) if config.leaving(done)}
     assert left == {0: [0], 3: [1], 6: [2], 10: [0], 13: [1], 16: [2]}
     assert config.in_turn
+    ramp = config.model_copy(update={"ramp": ((10, 5),)})
+    assert [done for done in range(20) if ramp.leaving(done)] == [10, 13, 16]
+    assert [done for done in (5, 10, 20) if ramp.ends_together(done)] == [5, 10]
     assert not IslandsConfig(every=10).in_turn
     assert IslandsConfig(every=10, transport=TransportConfig(overlap=1)).in_turn

@@ -110,13 +110,15 @@ class Encoding:
     Args:
         tokenizer: the model's.
         length: ids of an example at most; of longer pairs the longer sentence is cut first.
+        pad: id that the tokenizer fills rows with, if it has one.
     """
 
-    def __init__(self, tokenizer: AnyTokenizer, length: int) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, length: int, pad: int | None) -> None:
         self._tokenizer, self._length = tokenizer, length
-        self.padding = 0 if tokenizer.eos_id != 0 else 1
-        """Any id that does not end a sentence: rows are masked, and the head looks for the last
-        other id."""
+        end = tokenizer.eos_id
+        self.padding = pad if pad not in (None, end) else int(end == 0)
+        """That of the tokenizer, or where it ends sentences too, any other id: rows are masked, and
+        the head looks for the last id that is not this one."""
 
     def encode(self, examples: Sequence[Example]) -> list[list[int]]:
         """Ids of each example."""

@@ -15,12 +15,14 @@ import torch
 
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.config.sections import TrainConfig
+from relora_ds.data.tokenizer import special_ids
 from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.engine.device import set_arithmetic
 from relora_ds.errors import DivergenceError
 from relora_ds.extras import require
 from relora_ds.model.hf.directory import check_target, new_export
+from relora_ds.model.hf.tokenizer import write_tokenizer
 from relora_ds.train.saved_model.directory import tokenizer_of
 from relora_ds.train.saved_model.glue.classifier import (
     Encoding,
@@ -101,7 +103,8 @@ def fine_tune(
         check_target(_place(output, seed))
     saved = DenseModel(path)
     length = min(settings.max_length, saved.architecture.max_position_embeddings)
-    encoding = Encoding(tokenizer_of(saved), length)
+    tokenizer = tokenizer_of(saved)
+    encoding = Encoding(tokenizer, length, special_ids(tokenizer.path).pad)
     scores: dict[str, list[float]] = {}
     with opened(path, settings.trained) as source:
         for seed in settings.seeds:
@@ -111,6 +114,7 @@ def fine_tune(
             if output is not None:
                 with new_export(_place(output, seed)) as work:
                     run.model.save_pretrained(work)
+                    write_tokenizer(tokenizer.path, work)
     result = {
         "task": task.name,
         **{name: _over_seeds(values) for name, values in scores.items()},

@@ -6,6 +6,7 @@ background.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from relora_ds.train.telemetry.sinks.base import Metrics, Status
 
 MODULE, PACKAGE = "mlflow", "mlflow-skinny"
 _TAG = "relora_ds.output_dir"
+_KEY = "relora_ds.output_dir_sha256"  # a filter cannot name a path with quotes in it
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _LONGEST = 500  # characters of a value that every server takes
 _AT_ONCE = 100  # settings that a server takes in one request
@@ -44,8 +46,9 @@ class MlflowSink:
         self._mlflow = require(MODULE, PACKAGE, "log.mlflow")
         self._mlflow.set_experiment(experiment)
         place = str(output_dir.resolve())
-        earlier = self._earlier(experiment, place) if is_resumed else None
-        name, tags = output_dir.resolve().name, {_TAG: place}
+        key = hashlib.sha256(os.fsencode(place)).hexdigest()
+        earlier = self._earlier(experiment, key) if is_resumed else None
+        name, tags = output_dir.resolve().name, {_TAG: place, _KEY: key}
         self._mlflow.start_run(run_id=earlier, run_name=None if earlier else name, tags=tags)
         if earlier is None:
             self._show(redact(run_config))
@@ -61,11 +64,11 @@ class MlflowSink:
         known = {"completed": "FINISHED", "preempted": "KILLED"}
         self._mlflow.end_run(status=known.get(status, "FAILED"))
 
-    def _earlier(self, experiment: str, place: str) -> str | None:
-        """Id of the newest run of this directory."""
+    def _earlier(self, experiment: str, key: str) -> str | None:
+        """Id of the newest run of the directory with this hash."""
         found = self._mlflow.search_runs(
             experiment_names=[experiment],
-            filter_string=f"tags.`{_TAG}` = '{place}'",
+            filter_string=f"tags.`{_KEY}` = '{key}'",
             max_results=1,
             output_format="list",
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +81,8 @@ def test_all_weights_learn_the_sentences(
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     again = load(kept / "seed_2").eval()
     assert again.config.id2label == {0: "negative", 1: "positive"}
-    encoding = Encoding(open_tokenizer(model), 32)
+    assert open_tokenizer(kept / "seed_2").encode(GOOD[0]) == open_tokenizer(model).encode(GOOD[0])
+    encoding = Encoding(open_tokenizer(model), 32, None)
     rows = encoding.encode([Example((text,), 0) for text in GOOD + POOR])
     with torch.no_grad():
         together = again(**encoding.batch(rows, torch.device("cpu"))).logits
@@ -162,10 +165,16 @@ def test_the_longer_sentence_is_cut_first(
     lengths: tuple[int, ...], kept: tuple[int, ...], model: Path
 ) -> None:
     tokenizer = open_tokenizer(model)
-    encoding = Encoding(tokenizer, 12)
+    encoding = Encoding(tokenizer, 12, None)
     texts = tuple("ab"[number] * length for number, length in enumerate(lengths))
     (ids,) = encoding.encode([Example(texts, 0)])
     end = tokenizer.eos_id
     parts = [[*tokenizer.encode("ab"[number] * length), end] for number, length in enumerate(kept)]
     assert ids == [i for part in parts for i in part]
     assert encoding.padding != end
+
+
+@pytest.mark.parametrize(("pad", "end", "padding"), [(3, 2, 3), (2, 2, 0), (None, 2, 0), (0, 0, 1)])
+def test_what_fills_rows_ends_no_sentence(pad: int | None, end: int, padding: int) -> None:
+    tokenizer: Any = SimpleNamespace(eos_id=end)
+    assert Encoding(tokenizer, 12, pad).padding == padding

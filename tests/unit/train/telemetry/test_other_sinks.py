@@ -92,8 +92,12 @@ def test_a_resumed_run_goes_on_under_its_id_at_mlflow(
 ) -> None:
     earlier = SimpleNamespace(info=SimpleNamespace(run_id="abc"))
     mlflow = packages("mlflow", found=[earlier])
-    report(make_config(mlflow="mine"), tmp_path / "a", resume_step=5)
-    assert mlflow.of("start_run")[0][1]["run_id"] == "abc"
+    report(make_config(mlflow="mine"), tmp_path / "it's", resume_step=5)
+    (_, began), (_, asked) = mlflow.of("start_run")[0], mlflow.of("search_runs")[0]
+    assert began["run_id"] == "abc"
+    assert asked["filter_string"].count("'") == 2, "a path may hold what would end its text"
+    name, _, key = asked["filter_string"].removeprefix("tags.`").partition("` = ")
+    assert began["tags"][name] == key.strip("'")
     assert mlflow.of("log_params") == []  # they are there
 
 
