@@ -28,6 +28,12 @@ from relora_ds.optim.matrix_wise.inverse_root import inverse_root
 _RIDGE = 1e-12
 """Added to the diagonal of ones of a Gram matrix, which may have less than full rank."""
 _TINY = torch.finfo(torch.float64).tiny
+_CANCELLED = 1e-6
+"""Of |N_B|^2 |A|^2 + |B|^2 |N_A|^2, below which |D|^2 is too small for its Gram matrix to be
+positive definite as rounded."""
+_ROUNDING = 1e-13
+"""Of the same, what is then added to the Gram matrix's diagonal: more than its rounding, so that
+rounding moves nothing."""
 _SQUARINGS = 6
 """Of a Gram matrix, for its largest eigenvalue: at most 10 % too large for r up to 512."""
 
@@ -100,7 +106,11 @@ class SpectralPair(MatrixOptimizer):
         left_gram = left.mT @ left
         across = frame.triangle @ left_gram  # E^T Q P^T P
         gram = across @ frame.triangle.mT
-        size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_TINY)[:, None, None]
+        terms = _trace(left_gram[..., :rank, :rank]) * _trace(frame.gram[..., :rank, :rank])
+        terms += _trace(left_gram[..., rank:, rank:]) * _trace(frame.gram[..., rank:, rank:])
+        cancelled = _trace(gram) < _CANCELLED * terms
+        gram.diagonal(dim1=-2, dim2=-1).add_((cancelled * _ROUNDING * terms)[..., 0])
+        size = _trace(gram).clamp(min=_TINY)
         rough, root = inverse_root(gram / size)
         # O = P R^T rough root E^T. Rounding of `root` is not magnified where `rough` meets P R^T on
         # its left or R P^T on its right before `root` does, hence the two orders.
@@ -114,6 +124,11 @@ class SpectralPair(MatrixOptimizer):
         along_b = left @ (factor * (frame.triangle.mT @ for_b))
         along_a = frame.combine(factor * for_a)
         return along_a.mT.to(lora_a.dtype), along_b.to(lora_b.dtype)
+
+
+def _trace(gram: torch.Tensor) -> torch.Tensor:
+    """Of matrices (batch, k, k): (batch, 1, 1)."""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
 class _Frame:

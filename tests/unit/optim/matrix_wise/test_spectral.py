@@ -36,6 +36,11 @@ def dense_step(a: torch.Tensor, na: torch.Tensor, b: torch.Tensor, nb: torch.Ten
     return {"lora_A": factor * b.T @ direction, "lora_B": factor * direction @ a.T}
 
 
+def directions(*values: torch.Tensor) -> list[torch.Tensor]:
+    """Of one pair: A, N_A, B, N_B."""
+    return [found[0] for found in SpectralPair().directions(*(each[None] for each in values))]
+
+
 @pytest.mark.parametrize("zero", ["nothing", "B and A's momentum", "A", "momenta"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_polar_step_of_the_product(shape: tuple[int, int, int], zero: str) -> None:
@@ -52,6 +57,33 @@ def test_it_is_the_polar_step_of_the_product(shape: tuple[int, int, int], zero: 
     for found, name in ((found_a, "lora_A"), (found_b, "lora_B")):
         scale = expected[name].abs().max().clamp(min=1.0)
         assert (found[0] - expected[name]).abs().max() <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (60, 50, 24)])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e12])
+def test_momenta_that_leave_the_product_as_it_is_move_nothing(
+    shape: tuple[int, int, int], size: float
+) -> None:
+    """N_B = B X and N_A = -X A change the factors and not B A: rounding is no direction."""
+    m, n, r = shape
+    a, b, x = draw(1, r, n), draw(2, m, r), size * draw(3, r, r)
+    for rest in (0.0, 1e-12):
+        na, nb = -x @ a, b @ x + rest * size * draw(4, m, r)
+        for found, full in zip(directions(a, na, b, nb), directions(a, a, b, b), strict=True):
+            assert found.norm() <= 1e-3 * full.norm()
+
+
+@pytest.mark.parametrize(
+    ("rest", "share"), [(1e-1, 1e-6), (1e-2, 1e-5), (1e-3, 1e-4), (1e-4, 1e-2)]
+)
+def test_what_remains_of_momenta_that_nearly_cancel_is_a_direction(
+    rest: float, share: float
+) -> None:
+    a, b, x = draw(1, 6, 20), draw(2, 24, 6), draw(3, 6, 6)
+    na, nb = -x @ a, b @ x + rest * draw(4, 24, 6)
+    expected = dense_step(a, na, b, nb)
+    for value, name in zip(directions(a, na, b, nb), ("lora_A", "lora_B"), strict=True):
+        assert (value - expected[name]).abs().max() <= share * expected[name].abs().max(), name
 
 
 @pytest.mark.parametrize("spread", [1e1, 1e2, 1e3])
