@@ -22,6 +22,7 @@ FREE = {
     "data.tokenizer",
     "train.micro_batch_size",
     "train.attention",
+    "train.compile",
     "train.formulation",
     "train.activation_checkpointing",
     "train.deterministic",
