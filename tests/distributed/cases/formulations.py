@@ -27,7 +27,6 @@ from tests.harness.resume import load, save
 STEPS, BREAK = 14, 7
 FORMULATIONS = ("split", "layer", "step")
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 4, "alpha": 6, "trainable_scaling": True},
     "relora": {
         "name": "relora",
@@ -39,13 +38,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "switchlora": {"name": "switchlora", "rank": 6, "interval": 4, "freeze_steps": 2},
     "sltrain": {"name": "sltrain", "rank": 4, "alpha": 6, "sparsity": 0.1},
 }
+"""Those whose projections have a choice."""
+EVERY: dict[str, dict[str, Any]] = {"full": {"name": "full"}, **METHODS}
 RATES = {"dense": 4e-3, "adapter": 6e-3}
 
 
 def described(method: str, formulation: str, tensor: int, plan: str) -> RunConfig:
     """Fourteen updates of two or four micro-batches each."""
     return run_config(
-        METHODS[method],
+        EVERY[method],
         train={
             "formulation": formulation,
             "activation_checkpointing": plan == "recomputed",
