@@ -108,7 +108,14 @@ def cells(parsed: argparse.Namespace) -> Iterator[Cell]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run what is missing and print what is known; returns the exit code."""
-    parsed = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_intermixed_args(arguments)
+    uneven = [count for count in parsed.islands if count < 1 or parsed.processes % count]
+    if uneven:  # or it would show behind the synchronous runs
+        parser.error(
+            f"--islands {uneven[0]} must divide --processes ({parsed.processes}): "
+            "islands have as many processes each"
+        )
     return run_tool(lambda: _measure(parsed))
 
 
