@@ -180,6 +180,8 @@ class Method(Generic[ConfigT]):
         dtype: what the model computes in; it is initialised in fp32 and cast afterwards.
         stable_steps: updates before the learning rate begins its final decay; None where it falls
             from the warm-up on, or never.
+        round_ending: updates that islands have trained apart when they meet after `step` of the
+            method's updates; 0 where they do not meet. By default they always do.
     """
 
     requirements = Requirements()
@@ -197,12 +199,14 @@ class Method(Generic[ConfigT]):
         steps: int,
         dtype: torch.dtype = torch.float32,
         stable_steps: int | None = None,
+        round_ending: Callable[[int], int] = lambda step: 1,
     ) -> None:
         self.config = config
         self.seed = seed
         self.steps = steps
         self.dtype = dtype
         self.stable_steps = stable_steps
+        self.round_ending = round_ending
 
     def start(self, state: TrainState, model: nn.Module) -> Session[Any]:
         """The method at work on a live engine, before a state is restored or a step is taken."""
