@@ -60,8 +60,8 @@ class Requirements:
         if apart and not self.islands_apart:
             yield Finding(
                 ("islands", "every"),
-                f"is {config.islands.every}, but method {name} edits weights or moments in between "
-                "as all processes see them: write 1, with the plain average",
+                f"is {config.islands.every}, but method {name} depends on gradients that all "
+                "processes share: write 1, with the plain average",
             )
         if self.optimizers is not None and config.optimizer.name not in self.optimizers:
             allowed = " or ".join(sorted(self.optimizers))

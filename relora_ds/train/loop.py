@@ -172,7 +172,6 @@ class Trainer:
         recorder.begin_step()
         own_step = step - phase.first_step
         engine.set_learning_rates(self._learning_rates(phase, step))
-        engine.begin_update(step)
 
         def agree(kind: str, state: bytes) -> None:
             self.agreement.meet(Place(kind, step, phase.name, digest_of(state)))
@@ -186,6 +185,7 @@ class Trainer:
             self.checkpoints.hold()
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
+        engine.begin_update(step)
         if not left_out:
             admit, targets = self.guard.admit(step), Targets(self.corpus.document_end)
             batches = _noting(self.train_data.micro_batches(step), targets)

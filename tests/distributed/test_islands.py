@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cases import islands, islands_in_turn
+from tests.distributed.cases import islands, islands_in_turn, islands_switching
 from tests.harness.build import STAGES
 from tests.harness.ranks import run_ranks
 
@@ -168,6 +168,36 @@ def _check_in_turn(
         if cell[3] == 32:
             assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell
             assert figures["error"] < 1e-5, cell
+
+
+SWITCHING: list[islands_switching.Switching] = [(1, 1, 32), (3, 1, 32), (2, 1, 8)]
+
+
+def test_vectors_that_are_due_in_a_round_are_switched_at_its_end() -> None:
+    _check_switching(2, SWITCHING)
+
+
+@pytest.mark.slow
+def test_switches_end_rounds_of_several_ranks_at_every_stage() -> None:
+    _check_switching(2, [(0, 1, 32), (2, 1, 32)])
+    _check_switching(4, [*((stage, 2, 32) for stage in STAGES), (1, 1, 32), (3, 1, 4)])
+
+
+def _check_switching(ranks: int, cells: list[islands_switching.Switching]) -> None:
+    found = run_ranks(islands_switching.switching, ranks, cells=cells, steps=14)
+    for cell in cells:
+        figures = found["/".join(map(str, cell))]
+        # rounds of two, and of four behind them
+        common = {number for number, value in enumerate(figures["differ"], 1) if value == 0.0}
+        assert common == {2, 4, 8, 12}, cell
+        assert figures["bytes"], cell
+        switched, expected = figures["switched"]
+        assert switched == expected > 50, cell
+        assert figures["drift"] < 1e-6, cell
+        assert figures["losses"][-1] < figures["losses"][0], cell
+        if cell[2] == 32:
+            assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell
+            assert figures.get("error", 0.0) < 1e-5, cell
 
 
 def test_an_island_with_another_weight_is_found_where_weights_are_common() -> None:

@@ -191,6 +191,63 @@ def test_fragments_on_their_way_survive_a_stop_and_a_kill(
     assert sorted(metrics(tmp_path / "more")) == list(range(11, 19))
 
 
+WHILE_SWITCHING = Moment("while vectors are switched", Doing("switch"))
+
+
+def switching(directory: Path, corpus: TinyCorpus, stage: int, bits: int) -> str:
+    """A run of eighteen updates in rounds of two, and of three behind them, at whose ends vectors
+    are switched."""
+    method = {"name": "switchlora", "rank": 4, "interval": 8, "freeze_steps": 2}
+    run = describe(
+        directory,
+        method | {"descent_rate": 10.0},
+        stage,
+        corpus.files,
+        train={"steps": 18},
+        checkpoint={"every": 6},
+        eval={"every": 6},
+        parallel={"islands": 2},
+        islands={
+            "every": 3,
+            "ramp": [[6, 2]],
+            "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
+            "transport": {"bits": bits},
+        },
+    )
+    return str(write_run(run, directory / "run.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "bits"), [(2, 8), (3, 32)])
+def test_switches_at_the_ends_of_rounds_survive_kills(
+    tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, bits: int
+) -> None:
+    """A run is killed within a round, continued, killed within a switch, and continued."""
+    file = switching(tmp_path, tiny_corpus, stage, bits)
+    unbroken, broken = (f"output_dir={tmp_path / name}" for name in ("unbroken", "broken"))
+    code, output = run([file, unbroken], processes=2)
+    assert code == 0, output
+    for moment, step in ((WITHIN_A_ROUND, 8), (WHILE_SWITCHING, 16)):
+        faults = tmp_path / moment.name
+        for name, value in plan(faults, [Fault(moment, Kill(), rank=1, step=step)]).items():
+            monkeypatch.setenv(name, value)
+        armed = ["launch/pretrain.py", file, broken]
+        code, output = run(armed, processes=2, script="tests/faults/armed.py")
+        assert (code != 0, struck(faults)) == (True, [moment.name]), output
+    code, output = run([file, broken], processes=2)
+    assert (code, "step_12" in output) == (0, True), output
+
+    expected, found = metrics(tmp_path / "unbroken"), metrics(tmp_path / "broken")
+    assert sorted(found) == list(range(1, 19))
+    switches = {step for step, line in found.items() if line.get("method/event") == "switch"}
+    assert switches == {3, 4, 6, 7, 10, 13, 16}
+    for step, line in found.items():
+        for figure in (*FIGURES, "method/switched_vectors"):
+            assert line.get(figure) == expected[step].get(figure), (step, figure)
+    last = [tmp_path / name / "checkpoints" / "step_18" for name in ("unbroken", "broken")]
+    assert_same_checkpoint(*last)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "tensor", "adapter"),
@@ -229,7 +286,7 @@ def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
         ("parallel.islands=3", 1): "must be a multiple of parallel.islands (3)",
         ("checkpoint.every=4", 1): "is 4, but must be a multiple of islands.every (3)",
         ("train.seed=1", 1): "parallel.islands is 2, but must divide the copies of the model",
-        ("method={name: switchlora, rank: 4}", 2): "islands.every: is 3, but method switchlora",
+        ("method={name: galore, rank: 4}", 2): "islands.every: is 3, but method galore",
     }
     for (override, processes), text in told.items():
         code, output = run([description, override], processes)

@@ -12,7 +12,7 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.host_memory import ZeroHostMemory
 from relora_ds.engine.zero.moments import OptimizerSlices, ZeroMoments
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
-from relora_ds.engine.zero.vectors import ZeroVectors
+from relora_ds.engine.zero.vectors import Beside, ZeroVectors
 from relora_ds.engine.zero.weights import ZeroWeights
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import BaseWeight
@@ -31,6 +31,8 @@ class ZeroState(TrainState):
         gradients: runs the model outside of updates.
         edited: called with every frozen parameter that was edited.
         tp: the tensor-parallel group whose ranks hold other parts.
+        beside: what a vector must not leave behind when it is replaced, or begins anew: see
+            `ZeroVectors`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ZeroState(TrainState):
         gradients: FrozenGradients,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
         tp: TensorParallel = SINGLE,
+        beside: Beside = lambda owner: (),
     ) -> None:
         layout = slices.layout
         # collectives are where the parameters are, also if moments are offloaded
@@ -52,7 +55,7 @@ class ZeroState(TrainState):
         super().__init__(
             ZeroWeights(layout, bases, edited, collectives),
             ZeroMoments(slices, collectives),
-            ZeroVectors(slices, host, collectives),
+            ZeroVectors(slices, host, collectives, beside),
             host,
             gradients,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,9 @@ from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorPlaces
 from relora_ds.parallel.shape import inner_shard, tp_local_shape
+
+Beside = Callable[[torch.Tensor], Iterable[torch.Tensor]]
+"""Live tensors that lie beside another one."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,22 @@ class ZeroVectors(Vectors):
         slices: what the optimizer keeps here.
         host: knows which span of a stored vector is kept here.
         collectives: sums over the ranks that hold other parts.
+        beside: what else is known of the elements of a tensor that the optimizer steps: tensors
+            (N,) on the host, of its size.
     """
 
     def __init__(
-        self, slices: OptimizerSlices, host: HostMemory, collectives: StateCollectives
+        self,
+        slices: OptimizerSlices,
+        host: HostMemory,
+        collectives: StateCollectives,
+        beside: Beside,
     ) -> None:
         self._slices = slices
         self._layout = slices.layout
         self._host = host
         self._collectives = collectives
+        self._beside = beside
 
     def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         return self._slices.clocks[parameter].live(self._slices.completed_steps() + ahead)
@@ -190,6 +200,7 @@ class ZeroVectors(Vectors):
             copy_rows(here, device)
         for vectors, _ in written:
             self._layout.drop_copies(vectors.parameter)
+            self._forget_beside(vectors)
 
     def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
         completed, cleared = self._slices.completed_steps(), 0
@@ -205,9 +216,17 @@ class ZeroVectors(Vectors):
                     cleared += len(part.local) * part.view.shape[1]
             clock.restart(completed, each.index)
             clock.freeze(completed + frozen, each.index)
+            self._forget_beside(each)
         for device, here in rows.items():
             clear_rows(here, device)
         return cleared
+
+    def _forget_beside(self, vectors: LocatedVectors) -> None:
+        placement = self._layout.placements[vectors.parameter]
+        for flat in self._beside(placement.owner):
+            fragment = self._fragment(vectors.parameter, placement.stretch)
+            for part in fragment.parts(flat, fragment.find(vectors.index)):
+                part.view.index_fill_(0, part.local, 0.0)
 
     def _moments(self, parameter: nn.Parameter) -> tuple[Stretch, tuple[torch.Tensor, ...]]:
         """This rank's moments of a parameter, and where in them its elements lie."""

@@ -26,7 +26,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "relora": _RELORA,
     "relora_scaled": _RELORA | {"trainable_scaling": True},
     "sltrain": {"name": "sltrain", "rank": 4, "alpha": 6, "sparsity": 0.1},
-    "switchlora": {"name": "switchlora", "rank": 6, "interval": 4, "freeze_steps": 2},
+    # its switches do not fade out within a few updates
+    "switchlora": {
+        "name": "switchlora",
+        "rank": 6,
+        "interval": 10,
+        "freeze_steps": 2,
+        "descent_rate": 10.0,
+    },
     "galore": {"name": "galore", "rank": 4, "update_every": 3},
 }
 
