@@ -83,8 +83,8 @@ def _dry_run(loaded: LoadedRun) -> None:
         console = Console()
         dry_run(replace(loaded, config=share), zero, console)
         doubts = check_start(loaded.config, loaded.architecture)  # last, so that tables are seen
-        for warning in (*loaded.warnings, *doubts):
-            console.print(f"warning: {warning}", highlight=False)
+        for warning in (*loaded.warnings, *doubts):  # a path in it may have brackets
+            console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         console.print("the configuration is valid, and what it names is there")
 
 
