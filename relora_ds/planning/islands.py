@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from math import prod
 from operator import mul
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from relora_ds.accounting.islands import (
     end_of_round,
     fragment_of_round,
+    refresh,
     shared_gradients,
 )
 from relora_ds.accounting.zero_traffic import Payloads, bytes_of
@@ -28,6 +30,7 @@ from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.interface import Method, optimizer_groups
 from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.model.init import dense_shapes
 from relora_ds.parallel.fragments import share_out
 from relora_ds.parallel.topology import as_one_island, copies_of_island, part_of_model
 from relora_ds.parallel.zero import ZeroSettings
@@ -87,16 +90,18 @@ class _Exchange:
         )
         groups = optimizer_groups(method, config.optimizer, model)
         self._groups: Sequence[Sequence[nn.Parameter]] = [group.parameters for group in groups]
-        edited = {id(weight) for weight in method.edited_weights(model)}
+        edited = method.edited_weights(model)
+        self._chosen_by = edited if config.method.refreshes_every else []
+        merged = {id(weight) for weight in edited if config.method.merges_every}
         self._factors = [
             parameter
             for module in model.modules()
-            if edited & {id(p) for p in module.parameters(recurse=False)}
+            if merged & {id(p) for p in module.parameters(recurse=False)}
             for parameter in module.parameters(recurse=False)
             if parameter.requires_grad
         ]
         self._trained = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        self.parameters = sum(p.numel() for p in model.parameters()) * self._tensor
+        self.dense_parameters = sum(map(prod, dense_shapes(loaded.architecture).values()))
 
     def gradients(self) -> float:
         """Bytes per update whose gradients are shared."""
@@ -119,6 +124,15 @@ class _Exchange:
             for rank in range(self._zero.dp_size)
         )
 
+    def refresh(self) -> tuple[float, int]:
+        """Bytes of the dense gradients that a method chooses by, and how many of them a rank
+        exchanges one after the other; zeros for a method that does not."""
+        sent = self._over_ranks(
+            refresh(self._chosen_by, self._zero, self._islands, rank)
+            for rank in range(self._zero.dp_size)
+        )
+        return sent, -(-len(self._chosen_by) // self._zero.dp_size)
+
     def fragments(self, count: int) -> list[float]:
         """Bytes of each of so many fragments."""
         return [
@@ -140,12 +154,15 @@ def _plan(
 ) -> IslandsPlan:
     count = config.parallel.islands
     shares, merges = config.islands.share_gradients, config.method.merges_every
-    dense = _BF16 * exchange.parameters * 2 * (count - 1) / count
+    dense = _BF16 * exchange.dense_parameters * 2 * (count - 1) / count
     plain, merged = exchange.round(), exchange.round(merges=True)
 
     def seconds(sent: float) -> float:
         return sent / link.bandwidth + 2 * (count - 1) * link.latency
 
+    refreshed, turns = exchange.refresh()
+    refreshing = seconds(refreshed) + max(0, turns - 1) * seconds(0.0)
+    often = 1 / config.method.refreshes_every if config.method.refreshes_every else 0.0
     together = min(max(config.islands.from_step - phase.first_step, 0), phase.steps) / phase.steps
     gradients = exchange.gradients()
     fragments = cache(exchange.fragments)
@@ -176,6 +193,7 @@ def _plan(
             sent = together * gradients + (1 - together) * of_round[0] / every + more * plain
             waited = together * seconds(gradients) + (1 - together) * of_round[1] / every
             waited += more * seconds(plain)
+        sent, waited = sent + often * refreshed, waited + often * refreshing
         spent = local + waited
         return Round(every, sent, spent, local / spent, dense / sent)
 
@@ -188,6 +206,7 @@ def _plan(
         fragment_bytes=max(fragments(config.islands.transport.fragments)),
         overlap=config.islands.transport.overlap,
         merge_bytes=merged - plain,
+        refresh_bytes=refreshed,
         dense_bytes=dense,
         local_seconds=local,
         dense_seconds=local + seconds(dense),
@@ -210,12 +229,17 @@ def _shortened(islands: IslandsConfig, every: int) -> IslandsConfig:
 
 
 def _ends_at_once(config: RunConfig, phase: Phase, every: int) -> float:
-    """Share of the rounds of a phase that end with common weights: with a merge, an evaluation, a
-    checkpoint, or the phase."""
+    """Share of the rounds of a phase that end with common weights: with a merge, a refresh, an
+    evaluation, a checkpoint, or the phase."""
     ends = range(phase.first_step + every, phase.last_step + 1, every)
     due = [
         each
-        for each in (config.eval.every, config.checkpoint.every, config.method.merges_every)
+        for each in (
+            config.eval.every,
+            config.checkpoint.every,
+            config.method.merges_every,
+            config.method.refreshes_every,
+        )
         if each
     ]
     common = sum(end == phase.last_step or any(end % each == 0 for each in due) for end in ends)

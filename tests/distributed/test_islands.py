@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cases import islands, islands_in_turn, islands_switching
+from tests.distributed.cases import (
+    islands,
+    islands_galore,
+    islands_in_turn,
+    islands_switching,
+)
 from tests.harness.build import STAGES
 from tests.harness.ranks import run_ranks
 
@@ -194,6 +199,35 @@ def _check_switching(ranks: int, cells: list[islands_switching.Switching]) -> No
         switched, expected = figures["switched"]
         assert switched == expected > 50, cell
         assert figures["drift"] < 1e-6, cell
+        assert figures["losses"][-1] < figures["losses"][0], cell
+        if cell[2] == 32:
+            assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell
+            assert figures.get("error", 0.0) < 1e-5, cell
+
+
+REFRESHING: list[islands_galore.Refreshing] = [(1, 1, 32)]
+
+
+def test_bases_are_chosen_from_the_gradients_of_all_islands() -> None:
+    _check_refreshing(2, REFRESHING)
+
+
+@pytest.mark.slow
+def test_bases_are_chosen_between_rounds_at_every_stage_with_several_ranks() -> None:
+    _check_refreshing(2, [(0, 1, 32), (2, 1, 8), (3, 1, 32)])
+    _check_refreshing(4, [(1, 1, 32), (3, 1, 4), *((stage, 2, 32) for stage in STAGES)])
+    found = run_ranks(islands_galore.refreshing, 2, cells=REFRESHING, fragments=2, overlap=1)
+    assert found["1/1/32"]["common"] == [8]
+    assert found["1/1/32"]["refreshed"] == [0, 8]
+
+
+def _check_refreshing(ranks: int, cells: list[islands_galore.Refreshing]) -> None:
+    found = run_ranks(islands_galore.refreshing, ranks, cells=cells)
+    for cell in cells:
+        figures = found["/".join(map(str, cell))]
+        assert figures["common"] == [4, 8, 12], cell
+        assert figures["refreshed"] == [0, 8], cell
+        assert figures["bytes"], cell
         assert figures["losses"][-1] < figures["losses"][0], cell
         if cell[2] == 32:
             assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell

@@ -21,11 +21,11 @@ SLOW = IslandLink(bandwidth=12.5e6, latency=0.02)
 
 
 @cache
-def planned(*overrides: str, gpus: int = 16) -> IslandsPlan:
-    """The ReLoRA phase of the 1.3B run in rounds of a hundred updates."""
+def planned(*overrides: str, gpus: int = 16, phase: str = "relora") -> IslandsPlan:
+    """A phase of the 1.3B run in rounds of a hundred updates."""
     every = ["parallel.islands=2", "islands.every=100", *overrides]
     loaded = load_run_config(RUN, every)
-    return plan_islands(loaded, Cluster(gpus), SLOW)[1]["relora"]
+    return plan_islands(loaded, Cluster(gpus), SLOW)[1][phase]
 
 
 def test_a_hundred_updates_in_four_bits_are_a_thousand_times_less() -> None:
@@ -33,6 +33,22 @@ def test_a_hundred_updates_in_four_bits_are_a_thousand_times_less() -> None:
     assert found.asked.every == 100
     assert found.asked.less >= 1000
     assert planned("method.rank=128").asked.less < 300
+
+
+def test_what_a_method_exchanges_besides_is_its_own() -> None:
+    galore = "method={name: galore, rank: 128, update_every: 200}", "optimizer.weight_decay=0"
+    rare, often = (
+        planned(*galore, f"method.update_every={every}", phase="galore") for every in (400, 200)
+    )
+    assert rare.merge_bytes == 0.0
+    assert rare.refresh_bytes == often.refresh_bytes
+    # gradients in fp32, of the projections alone
+    assert 1.7 * rare.dense_bytes < rare.refresh_bytes < 2 * rare.dense_bytes
+    more = often.asked.bytes_per_update - rare.asked.bytes_per_update
+    assert more == pytest.approx(often.refresh_bytes / 400)
+    assert often.asked.speed < rare.asked.speed
+    switching = planned("method={name: switchlora, rank: 128, interval: 400}", phase="switchlora")
+    assert (switching.merge_bytes, switching.refresh_bytes) == (0.0, 0.0)
 
 
 def test_longer_rounds_send_less_and_keep_more_of_the_speed() -> None:
