@@ -119,7 +119,16 @@ def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
 
 
 def test_rounds_begin_after_updates_that_share_gradients_and_grow() -> None:
-    found = run_ranks(islands.begun_together, 2, cells=[("full", 2), ("relora", 3)])
+    _check_begun_together([("full", 2), ("relora", 3)])
+
+
+@pytest.mark.slow
+def test_rounds_of_every_method_begin_late_and_grow() -> None:
+    _check_begun_together([("lora", 0), ("low_rank", 3), ("sltrain", 2), ("switchlora", 1)])
+
+
+def _check_begun_together(cells: list[tuple[str, int]]) -> None:
+    found = run_ranks(islands.begun_together, 2, cells=cells)
     for cell, figures in found.items():
         relora = cell.startswith("relora")
         apart = {6, 9, 10} if relora else {4, 6, 8, 9, 10}

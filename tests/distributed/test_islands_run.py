@@ -300,6 +300,30 @@ def test_islands_of_two_ranks_resume_bit_exact(
         assert all(torch.equal(two[key], tensor) for key, tensor in one.items()), name
 
 
+@pytest.mark.slow
+def test_islands_of_other_sizes_go_on_before_the_first_round(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """Where gradients were shared all moments are common, and may be cut anew."""
+    description = described(tmp_path, tiny_corpus, bits=32, adapter=None)
+    late = ["islands.from_step=9", "islands.ramp=[]"]
+    code, output = run([description, *late], processes=4)
+    assert code == 0, output
+    expected = metrics(tmp_path / "run")
+    for step, codes in ((6, 0), (12, 4)):
+        source, again = tmp_path / "run" / "checkpoints" / f"step_{step}", tmp_path / f"from_{step}"
+        longer = ["train.steps=15", "checkpoint.allow_change=[train.steps]"] if codes else []
+        overrides = [f"output_dir={again}", f"checkpoint.resume={source}", *late, *longer]
+        code, output = run([description, *overrides], processes=2)
+        assert code == codes, output
+        assert ("moments of their own" in output) == (codes == 4), output
+    found = metrics(tmp_path / "from_6")
+    assert sorted(found) == list(range(7, LAST + 1))
+    for step in range(7, 11):  # islands of other sizes have other parts of a batch
+        loss = expected[step]["train/loss"]
+        assert found[step]["train/loss"] == pytest.approx(loss, rel=1e-5), step
+
+
 def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
     tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
@@ -312,7 +336,6 @@ def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
             "method={name: galore, rank: 4}",
             2,
         ): "method.update_every: is 200, but must be",
-        ("method={name: switchlora, rank: 4}", 2): "islands.every: is 3, so that 1 of 4 vectors",
     }
     for (override, processes), text in told.items():
         code, output = run([description, override], processes)

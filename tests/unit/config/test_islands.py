@@ -160,7 +160,7 @@ def test_a_round_switches_no_more_vectors_than_are_free() -> None:
     assert problems_of_switches(4000, {"every": 20}) == {}
     told = problems_of_switches(4000, {"every": 40})
     assert list(told) == ["islands.every"]
-    assert "is 40, so that 31 of 32 vectors" in told["islands.every"]
+    assert "is 40, so that 30 of 32 vectors" in told["islands.every"]
     assert "only 16 are free" in told["islands.every"]
     assert "method.interval to 76 or more" in told["islands.every"]
     assert problems_of_switches(4000, {"every": 40}, interval=76) == {}
