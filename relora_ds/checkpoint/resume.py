@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from relora_ds.checkpoint.changes import phase_of
 from relora_ds.checkpoint.find import (
     find_checkpoint,
     latest_checkpoint,
@@ -226,13 +227,8 @@ def phases_left(config: RunConfig, saved: SavedRun | None) -> list[Phase]:
     phases = plan_phases(config)
     if saved is None:
         return phases
-    names, current = [phase.name for phase in phases], saved.record.trainer.phase
-    if current not in names:
-        raise CheckpointError(
-            f"{saved.checkpoint}: was saved in the phase {current!r}, but the run has "
-            f"{' and '.join(names)} only; restore the method's settings"
-        )
-    return phases[names.index(current) :]
+    current = phase_of(saved, config).name
+    return phases[[phase.name for phase in phases].index(current) :]
 
 
 def state_of_other_topology(saved: SavedRun, topology: Topology, stage: int) -> SavedState | None:
