@@ -297,7 +297,7 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     keep: Annotated[int, Field(ge=2)] | None = 3
     """Checkpoints kept, newest first; null keeps all. At least 2: one is always complete."""
-    resume: Literal["auto"] | bool | str = "auto"
+    resume: Literal["auto"] | bool | FilePath = "auto"
     """What a run continues. `auto`: the latest checkpoint if there is one. `true`: the latest
     checkpoint, which must exist. `false`: nothing; an earlier run in `output_dir` is moved to
     `previous_N`. A path: that `step_N`."""

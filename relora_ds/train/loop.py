@@ -246,7 +246,8 @@ class Trainer:
     def _shared(self, phase: Phase, done: int) -> bool:
         """Whether weights are evaluated, saved or handed over after `done` updates, so that islands
         must have the same."""
-        due = (_is_due(done, n) for n in (self.config.eval.every, self.config.checkpoint.every))
+        due = [_is_due(done, n) for n in (self.config.eval.every, self.config.checkpoint.every)]
+        due.append(_is_due(done - phase.first_step, phase.method.config.refreshes_every or 0))
         return done == phase.last_step or self._goes_on_from(phase, done) or any(due)
 
     def _remedy(self) -> str:
