@@ -11,7 +11,7 @@ from relora_ds.config.free import covers, flat_settings, free_keys
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.errors import CheckpointError
-from relora_ds.methods.registry import plan_phases
+from relora_ds.methods.registry import Phase, plan_phases
 
 _TOKEN_FILES = "token files"
 _COURSE = frozenset({"train.steps", "schedule"})
@@ -33,8 +33,8 @@ def check_resume(
         fingerprints: of the run's token files.
 
     Raises:
-        CheckpointError: something that the trained function depends on differs; every difference is
-            listed as `key: checkpoint X, run Y`.
+        CheckpointError: something that the trained function depends on differs, every difference is
+            listed as `key: checkpoint X, run Y`; or what is permitted to differ lies behind.
     """
     record = saved.record
     before = _settings(record.config, record.architecture, record.trainer.data_fingerprints)
@@ -55,6 +55,43 @@ def check_resume(
             + f"\n{_stable_phase(saved, differing)}restore these values, start anew with "
             f"checkpoint.resume=false, or allow this with checkpoint.allow_change=[{keys}]"
         )
+    _check_course(saved, config)
+
+
+def phase_of(saved: SavedRun, config: RunConfig) -> Phase:
+    """The phase of a run that a checkpoint is of.
+
+    Raises:
+        CheckpointError: the run has no phase of that name, as after a permitted change.
+    """
+    phases, current = plan_phases(config), saved.record.trainer.phase
+    for phase in phases:
+        if phase.name == current:
+            return phase
+    raise CheckpointError(
+        f"{saved.checkpoint}: was saved in the phase {current!r}, but the run has "
+        f"{' and '.join(phase.name for phase in phases)} only; restore the method's settings"
+    )
+
+
+def _check_course(saved: SavedRun, config: RunConfig) -> None:
+    """Make sure that a permitted change leaves the way to the checkpoint as it was.
+
+    Raises:
+        CheckpointError: a phase that is over would have ended elsewhere, or the one that goes on
+            would be over.
+    """
+    before, now = (phase_of(saved, each) for each in (saved.record.config, config))
+    step = saved.record.trainer.step
+    is_over = now.last_step < min(step, config.train.steps)
+    if before.first_step == now.first_step and not is_over:
+        return
+    raise CheckpointError(
+        f"{saved.checkpoint}: is of step {step} in the phase {now.name!r} of the steps "
+        f"{before.first_step + 1} to {before.last_step}, but the run has that phase in the steps "
+        f"{now.first_step + 1} to {now.last_step}: what lies behind a checkpoint cannot be changed;"
+        " restore method.warm_start_steps"
+    )
 
 
 def _is_longer_run(differing: Sequence[tuple[str, Any, Any]]) -> bool:

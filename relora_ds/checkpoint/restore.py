@@ -92,21 +92,47 @@ def _load_matrix(
 
 
 def check_moments(engine: TrainEngine) -> None:
-    """Make sure that restored moments are of the size of what they belong to.
+    """Make sure that restored moments are what the optimizer keeps of what they belong to.
 
     DeepSpeed takes them as they are, and torch would stretch one element over a whole tensor.
 
     Raises:
-        CheckpointError: they are of another tensor.
+        CheckpointError: they are of another tensor, or of another optimizer.
     """
     for owner in engine.layout.owners():
-        for key, tensor in engine.optimizer.state.get(owner, {}).items():
+        held = {
+            key: tensor
+            for key, tensor in engine.optimizer.state.get(owner, {}).items()
+            if key != "step"
+        }
+        for key, tensor in held.items():
             if key in MOMENTS and tensor.numel() != owner.numel():
                 raise CheckpointError(
                     f"the checkpoint's optimizer states hold {tensor.numel()} of {owner.numel()} "
                     f"elements of a tensor's {key}: they are damaged or of another run; use "
                     "another checkpoint"
                 )
+        kept = _state_forms(engine.optimizer, owner)
+        if held and _kinds(held) != _kinds(kept):
+            raise CheckpointError(
+                f"the checkpoint's optimizer keeps {_kinds(held)} of a tensor, but that of the run "
+                f"keeps {_kinds(kept)}: they are different ones; restore optimizer.name"
+            )
+
+
+def _state_forms(
+    optimizer: torch.optim.Optimizer, owner: torch.Tensor
+) -> Mapping[str, torch.Tensor]:
+    """What an optimizer keeps of a tensor beside its `step`, in forms without memory."""
+    if isinstance(optimizer, VectorAdamW):
+        return optimizer.state_forms(owner)
+    return {key: torch.empty_like(owner, dtype=torch.float32, device="meta") for key in MOMENTS}
+
+
+def _kinds(state: Mapping[str, torch.Tensor]) -> str:
+    """Names and types in a state: `exp_avg float32, exp_avg_sq float32`."""
+    kinds = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in state.items()}
+    return ", ".join(f"{key} {kinds[key]}" for key in sorted(kinds)) or "nothing"
 
 
 def side_tensors(engine: TrainEngine) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from relora_ds.checkpoint.changes import phase_of
 from relora_ds.checkpoint.find import (
     find_checkpoint,
     latest_checkpoint,
@@ -226,13 +227,8 @@ def phases_left(config: RunConfig, saved: SavedRun | None) -> list[Phase]:
     phases = plan_phases(config)
     if saved is None:
         return phases
-    names, current = [phase.name for phase in phases], saved.record.trainer.phase
-    if current not in names:
-        raise CheckpointError(
-            f"{saved.checkpoint}: was saved in the phase {current!r}, but the run has "
-            f"{' and '.join(names)} only; restore the method's settings"
-        )
-    return phases[names.index(current) :]
+    current = phase_of(saved, config).name
+    return phases[[phase.name for phase in phases].index(current) :]
 
 
 def state_of_other_topology(saved: SavedRun, topology: Topology, stage: int) -> SavedState | None:
@@ -340,7 +336,9 @@ def _load_as_written(checkpoint: Path, engine: TrainEngine, topology: Topology) 
 
 def _refuse_rounds(saved: SavedRun, engine: TrainEngine) -> None:
     """Raise where moments of several islands would have to be put together and cut anew."""
-    if engine.rounds is not None and saved.record.config.parallel.islands > 1:
+    config, islands = saved.record.config, saved.record.config.islands
+    apart = not islands.share_gradients and saved.record.trainer.step > islands.from_step
+    if engine.rounds is not None and config.parallel.islands > 1 and apart:
         raise CheckpointError(
             f"{saved.checkpoint}: its islands have moments of their own, which are continued with "
             "as many processes per island, the same parallel.tensor and ZeRO stage only: restore "

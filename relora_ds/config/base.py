@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from typing import Annotated, TypeVar, dataclass_transform
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LARGEST = 2**40
 """No count of steps, tokens, elements or minutes comes near it, and products still fit a float."""
@@ -13,7 +14,18 @@ PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FilePath = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$", max_length=4096)]
+
+
+def _from_home(path: str) -> str:
+    """A path with the home directory in place of a leading `~/`, which no shell has seen here."""
+    return os.path.expanduser(path) if path.startswith("~/") else path
+
+
+FilePath = Annotated[
+    str,
+    Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$", max_length=4096),
+    AfterValidator(_from_home),
+]
 """Name of a file or directory: not blank, and without the character that no name can hold."""
 
 

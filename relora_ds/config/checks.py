@@ -17,6 +17,7 @@ from relora_ds.config.rules.corpora import (
     builtin_vocabulary_fits_model,
     data_keys_match_source,
     rows_have_documents,
+    rows_have_targets,
     validation_is_held_out,
 )
 from relora_ds.config.rules.islands import ISLAND_RULES
@@ -93,6 +94,7 @@ RULES: tuple[Rule, ...] = (
     masters_can_be_left_out,
     data_keys_match_source,
     rows_have_documents,
+    rows_have_targets,
     builtin_vocabulary_fits_model,
     precisions_agree,
     heads_divide_over_tensor,

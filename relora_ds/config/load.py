@@ -30,6 +30,7 @@ from relora_ds.redaction import mask_urls
 
 __all__ = [
     "LoadedRun",
+    "check_draft",
     "check_processes",
     "dump_run_config",
     "load_run_config",
@@ -71,13 +72,26 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRu
     apply_overrides(document, overrides)
     sections, findings = _validate(document.data)
     findings += _find_files(sections)
-    problems = document.problems + _read_model(sections)
-    findings += find_problems(sections)
-    if problems or findings:
-        raise ConfigError(document.report(findings) + problems)
+    problems = _problems(document, sections, findings)
+    if problems:
+        raise ConfigError(problems)
     warnings = document.report(find_doubts(sections))
     architecture = sections.pop("architecture")
     return LoadedRun(RunConfig(**sections), architecture, tuple(warnings), document)
+
+
+def check_draft(document: Document) -> None:
+    """Check a run of which some files may be elsewhere, or not be written yet, like one that loads.
+
+    Raises:
+        ConfigError: it will not load, whatever is in the files that are not here.
+    """
+    sections, findings = _validate(document.data)
+    for _ in _find_files(sections):
+        pass  # a file that cannot be read keeps only the rules about it from being applied
+    problems = _problems(document, sections, findings)
+    if problems:
+        raise ConfigError(problems)
 
 
 def validate_run(document: Document) -> RunConfig:
@@ -132,6 +146,19 @@ def _validate(data: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
             for inner, message in explain(error, data[name], section_model(field)):
                 findings.append(Finding((name, *inner), message))
     return sections, findings
+
+
+def _problems(document: Document, sections: dict[str, Any], findings: list[Finding]) -> list[str]:
+    """What is wrong with a run, its model, which is added to `sections`, and between them.
+
+    Args:
+        document: what was read.
+        sections: the valid sections that name no file which cannot be read.
+        findings: what is known already.
+    """
+    problems = document.problems + _read_model(sections)
+    findings = [*findings, *find_problems(sections)]
+    return document.report(findings) + problems
 
 
 def _find_files(sections: dict[str, Any]) -> Iterator[Finding]:

@@ -23,7 +23,8 @@ from relora_ds.config.spread.islands import IslandsConfig
 
 
 class RunConfig(Section):
-    """One training run. Paths are taken relative to the current directory."""
+    """One training run. Paths are taken relative to the current directory, those with `~/` to the
+    home directory."""
 
     output_dir: Free[FilePath]
     """Everything the run writes goes here."""

@@ -179,6 +179,15 @@ class ValidationBatches:
                 tokens[row] = torch.from_numpy(self._samples.sample(window, self._seq_length))
             yield tokens, torch.arange(rows) < len(windows)
 
+    def has_targets(self, document_end: int | None) -> bool:
+        """Whether anything is predicted in the windows of all ranks.
+
+        Args:
+            document_end: id behind which a token is no target, where documents are kept apart.
+        """
+        windows = (self._samples.sample(n, self._seq_length) for n in range(self.num_sequences))
+        return any((tokens[:-1] != document_end).any() for tokens in windows)
+
 
 class DocumentBatches:
     """Documents of a token file as padded rows, by the protocol of GaLore's published tables.
@@ -250,6 +259,15 @@ class DocumentBatches:
                 tokens[row, : len(ids)] = torch.from_numpy(ids)
                 lengths[row] = len(ids)
             yield tokens, torch.arange(1, self._seq_length) < lengths
+
+    def has_targets(self, document_end: int | None) -> bool:
+        """Whether anything is predicted in the rows of all ranks.
+
+        Args:
+            document_end: id behind which a token is no target, where documents are kept apart.
+        """
+        rows = (self._row(document) for share in self._shares for document in share)
+        return any((ids[:-1] != document_end).any() for ids in rows)
 
     def _row(self, document: int) -> np.ndarray:
         start, length = self._file.document_start(document), self._length(document)

@@ -126,6 +126,7 @@ class TrainEngine:
             FrozenGradients(self.model, self.device, self._engine.data_parallel_group, tp, islands),
             lambda weight: self._digest.seal([weight]),
             tp,
+            lambda owner: () if self.rounds is None else self.rounds.kept_of(owner),
         )
         self._shares = TensorGradients(model, self.layout, tp)
         self._across = IslandGradients(self.layout, islands, self.device)

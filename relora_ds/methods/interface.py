@@ -24,7 +24,7 @@ from relora_ds.methods.train_state import TrainState
 from relora_ds.model.init import EMBEDDING, HEAD
 from relora_ds.optim.matrix import PAIR, MatrixOptimizer
 from relora_ds.optim.matrix_wise.scale import Scale
-from relora_ds.optim.matrix_wise.spectral import SpectralPair
+from relora_ds.optim.matrix_wise.spectral import SpectralFactors, SpectralPair
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
 
@@ -180,6 +180,8 @@ class Method(Generic[ConfigT]):
         dtype: what the model computes in; it is initialised in fp32 and cast afterwards.
         stable_steps: updates before the learning rate begins its final decay; None where it falls
             from the warm-up on, or never.
+        round_ending: updates that islands have trained apart when they meet after `step` of the
+            method's updates; 0 where they do not meet. By default they always do.
     """
 
     requirements = Requirements()
@@ -197,12 +199,14 @@ class Method(Generic[ConfigT]):
         steps: int,
         dtype: torch.dtype = torch.float32,
         stable_steps: int | None = None,
+        round_ending: Callable[[int], int] = lambda step: 1,
     ) -> None:
         self.config = config
         self.seed = seed
         self.steps = steps
         self.dtype = dtype
         self.stable_steps = stable_steps
+        self.round_ending = round_ending
 
     def start(self, state: TrainState, model: nn.Module) -> Session[Any]:
         """The method at work on a live engine, before a state is restored or a step is taken."""
@@ -326,7 +330,7 @@ class Method(Generic[ConfigT]):
         return schedule(step)
 
 
-def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> SpectralPair | None:
+def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> MatrixOptimizer | None:
     """What updates a factor of a projection, where the run asks for an optimizer of pairs.
 
     Args:
@@ -337,6 +341,8 @@ def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> Spect
     if settings.adapter is None or name.rpartition(".")[2] not in PAIR:
         return None
     chosen = settings.spectral
+    if chosen.polar_of == "factors":
+        return SpectralFactors(chosen.momentum, chosen.nesterov)
     return SpectralPair(chosen.momentum, chosen.nesterov, chosen.normalized, scale)
 
 

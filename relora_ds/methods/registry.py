@@ -113,7 +113,14 @@ def plan_phases(config: RunConfig) -> list[Phase]:
         phases.append(Phase(full, "full", 0, first, _schedule(config, total), rate))
     name, steps = config.method.name, total - first
     schedule, dtype = _schedule(config, steps), DTYPES[config.train.precision]
-    method = METHODS[name](config.method, seed, steps, dtype, schedule.stable_steps)
+    method = METHODS[name](
+        config.method,
+        seed,
+        steps,
+        dtype,
+        schedule.stable_steps,
+        round_ending=lambda step: config.islands.round_ending(first + step),
+    )
     rate = config.optimizer.resolved_adapter_lr * config.method.rate_factor
     phases.append(Phase(method, name, first, steps, schedule, rate))
     return phases

@@ -79,6 +79,10 @@ class GroupedOptimizer(VectorAdamW):
         if late and self.refresh is not None:
             self.refresh(late)
 
+    def state_forms(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the state of a tensor holds beside its `step`: none where matrices lie in it."""
+        return {} if storage_key(p) in (self.matrices or {}) else super().state_forms(p)
+
     def update_early(
         self, p: torch.Tensor, group: dict[str, Any], scale: torch.Tensor | None = None
     ) -> list[torch.Tensor]:

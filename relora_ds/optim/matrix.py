@@ -266,17 +266,28 @@ def units_of(rules: Mapping[str, MatrixOptimizer]) -> list[tuple[str, ...]]:
     return [unit for rule, names in named.items() for unit in rule.units(names)]
 
 
+_IN_CACHE = 2**17
+"""Elements of the tensors that a host computes a function of together. What is computed on the way
+stays in a core's cache then, and in memory that is not given back in between."""
+_AT_ONCE = 2**24
+"""The same on a device, which wants many matrices at a time, but has to have room for them."""
+
+
 def in_batches(
     tensors: Sequence[Sequence[torch.Tensor]], functions: Sequence[MatrixFunction]
 ) -> list[tuple[torch.Tensor, ...]]:
     """Each function of its tensors (m, n); those of one function and shapes are computed
-    together."""
+    together, as many as fit."""
     groups: dict[tuple[MatrixFunction, tuple[torch.Size, ...]], list[int]] = {}
     for number, (each, function) in enumerate(zip(tensors, functions, strict=True)):
         groups.setdefault((function, tuple(t.shape for t in each)), []).append(number)
     found: dict[int, tuple[torch.Tensor, ...]] = {}
     for (function, shapes), numbers in groups.items():
-        stacks = [torch.stack([tensors[n][at] for n in numbers]) for at in range(len(shapes))]
-        values = function(*stacks)
-        found |= dict(zip(numbers, zip(*values, strict=True), strict=True))
+        limit = _IN_CACHE if tensors[numbers[0]][0].device.type == "cpu" else _AT_ONCE
+        together = max(1, limit // sum(shape.numel() for shape in shapes))
+        for first in range(0, len(numbers), together):
+            chosen = numbers[first : first + together]
+            stacks = [torch.stack([tensors[n][at] for n in chosen]) for at in range(len(shapes))]
+            values = function(*stacks)
+            found |= dict(zip(chosen, zip(*values, strict=True), strict=True))
     return [found[number] for number in range(len(tensors))]

@@ -141,6 +141,10 @@ class VectorAdamW(torch.optim.Optimizer):
         self.update(p, group, scale)
         return [p]
 
+    def state_forms(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the state of a tensor holds beside its `step`, as tensors without memory."""
+        return self._first_moments(torch.empty_like(p, device="meta"))
+
     def _stretch(self, p: torch.Tensor) -> int:
         """How many elements are updated at once."""
         return cached_stretch(p) if p.dtype == torch.bfloat16 else max(1, p.numel())

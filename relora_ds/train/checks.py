@@ -22,6 +22,7 @@ from relora_ds.data.verify import verify_contents
 from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError
 from relora_ds.model.hf.tokenizer import export_obstacle
+from relora_ds.train.evaluate import validation_batches
 from relora_ds.train.results import check_export_target
 
 _NO_WEIGHTS = (
@@ -62,6 +63,7 @@ def check_start(config: RunConfig, architecture: ModelConfig) -> list[str]:
     verify_contents(corpus.files, whole=config.data.verify == "whole")
     corpus.check_vocabulary(architecture.vocab_size)
     corpus.check_length(config.train.seq_length)
+    validation_batches(config, corpus)
     doubts: list[str] = []
     if saved is None:
         doubts += _doubts_about_weights(config, architecture, corpus)

@@ -8,11 +8,41 @@ from dataclasses import dataclass
 import torch
 
 from relora_ds.activity import moved
+from relora_ds.config.schema import RunConfig
 from relora_ds.data.batches import DocumentBatches, ValidationBatches
+from relora_ds.data.source import Corpus
 from relora_ds.engine.distributed import sum_over_ranks
 from relora_ds.errors import DataError
 from relora_ds.model.llama import Llama
 from relora_ds.numerics.transfers import upload
+
+
+def validation_batches(
+    config: RunConfig, corpus: Corpus, dp_rank: int = 0, dp_size: int = 1
+) -> ValidationBatches | DocumentBatches | None:
+    """One process's share of what every evaluation of a run reads; None where it has no such data.
+
+    Args:
+        config: the run.
+        corpus: its data.
+        dp_rank: the process among those that hold copies of the model.
+        dp_size: how many these are.
+
+    Raises:
+        DataError: the set is shorter than one window, or nothing in it is predicted.
+    """
+    samples, train, batches = corpus.validation, config.train, config.eval.batches
+    if samples is None:
+        return None
+    limit = None if batches is None else batches * train.global_batch_size
+    place = train.seq_length, train.micro_batch_size, dp_rank, dp_size, limit
+    if config.eval.protocol == "exact":
+        found = ValidationBatches(samples, *place)
+    else:
+        assert corpus.valid is not None, "a rule asks for a file of its own"
+        found = DocumentBatches(corpus.valid, *place)
+    check_targets(found.has_targets(corpus.document_end))
+    return found
 
 
 @torch.no_grad()

@@ -173,7 +173,6 @@ class Trainer:
         recorder.begin_step()
         own_step = step - phase.first_step
         engine.set_learning_rates(self._learning_rates(phase, step))
-        engine.begin_update(step)
 
         def agree(kind: str, state: bytes) -> None:
             self.agreement.meet(Place(kind, step, phase.name, digest_of(state)))
@@ -187,6 +186,7 @@ class Trainer:
             self.checkpoints.hold()
         with recorder.phase("event"), torch.no_grad():
             before = session.before_step(own_step)
+        engine.begin_update(step)
         if not left_out:
             admit, targets = self.guard.admit(step), Targets(self.corpus.document_end)
             batches = _noting(self.train_data.micro_batches(step), targets)
@@ -247,7 +247,8 @@ class Trainer:
     def _shared(self, phase: Phase, done: int) -> bool:
         """Whether weights are evaluated, saved or handed over after `done` updates, so that islands
         must have the same."""
-        due = (_is_due(done, n) for n in (self.config.eval.every, self.config.checkpoint.every))
+        due = [_is_due(done, n) for n in (self.config.eval.every, self.config.checkpoint.every)]
+        due.append(_is_due(done - phase.first_step, phase.method.config.refreshes_every or 0))
         return done == phase.last_step or self._goes_on_from(phase, done) or any(due)
 
     def _remedy(self) -> str:

@@ -24,6 +24,7 @@ from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import TrainConfig
+from relora_ds.data.batches import DocumentBatches, ValidationBatches
 from relora_ds.data.source import Corpus
 from relora_ds.engine.assemble import AwaitedState, DenseWeights, build_engine
 from relora_ds.engine.device import device_memory
@@ -66,6 +67,8 @@ class Prepared:
     zero: ZeroSettings
     """Of one island."""
     corpus: Corpus
+    valid_data: ValidationBatches | DocumentBatches | None
+    """This process's share of the validation set, if the run has one."""
 
     @property
     def share(self) -> RunConfig:

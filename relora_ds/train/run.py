@@ -19,7 +19,7 @@ from relora_ds.checkpoint.resume import (
 from relora_ds.checkpoint.saved_run import SavedRun
 from relora_ds.checkpoint.saving.store import CheckpointStore
 from relora_ds.config.load import LoadedRun, check_processes, dump_run_config
-from relora_ds.data.batches import DocumentBatches, TrainingBatches, ValidationBatches
+from relora_ds.data.batches import TrainingBatches
 from relora_ds.data.source import open_corpus
 from relora_ds.data.verify import verify_contents
 from relora_ds.engine import distributed
@@ -48,6 +48,7 @@ from relora_ds.train.checks import (
     doubts_about_the_export,
     initial_model,
 )
+from relora_ds.train.evaluate import validation_batches
 from relora_ds.train.guards.agreement import Agreement
 from relora_ds.train.guards.bad_batches import BadBatches
 from relora_ds.train.guards.steps import StepGuard
@@ -159,7 +160,7 @@ def _finish_again(prepared: Prepared, saved: SavedRun, started_at: datetime) -> 
         size = prepared.topology.world_size
         outcome = Outcome("completed", None, started_at, size, figures)
         with doing("results"):
-            problems = write_results(outcome, config, prepared.corpus, _valid_data(prepared))
+            problems = write_results(outcome, config, prepared.corpus, prepared.valid_data)
     distributed.barrier()
     if problems:
         raise problems[0]
@@ -203,7 +204,9 @@ def _prepare(loaded: LoadedRun, lifetime: Lifetime) -> Prepared:
         verify_contents(corpus.files, topology.rank, distributed.gather_objects, whole=whole)
         corpus.check_vocabulary(loaded.architecture.vocab_size)
         corpus.check_length(loaded.config.train.seq_length)
-    return Prepared(loaded.config, loaded.architecture, topology, zero, corpus)
+        place = topology.data_rank, topology.data_size
+        valid_data = validation_batches(loaded.config, corpus, *place)
+    return Prepared(loaded.config, loaded.architecture, topology, zero, corpus, valid_data)
 
 
 def _announce(loaded: LoadedRun, prepared: Prepared) -> None:
@@ -327,7 +330,7 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         zero_stage=prepared.zero.stage,
         corpus=corpus,
         train_data=train_data,
-        valid_data=_valid_data(prepared),
+        valid_data=prepared.valid_data,
         telemetry=telemetry,
         checkpoints=checkpoints,
         stop=stop,
@@ -336,17 +339,3 @@ def _build_trainer(prepared: Prepared, saved: SavedRun | None, stop: StopSignal)
         trace=StepTrace(config.log.profile, output_dir / TRACES, topology.rank),
         final=earlier_figures(output_dir) if saved and topology.is_main else {},
     )
-
-
-def _valid_data(prepared: Prepared) -> ValidationBatches | DocumentBatches | None:
-    """This process's share of the validation set, if the run has one."""
-    config, topology, samples = prepared.config, prepared.topology, prepared.corpus.validation
-    if samples is None:
-        return None
-    train, batches = config.train, config.eval.batches
-    limit = None if batches is None else batches * train.global_batch_size
-    place = train.micro_batch_size, topology.data_rank, topology.data_size
-    if config.eval.protocol == "exact":
-        return ValidationBatches(samples, train.seq_length, *place, limit)
-    assert prepared.corpus.valid is not None, "a rule asks for a file of its own"
-    return DocumentBatches(prepared.corpus.valid, train.seq_length, *place, limit)

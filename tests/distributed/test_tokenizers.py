@@ -101,7 +101,8 @@ def test_a_run_with_any_tokenizer_resumes_and_exports(
     assert code == 0, output
     names = {file.name for file in (tmp_path / "bare").iterdir()}
     card = {"README.md", "training_run.yaml", "training_zero.json"}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", *card}
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    assert names == {*model, *card, "relora_ds.json"}
 
 
 def test_ids_of_another_tokenizer_are_refused(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:

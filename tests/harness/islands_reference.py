@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from relora_ds.model.llama import Llama
 from tests.harness.reference import PlainAdamW, PlainAdapter
+from tests.harness.switchlora_reference import PlainSwitchLoRA
 
 Values = dict[str, torch.Tensor]
 
@@ -46,6 +47,33 @@ class PlainIsland:
 
 
 @dataclass
+class PlainSwitchingIsland(PlainIsland):
+    """One island under SwitchLoRA.
+
+    Args:
+        plain: trains the model, and switches its vectors.
+    """
+
+    plain: PlainSwitchLoRA
+
+    def train(self, tokens: torch.Tensor, rates: Mapping[str, float]) -> float:
+        self.plain.lrs = dict(rates)
+        return self.plain.update(tokens)
+
+    def switch(self, done: int, updates: int) -> dict[str, list[int]]:
+        """What is due after so many updates, for the last `updates` of them; returns the indices
+        of pairs that are new, by layer."""
+        layers = self.plain.layers
+        before = [[*zip(layer.a.slots, layer.b.slots, strict=True)] for layer in layers]
+        self.plain.event(done, updates)
+        found = {}
+        for layer, slots in zip(layers, before, strict=True):
+            now = zip(layer.a.slots, layer.b.slots, strict=True)
+            found[layer.name] = [n for n, pair in enumerate(now) if pair != slots[n]]
+        return found
+
+
+@dataclass
 class PlainIslands:
     """Islands that train apart.
 
@@ -59,7 +87,7 @@ class PlainIslands:
         first_turn: updates before any fragment leaves by itself.
     """
 
-    islands: list[PlainIsland]
+    islands: Sequence[PlainIsland]
     every: int
     overlap: int
     fragments: list[list[str]]
@@ -101,6 +129,14 @@ class PlainIslands:
             if merge:
                 self.merge(products)
         return sum(losses) / len(losses)
+
+    def switch(self, done: int, updates: int) -> None:
+        """Replace vectors of common factors; the outer momentum of new pairs starts afresh."""
+        for island in self.islands:
+            assert isinstance(island, PlainSwitchingIsland)
+            for name, pairs in island.switch(done, updates).items():
+                self.momentum[f"{name}.lora_A"][pairs] = 0
+                self.momentum[f"{name}.lora_B"][:, pairs] = 0
 
     def land(self, left: int) -> None:
         """Let everything arrive that left after so many updates or fewer."""

@@ -140,43 +140,52 @@ class PlainSwitchLoRA:
     betas: tuple[float, float] = (0.9, 0.999)
     norms: list[float] = field(default_factory=list)
     switched: int = 0
+    state: dict[nn.Parameter, list[torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        adapters = [m for m in self.model.modules() if isinstance(m, PlainAdapter)]
+        self.layers = [Layer(linear, self.config, self.seed) for linear in adapters]
 
     def train(self, batches: list[torch.Tensor]) -> list[float]:
         """One update per global batch of tokens (G, S + 1)."""
-        adapters = [m for m in self.model.modules() if isinstance(m, PlainAdapter)]
-        layers = [Layer(linear, self.config, self.seed) for linear in adapters]
-        sides = {id(s.factor): s for layer in layers for s in (layer.a, layer.b)}
-        dense: dict[nn.Parameter, list[torch.Tensor]] = {}
         losses = []
         for step, tokens in enumerate(batches):
             if step:
-                self.event(layers, step)
-            self.model.zero_grad()
-            logits = self.model.logits(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.norms.append(float(nn.utils.clip_grad_norm_(trained, self.clip)))
-            with torch.no_grad():
-                for layer in layers:
-                    layer.freeze()
-                for parameter in trained:
-                    if id(parameter) in sides:
-                        self.update_factor(sides[id(parameter)])
-                    else:
-                        self.update_dense(parameter, dense)
-                for layer in layers:
-                    layer.thaw()
-            losses.append(loss.item())
+                self.event(step)
+            losses.append(self.update(tokens))
         return losses
 
+    def update(self, tokens: torch.Tensor) -> float:
+        """One update from tokens (G, S + 1); returns the loss."""
+        sides = {id(s.factor): s for layer in self.layers for s in (layer.a, layer.b)}
+        self.model.zero_grad()
+        logits = self.model.logits(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.norms.append(float(nn.utils.clip_grad_norm_(trained, self.clip)))
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.freeze()
+            for parameter in trained:
+                if id(parameter) in sides:
+                    self.update_factor(sides[id(parameter)])
+                else:
+                    self.update_dense(parameter)
+            for layer in self.layers:
+                layer.thaw()
+        return loss.item()
+
     @torch.no_grad()
-    def event(self, layers: list[Layer], step: int) -> None:
+    def event(self, step: int, updates: int = 1) -> None:
+        """Switch what is due in the last so many of `step` updates."""
         config = self.config
-        rate = max(0.3 ** ((step + 1) / (config.descent_rate * self.steps)), 1e-8)
-        expected = config.rank * rate / config.interval
-        chance = Stream(self.seed, "switch.count", event=step).uniform(0, len(layers))
-        for layer, value in zip(layers, chance.tolist(), strict=True):
+        expected = 0.0
+        for each in range(step - updates + 1, step + 1):
+            rate = max(0.3 ** ((each + 1) / (config.descent_rate * self.steps)), 1e-8)
+            expected += config.rank * rate / config.interval
+        chance = Stream(self.seed, "switch.count", event=step).uniform(0, len(self.layers))
+        for layer, value in zip(self.layers, chance.tolist(), strict=True):
             up = value < expected - math.floor(expected)
             self.switched += layer.switch(step, math.floor(expected) + up)
 
@@ -195,15 +204,13 @@ class PlainSwitchLoRA:
         side.factor.mul_(decay)
         side.factor.sub_(self.lrs["adapter"] * first / (second.sqrt() + self.eps))
 
-    def update_dense(
-        self, parameter: nn.Parameter, state: dict[nn.Parameter, list[torch.Tensor]]
-    ) -> None:
+    def update_dense(self, parameter: nn.Parameter) -> None:
         grad, (b1, b2) = parameter.grad, self.betas
         assert grad is not None
         zero = torch.zeros_like(parameter)
-        m, v, step = state.get(parameter, [zero, zero, torch.zeros((), dtype=torch.float64)])
+        m, v, step = self.state.get(parameter, [zero, zero, torch.zeros((), dtype=torch.float64)])
         m, v, step = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2, step + 1
-        state[parameter] = [m, v, step]
+        self.state[parameter] = [m, v, step]
         if parameter.ndim > 1:
             parameter.mul_(1 - self.lrs["dense"] * self.weight_decay)
         first, second = m / (1 - b1 ** float(step)), v / (1 - b2 ** float(step))

@@ -4,7 +4,8 @@ python tools/convert_flags.py -- torchrun --nproc_per_node 8 torchrun_main.py --
 python tools/convert_flags.py --axolotl config.yml --processes 8
 
 Knows the trainers of ReLoRA, SwitchLoRA, and of SLTrain and GaLore. The run file goes to standard
-output; what has no meaning here, or another one, is named in comments at its top.
+output; what has no meaning here, or another one, is named in comments at its top. What keeps it
+from being a run goes to standard error, with exit code 2: mend it there.
 """  # noqa: E501 - commands to be copied
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def _convert(parsed: argparse.Namespace, command: list[str]) -> None:
     from relora_ds.planning.foreign.convert import convert_axolotl, convert_command
 
     if parsed.axolotl is not None:
-        print(convert_axolotl(parsed.axolotl, parsed.processes), end="")
+        converted = convert_axolotl(parsed.axolotl, parsed.processes)
     else:
-        print(convert_command(command, parsed.trainer), end="")
+        converted = convert_command(command, parsed.trainer)
+    print(converted, end="")
+    converted.check()

@@ -12,7 +12,8 @@ from relora_ds.config.methods.base import WarmStarted
 from relora_ds.config.methods.catalogue import register_settings
 from relora_ds.config.model import ModelConfig, projection_shapes
 from relora_ds.config.reading.document import Finding, Rule
-from relora_ds.config.sections import OptimizerConfig
+from relora_ds.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
+from relora_ds.config.spread.islands import IslandsConfig
 
 
 @register_settings
@@ -56,11 +57,18 @@ class SwitchLoRAConfig(WarmStarted, AdapterConfig):
         rate = 0.3 ** ((step + 1) / (self.descent_rate * steps))
         return self.rank / self.interval * max(rate, 1e-8)
 
+    def switches_between(self, since: int, step: int, steps: int) -> float:
+        """Vectors of one factor to replace together after `step` of `steps` updates, on average,
+        where the last time was after `since`."""
+        return sum(self.expected_switches(each + 1, steps) for each in range(since, step))
+
     def rules(self) -> tuple[Rule, ...]:
         return (
             *super().rules(),
             self.frozen_vectors_thaw_between_switches,
             self.switches_find_vectors,
+            self.switches_of_rounds_find_vectors,
+            self.switches_find_common_weights,
             self.switched_scale_is_fixed,
             self.switches_have_optimizer,
         )
@@ -87,6 +95,58 @@ class SwitchLoRAConfig(WarmStarted, AdapterConfig):
                 f"less than the shortest side ({smallest}) of a projection, are the limits; "
                 "lengthen the interval or change the rank",
             )
+
+    def switches_of_rounds_find_vectors(
+        self,
+        architecture: ModelConfig,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        islands: IslandsConfig,
+    ) -> Iterator[Finding]:
+        """Islands that train apart replace all at once what is due in a round."""
+        if parallel.islands == 1 or islands.share_gradients:
+            return
+        first = 0 if self.warm_start is None else self.warm_start.steps
+        smallest = min(min(shape) for shape in projection_shapes(architecture).values())
+        room = min(self.rank // 2, smallest - self.rank)
+        if room < 1:  # which is refused in any case
+            return
+        begins = [at for at, _ in islands.lengths()] + [train.steps]
+        for number, (begin, every) in enumerate(islands.lengths()):
+            if begins[number + 1] <= first:
+                continue
+            start = max(begin - first, 0)  # where they are most frequent
+            due = self.switches_between(start, start + every, train.steps - first)
+            # counterparts of this many rounds are frozen at once
+            rounds = max(1, math.ceil(self.freeze_steps / every))
+            if math.ceil(due) > room or due * rounds > room:
+                ramp = number < len(islands.ramp)
+                yield Finding(
+                    ("islands", "ramp", number, 1) if ramp else ("islands", "every"),
+                    f"is {every}, so that {due:.3g} of {self.rank} vectors of a factor are to be "
+                    f"replaced at the end of a round, but only {room / rounds:.3g} are free: write "
+                    "less, begin with shorter rounds (islands.ramp), as switches become rare, or "
+                    f"set method.interval to {math.ceil(self.interval * due * rounds / room)} or "
+                    "more",
+                )
+
+    def switches_find_common_weights(
+        self, parallel: ParallelConfig, islands: IslandsConfig
+    ) -> Iterator[Finding]:
+        if parallel.islands == 1:
+            return
+        transport = islands.transport
+        for key, value, usual in (
+            ("fragments", transport.fragments, 1),
+            ("overlap", transport.overlap, 0),
+        ):
+            if value != usual:
+                yield Finding(
+                    ("islands", "transport", key),
+                    f"is {value}, but method {self.name} replaces vectors at the end of every "
+                    "round, where all weights have to be common and nothing may be on its way: "
+                    f"write {usual}",
+                )
 
     def switched_scale_is_fixed(self) -> Iterator[Finding]:
         if self.trainable_scaling:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.reading.document import Finding
-from relora_ds.config.sections import DataConfig, EvalConfig
+from relora_ds.config.sections import DataConfig, EvalConfig, TrainConfig
 
 
 def data_keys_match_source(data: DataConfig) -> Iterator[Finding]:
@@ -42,6 +42,15 @@ def rows_have_documents(data: DataConfig, eval: EvalConfig) -> Iterator[Finding]
             ("eval", "protocol"),
             "is galore_compat, whose rows are documents of a validation file of its own: name one "
             "with data.valid in place of data.valid_share, or write exact",
+        )
+
+
+def rows_have_targets(train: TrainConfig, eval: EvalConfig) -> Iterator[Finding]:
+    if eval.protocol == "galore_compat" and train.seq_length == 1:
+        yield Finding(
+            ("train", "seq_length"),
+            "is 1, but eval.protocol is galore_compat, whose rows predict every token but the "
+            "first: write 2 or more, or eval.protocol: exact",
         )
 
 

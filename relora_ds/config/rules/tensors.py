@@ -33,13 +33,21 @@ def rank_fits_projections(method: MethodSettings, architecture: ModelConfig) -> 
     shapes = projection_shapes(architecture)
     name = min(shapes, key=lambda projection: min(shapes[projection]))
     rows, columns = shapes[name]
-    if method.low_rank is not None and method.low_rank >= min(rows, columns):
-        yield Finding(
-            ("method", "rank"),
-            f"is {method.low_rank}, but must be less than both sides of every projection, and "
-            f"{name.rpartition('.')[2]} is {rows} x {columns}: write less than "
-            f"{min(rows, columns)}, a quarter of the hidden size is usual",
-        )
+    limit, rank = min(rows, columns), method.low_rank
+    if rank is None or rank < limit:
+        return
+    usual = architecture.hidden_size // 4
+    if limit == 1:
+        remedy = "no rank is; use method.name=full, or a model with wider layers"
+    elif 0 < usual < limit:
+        remedy = f"write {limit - 1} or less, {usual} (a quarter of the hidden size) is usual"
+    else:
+        remedy = f"write {limit - 1} or less"
+    yield Finding(
+        ("method", "rank"),
+        f"is {rank}, but must be less than both sides of every projection, and "
+        f"{name.rpartition('.')[2]} is {rows} x {columns}: {remedy}",
+    )
 
 
 def rank_divides_over_tensor(method: MethodSettings, parallel: ParallelConfig) -> Iterator[Finding]:

@@ -74,6 +74,22 @@ class IslandsConfig(Section):
         """Whether a round ends after so many updates of the run."""
         return done % self.every % self.every_at(done - 1) == 0
 
+    def round_ending(self, done: int) -> int:
+        """Updates of the round that ends after so many of the run; 0 where none ends.
+
+        An update in which islands share gradients is a round of its own.
+        """
+        if self.share_gradients or done <= self.from_step:
+            return 1
+        if not self.ends_at(done):
+            return 0
+        return (done - 1) % self.every % self.every_at(done - 1) + 1
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """Updates of the run before rounds of a length begin, and that length, in their order."""
+        starts = [self.from_step, *(until for until, _ in self.ramp)]
+        return list(zip(starts, [*(shorter for _, shorter in self.ramp), self.every], strict=True))
+
     def ramp_ends(self, first: int, last: int, every: int) -> float:
         """Rounds that the ramp adds to those of `every` updates, between two counts of updates."""
         added, start = 0.0, self.from_step

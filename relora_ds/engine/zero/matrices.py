@@ -97,7 +97,10 @@ class ZeroMatrices(MatrixExchange):
                 names[parameter]: (each, owner[place])
                 for parameter, each, owner in zip(rules, lengths, owners, strict=True)
             }
-            groups.append(None if group is None else Wholes(group, found))
+            if group is None or torch.distributed.get_world_size(group) == 1:
+                groups.append(None)
+            else:
+                groups.append(Wholes(group, found))
         return groups[0], groups[1]
 
     def _owners(

@@ -13,7 +13,7 @@ from relora_ds.engine.zero.host_memory import ZeroHostMemory
 from relora_ds.engine.zero.moments import OptimizerSlices, ZeroMoments
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
 from relora_ds.engine.zero.vectors import ZeroVectors
-from relora_ds.engine.zero.weights import ZeroWeights
+from relora_ds.engine.zero.weights import Beside, ZeroWeights
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import BaseWeight
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -31,6 +31,9 @@ class ZeroState(TrainState):
         gradients: runs the model outside of updates.
         edited: called with every frozen parameter that was edited.
         tp: the tensor-parallel group whose ranks hold other parts.
+        beside: what else is known of the elements of a tensor that the optimizer steps: tensors
+            (N,) on the host, of its size. Whatever a method sets anew, or lets begin anew, leaves
+            nothing there.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class ZeroState(TrainState):
         gradients: FrozenGradients,
         edited: Callable[[nn.Parameter], None] = lambda weight: None,
         tp: TensorParallel = SINGLE,
+        beside: Beside = lambda owner: (),
     ) -> None:
         layout = slices.layout
         # collectives are where the parameters are, also if moments are offloaded
@@ -50,9 +54,9 @@ class ZeroState(TrainState):
         gradients.count = collectives.count
         host = ZeroHostMemory(layout, collectives)
         super().__init__(
-            ZeroWeights(layout, bases, edited, collectives),
+            ZeroWeights(layout, bases, edited, collectives, beside),
             ZeroMoments(slices, collectives),
-            ZeroVectors(slices, host, collectives),
+            ZeroVectors(slices, host, collectives, beside),
             host,
             gradients,
         )

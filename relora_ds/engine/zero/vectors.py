@@ -11,6 +11,7 @@ from torch import nn
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.moments import OptimizerSlices
+from relora_ds.engine.zero.weights import Beside
 from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
 from relora_ds.numerics.batched.rows import Move, Rows, clear_rows, copy_matrices, copy_rows
 from relora_ds.numerics.gpu import launch
@@ -65,15 +66,22 @@ class ZeroVectors(Vectors):
         slices: what the optimizer keeps here.
         host: knows which span of a stored vector is kept here.
         collectives: sums over the ranks that hold other parts.
+        beside: what else is known of the elements of a tensor that the optimizer steps: tensors
+            (N,) on the host, of its size. It is forgotten of vectors that are set, or begin anew.
     """
 
     def __init__(
-        self, slices: OptimizerSlices, host: HostMemory, collectives: StateCollectives
+        self,
+        slices: OptimizerSlices,
+        host: HostMemory,
+        collectives: StateCollectives,
+        beside: Beside,
     ) -> None:
         self._slices = slices
         self._layout = slices.layout
         self._host = host
         self._collectives = collectives
+        self._beside = beside
 
     def live(self, parameter: nn.Parameter, ahead: int = 0) -> torch.Tensor:
         return self._slices.clocks[parameter].live(self._slices.completed_steps() + ahead)
@@ -190,6 +198,7 @@ class ZeroVectors(Vectors):
             copy_rows(here, device)
         for vectors, _ in written:
             self._layout.drop_copies(vectors.parameter)
+            self._forget_beside(vectors)
 
     def reset(self, vectors: Sequence[LocatedVectors], frozen: int) -> int:
         completed, cleared = self._slices.completed_steps(), 0
@@ -205,9 +214,17 @@ class ZeroVectors(Vectors):
                     cleared += len(part.local) * part.view.shape[1]
             clock.restart(completed, each.index)
             clock.freeze(completed + frozen, each.index)
+            self._forget_beside(each)
         for device, here in rows.items():
             clear_rows(here, device)
         return cleared
+
+    def _forget_beside(self, vectors: LocatedVectors) -> None:
+        placement = self._layout.placements[vectors.parameter]
+        for flat in self._beside(placement.owner):
+            fragment = self._fragment(vectors.parameter, placement.stretch)
+            for part in fragment.parts(flat, fragment.find(vectors.index)):
+                part.view.index_fill_(0, part.local, 0.0)
 
     def _moments(self, parameter: nn.Parameter) -> tuple[Stretch, tuple[torch.Tensor, ...]]:
         """This rank's moments of a parameter, and where in them its elements lie."""

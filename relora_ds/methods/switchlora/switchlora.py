@@ -6,6 +6,15 @@ column i of B and on nothing else of the pair.
 
 Between two updates the event is exact: a row that is replaced has no influence on its own gradient.
 Frozen vectors are frozen in the optimizer, so they count in the norm that gradients are clipped by.
+
+Islands that train apart have other vectors to replace, so that W would have to absorb another edit
+on each of them. What is due in a round is therefore switched together at its end, as many vectors
+as the frequency adds up to over its updates. Factors are common there, and the plan is: every
+island makes the same edit of W, and nothing travels for it. The factors are their plain mean, as
+those of methods that never merge. Its product is off by the covariance of the factors over islands,
+which W could take up, as in merges; but every round would exchange all factors in full precision
+for it, nearly eight times what they send in 4 bits, and re-factoring the exact mean brought nothing
+where factors are never merged.
 """
 
 from __future__ import annotations
@@ -29,7 +38,6 @@ from relora_ds.methods.adapter import (
     refuse_lost_edits,
 )
 from relora_ds.methods.interface import Event, MemoryShare, Report, SavedTensor, Session
-from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.switchlora.candidate_pool import (
     Allocate,
     CandidatePool,
@@ -90,7 +98,6 @@ class _Work:
 class SwitchLoRA(AdapterMethod[SwitchLoRAConfig]):
     """Switches between updates: none before the first, none after the last."""
 
-    requirements = Requirements(islands_apart=False)
     events_depend_on_steps = True
 
     def edited_weights(self, model: nn.Module) -> list[nn.Parameter]:
@@ -170,14 +177,29 @@ class SwitchLoRASession(Session[SwitchLoRA]):
         return UniformRows(stream, width, first + span[0], first + span[1], bound), span
 
     def before_step(self, step: int) -> Event | None:
-        if step >= 1:
+        if step >= 1 and (self._is_event(step) or self._is_event(step + 1)):
             with doing("switch"):
-                self._event(step)
+                self._events(step)
         return None
 
-    def _event(self, step: int) -> None:
-        """Switch what is due after `step` updates, and prepare the next event."""
+    def _is_event(self, step: int) -> bool:
+        """Whether vectors may be replaced after `step` updates: weights are common to islands."""
+        return self.method.round_ending(step) > 0
+
+    def _events(self, step: int) -> None:
+        """Switch what is due after `step` updates, and prepare what is after the next one."""
         started, moved = time.perf_counter(), self.state.bytes_moved
+        if self._is_event(step):
+            self._event(step)
+        if step + 1 < self.method.steps and self._is_event(step + 1):
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._ahead = step + 1, self._plan(step + 1, ahead=1)
+        self._metrics.seconds += time.perf_counter() - started
+        self._metrics.bytes += self.state.bytes_moved - moved
+
+    def _event(self, step: int) -> None:
         if self._ahead is not None and self._ahead[0] == step:
             work = self._ahead[1]
         else:
@@ -190,17 +212,12 @@ class SwitchLoRASession(Session[SwitchLoRA]):
             # reports wait for the device: one event per line of the log, the first
             self._switch(work, measured=self._metrics.events == 0)
         self._ahead = None
-        if step + 1 < self.method.steps:
-            if self._stream is not None:
-                self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                self._ahead = step + 1, self._plan(step + 1, ahead=1)
-        self._metrics.seconds += time.perf_counter() - started
-        self._metrics.bytes += self.state.bytes_moved - moved
 
     def _plan(self, step: int, ahead: int) -> list[_Work]:
-        """The event before update number `step` + 1, when `step` - `ahead` are completed."""
-        expected = self.config.expected_switches(step, self.method.steps)
+        """The event before update number `step` + 1, when `step` - `ahead` are completed: what is
+        due since the one before."""
+        since = step - self.method.round_ending(step)
+        expected = self.config.switches_between(since, step, self.method.steps)
         counts = switch_counts(expected, len(self.layers), self.method.seed, step)
         plans = []
         for switched, count in zip(self.layers.values(), counts, strict=True):

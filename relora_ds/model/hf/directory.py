@@ -34,6 +34,8 @@ from relora_ds.files.scratch import remove_leftovers, scratch_folder
 from relora_ds.files.tensors import stream_safetensors
 from relora_ds.model.hf.tokenizer import write_tokenizer
 from relora_ds.model.hf.weights import INDEX, SINGLE, open_safetensors, tensor_differences
+from relora_ds.model.hf.written import NAME as RECORD
+from relora_ds.model.hf.written import Written
 from relora_ds.model.init import dense_shapes
 
 SHARD_BYTES = 5_000_000_000
@@ -51,7 +53,7 @@ RUN, ZERO = "training_run.yaml", "training_zero.json"
 """The run that trained a model, and its DeepSpeed settings, beside its card."""
 CONFIG, ADAPTER_CONFIG, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
 ADAPTER = "adapter_model.safetensors"
-_NAMES = {CARD, RUN, ZERO, CONFIG, ADAPTER_CONFIG, GENERATION, ADAPTER, SINGLE, INDEX}
+_NAMES = {RECORD, CARD, RUN, ZERO, CONFIG, ADAPTER_CONFIG, GENERATION, ADAPTER, SINGLE, INDEX}
 _NAMES |= {TOKENIZER, JSON_TOKENIZER, *COMPANIONS}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -68,7 +70,7 @@ def write_hf(
     """Write a model that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads.
 
     The directory appears complete or not at all; an earlier export in its place is replaced, unless
-    it holds files that no export writes.
+    it holds files that no export writes, or that were edited since.
 
     Args:
         directory: target; must not exist, be empty, or hold an export of ours.
@@ -111,6 +113,7 @@ def new_export(directory: Path) -> Iterator[Path]:
             work.mkdir()
             yield work
             assert not _strangers(work), "what an export writes is known by its name"
+            (work / RECORD).write_bytes(Written.found_in(work).dump())
             sync_tree(work)
             check_target(target)  # again: writing takes minutes, and what is there is removed
             _publish(work, target)
@@ -255,18 +258,21 @@ def check_target(target: Path) -> None:
     """Make sure that an export may be written to a directory.
 
     Raises:
-        ConfigError: something else is there, or somebody's files lie in an earlier export.
+        ConfigError: something else is there, or somebody's files lie in an earlier export, or were
+            edited in there.
     """
     if not target.exists():
         return
     if _is_export(target):
-        strangers = _strangers(target)
+        strangers, why = _strangers(target), "which no export writes"
+        if not strangers:
+            strangers = Written.recorded_in(target).edited_in(target)
+            why = "which was edited since"
         if strangers:
             more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
             raise ConfigError(
                 f"{target} is an earlier export, which a new one replaces as a whole, but holds "
-                f"{strangers[0]}{more}, which no export writes: move it elsewhere, or name a new "
-                "directory"
+                f"{strangers[0]}{more}, {why}: move it elsewhere, or name a new directory"
             )
     elif not target.is_dir() or any(target.iterdir()):
         raise ConfigError(

@@ -44,25 +44,24 @@ def inverse_root(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gram: G (batch, k, k), fp64, positive semi-definite, no eigenvalue above 1.
 
     Returns:
-        Like `gram`, both of them. Where an eigenvalue is below `SMALLEST` squared, their product
-        has a number between 0 and its inverse root.
+        Like `gram`, in fp64 and in fp32. Where an eigenvalue is below `SMALLEST` squared, their
+        product has a number between 0 and its inverse root.
     """
-    rough = torch.zeros_like(gram)
-    rough_gram = _SCALE * gram  # G times the rough root
-    for weight, shift in zip(_WEIGHTS, _SHIFTS, strict=True):
-        shifted = gram.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-        lower, _ = torch.linalg.cholesky_ex(shifted)  # which waits for nothing
-        inverse = _inverse(lower)
+    shifted = torch.stack([gram] * len(_SHIFTS))
+    for matrices, shift in zip(shifted, _SHIFTS, strict=True):
+        matrices.diagonal(dim1=-2, dim2=-1).add_(shift)
+    lower, _ = torch.linalg.cholesky_ex(shifted)  # which waits for nothing
+    rough, rough_gram = torch.zeros_like(gram), _SCALE * gram  # the latter G times the former
+    for inverse, weight, shift in zip(_inverse(lower), _WEIGHTS, _SHIFTS, strict=True):
         rough.add_(inverse, alpha=_SCALE * weight)
         rough_gram.sub_(inverse, alpha=_SCALE * weight * shift)
     rough.diagonal(dim1=-2, dim2=-1).add_(_SCALE)
     rough_gram.diagonal(dim1=-2, dim2=-1).add_(_SCALE * sum(_WEIGHTS))
-    return rough, _root_about_one((rough_gram @ rough).float()).to(gram.dtype)
+    return rough, _root_about_one((rough_gram @ rough).float())
 
 
 def _inverse(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of L L^T (batch, k, k)."""
+    """The inverses of L L^T (..., k, k)."""
     if lower.device.type == "cpu":
         return torch.cholesky_inverse(lower)
     return inverse_by_products(lower)
@@ -78,14 +77,15 @@ def inverse_by_products(lower: torch.Tensor) -> torch.Tensor:
 def _root_about_one(matrices: torch.Tensor) -> torch.Tensor:
     """The inverse roots of matrices (batch, k, k) with eigenvalues between `_LOW` and `_HIGH`."""
     width = _HIGH - _LOW
-    powers = matrices.new_empty(4, *matrices.shape)
-    powers[0] = torch.eye(matrices.shape[-1], device=matrices.device)
-    first = torch.mul(matrices, 2 / width, out=powers[1])
+    powers = matrices.new_empty(3, *matrices.shape)  # u, u^2 and u^3
+    first = torch.mul(matrices, 2 / width, out=powers[0])
     first.diagonal(dim1=-2, dim2=-1).sub_((_HIGH + _LOW) / width)
-    torch.bmm(first, first, out=powers[2])
-    torch.bmm(powers[2], first, out=powers[3])
-    fourth = powers[2] @ powers[2]
-    blocks = (_coefficients(matrices.device) @ powers.flatten(1)).view_as(powers)
+    torch.bmm(first, first, out=powers[1])
+    torch.bmm(powers[1], first, out=powers[2])
+    fourth = powers[1] @ powers[1]
+    coefficients = _coefficients(matrices.device)
+    blocks = (coefficients[:, 1:] @ powers.flatten(1)).view(-1, *matrices.shape)
+    blocks.diagonal(dim1=-2, dim2=-1).add_(coefficients[:, :1, None])
     found = blocks[3]
     for block in (blocks[2], blocks[1], blocks[0]):
         found = torch.baddbmm(block, fourth, found)

@@ -1,8 +1,9 @@
 """Spectral updates of factor pairs: momentum of the product B A, its singular values made equal.
 
 Both factors move along the polar factor of the change that their momenta mean for the product, as
-in sMuon (arXiv 2608.14492). With one momentum per factor it takes half of Adam's state, and it is
-defined where a factor is zero, as B is after a merge.
+in sMuon (arXiv 2608.14492), or, at a third of the cost, each along that of its own momentum. With
+one momentum per factor it takes half of Adam's state, and it is defined where a factor is zero, as
+B is after a merge.
 """
 
 from __future__ import annotations
@@ -71,15 +72,12 @@ class SpectralPair(MatrixOptimizer):
         return Exchanged(to_owner=2, from_owner=1)
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
-        values = [(update.master, self._ahead(update)) for update in matrices]
+        values = [
+            (update.master, _ahead(update, self.momentum, self.nesterov)) for update in matrices
+        ]
         directions = yield OfWhole(values, self.directions)
         for update, direction in zip(matrices, directions, strict=True):
             update.move(direction)
-
-    def _ahead(self, update: MatrixUpdate) -> torch.Tensor:
-        momentum, grad = update.matrix.state["momentum"], update.live_grad()
-        momentum.lerp_(grad, 1 - self.momentum)
-        return grad.lerp(momentum, self.momentum) if self.nesterov else momentum
 
     def directions(
         self,
@@ -102,7 +100,7 @@ class SpectralPair(MatrixOptimizer):
         rank, n = lora_a.shape[-2:]
         m = lora_b.shape[-2]
         left = torch.cat([ahead_b, lora_b], -1).double()
-        frame = _Frame(torch.cat([lora_a, ahead_a], -2).double().mT)
+        frame = _Frame(torch.cat([lora_a, ahead_a], -2).double())
         left_gram = left.mT @ left
         across = frame.triangle @ left_gram  # E^T Q P^T P
         gram = across @ frame.triangle.mT
@@ -112,18 +110,76 @@ class SpectralPair(MatrixOptimizer):
         gram.diagonal(dim1=-2, dim2=-1).add_((cancelled * _ROUNDING * terms)[..., 0])
         size = _trace(gram).clamp(min=_TINY)
         rough, root = inverse_root(gram / size)
-        # O = P R^T rough root E^T. Rounding of `root` is not magnified where `rough` meets P R^T on
-        # its left or R P^T on its right before `root` does, hence the two orders.
-        for_b = rough @ (root @ frame.triangle[..., :rank])
-        for_a = root @ (rough @ across[..., rank:])
         factor = 0.5 * math.sqrt(max(1.0, m / n)) / size.sqrt()
         if self.normalized:
             sizes = largest_eigenvalue(frame.gram[..., :rank, :rank])
             sizes = sizes + largest_eigenvalue(left_gram[..., rank:, rank:])
             factor = factor / (0.5 * self.scale * sizes.clamp(min=_RIDGE))[:, None, None]
-        along_b = left @ (factor * (frame.triangle.mT @ for_b))
-        along_a = frame.combine(factor * for_a)
-        return along_a.mT.to(lora_a.dtype), along_b.to(lora_b.dtype)
+        # O = P R^T rough root E^T. Rounding of what `root` is multiplied with, in fp32, is not
+        # magnified where `rough` meets P R^T on its left or R P^T on its right; hence both orders.
+        # E^T A^T, the triangle's first columns, has zeros below the first rows.
+        rooted = root[..., :rank] @ frame.triangle[..., :rank, :rank].float()
+        roughened = rough @ torch.cat([rooted, across[..., rank:]], -1)
+        for_b, for_a = factor * roughened[..., :rank], factor * roughened[..., rank:]
+        along_a = frame.combine((root @ for_a.float()).double())
+        along_b = (frame.triangle.mT @ for_b).mT @ left.mT  # twice as fast as its transpose
+        return along_a.to(lora_a.dtype), along_b.to(lora_b.dtype).mT
+
+
+@dataclass(frozen=True)
+class SpectralFactors(MatrixOptimizer):
+    """B -= lr polar(N_B) and A -= lr polar(N_A), with momenta, decay and freezing as in
+    `SpectralPair`.
+
+    It is the direction of Spectron (arXiv 2602.12429) with an exact polar factor and without its
+    division by the factors' spectral norms. All but the momenta is (r, r).
+    """
+
+    needs: ClassVar[Needs] = "pair"
+
+    momentum: float = 0.95
+    """mu."""
+    nesterov: bool = True
+    """Whether to look ahead."""
+
+    def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
+        return {"momentum": StateTensor(shape, "slice")}
+
+    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
+        return Exchanged(to_owner=1, from_owner=1)
+
+    def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
+        values = [[_ahead(update, self.momentum, self.nesterov)] for update in matrices]
+        directions = yield OfWhole(values, self.directions)
+        for update, direction in zip(matrices, directions, strict=True):
+            update.move(direction)
+
+    def directions(
+        self, ahead_a: torch.Tensor, ahead_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a learning rate of one takes off whole factors.
+
+        Args:
+            ahead_a: N_A (batch, r, n).
+            ahead_b: N_B (batch, m, r).
+
+        Returns:
+            Like both of them.
+        """
+        rows = ahead_a.double(), ahead_b.double().mT
+        grams = torch.cat([each @ each.mT for each in rows])
+        size = _trace(grams).clamp(min=_TINY)
+        rough, root = inverse_root(grams / size)
+        weights = (rough @ root.double()).mT / size.sqrt()
+        along_a, along_b = (w @ each for w, each in zip(weights.chunk(2), rows, strict=True))
+        return along_a.to(ahead_a.dtype), along_b.to(ahead_b.dtype).mT
+
+
+def _ahead(update: MatrixUpdate, momentum: float, nesterov: bool) -> torch.Tensor:
+    """A slice of N, after the momentum has taken the gradient in."""
+    kept, grad = update.matrix.state["momentum"], update.live_grad()
+    kept.lerp_(grad, 1 - momentum)
+    return grad.lerp(kept, momentum) if nesterov else kept
 
 
 def _trace(gram: torch.Tensor) -> torch.Tensor:
@@ -132,34 +188,34 @@ def _trace(gram: torch.Tensor) -> torch.Tensor:
 
 
 class _Frame:
-    """An orthonormal basis E of the columns of P, in products only: P = E `triangle`.
+    """An orthonormal basis E of the columns of Q, in products only: Q = E `triangle`.
 
     The columns are scaled to length one before they are multiplied with each other, so that a
     small one is not lost beside a large one. One that lies in the span of those before it adds no
     direction, and its row of the triangle is zero.
 
     Args:
-        columns: P (batch, rows, k), fp64; may have less than full rank.
+        rows: Q^T (batch, k, n), fp64; may have less than full rank.
     """
 
-    def __init__(self, columns: torch.Tensor) -> None:
-        self._columns = columns
-        self.gram = columns.mT @ columns
-        """P^T P (batch, k, k)."""
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+        self.gram = rows @ rows.mT
+        """Q^T Q (batch, k, k)."""
         lengths = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
         self._inverse = torch.where(lengths > 0, 1 / lengths, 0.0).unsqueeze(-1)
-        scaled = self.gram * self._inverse * self._inverse.mT
+        scaled = (self.gram * self._inverse).mul_(self._inverse.mT)
         scaled.diagonal(dim1=-2, dim2=-1).fill_(1 + _RIDGE)
-        self._lower, _ = torch.linalg.cholesky_ex(scaled)  # which waits for nothing
+        self._upper, _ = torch.linalg.cholesky_ex(scaled, upper=True)  # which waits for nothing
         # of a column in the span of others the ridge alone is left, about twice
-        adds = self._lower.diagonal(dim1=-2, dim2=-1).square() > 10 * _RIDGE
-        self.triangle = (self._lower * adds.unsqueeze(-2)).mT * lengths.unsqueeze(-2)
+        adds = self._upper.diagonal(dim1=-2, dim2=-1).square() > 10 * _RIDGE
+        self.triangle = (self._upper * adds.unsqueeze(-1)).mul_(lengths.unsqueeze(-2))
         """(batch, k, k), upper triangular."""
 
     def combine(self, weights: torch.Tensor) -> torch.Tensor:
-        """E `weights`, for weights (batch, k, j)."""
-        solved = torch.linalg.solve_triangular(self._lower.mT, weights, upper=True)
-        return self._columns @ (self._inverse * solved)
+        """(E `weights`)^T (batch, j, n), for weights (batch, k, j)."""
+        solved = torch.linalg.solve_triangular(self._upper, weights, upper=True)
+        return (self._inverse * solved).mT @ self._rows
 
 
 def largest_eigenvalue(gram: torch.Tensor) -> torch.Tensor:

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from relora_ds.config.reading.source import read_yaml
+from relora_ds.config.load import check_draft
+from relora_ds.config.reading.document import Document, Place, shorten
+from relora_ds.config.reading.source import dump_yaml, parse_value, read_yaml
 from relora_ds.errors import ConfigError
 from relora_ds.planning.foreign.flags import Flags, is_on
 from relora_ds.planning.foreign.trainers import AXOLOTL, TRAINERS, Notes, Trainer
 
 _PROCESSES = {"nproc_per_node", "nproc-per-node", "num_gpus"}
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
+_TEXTS = {"model", "output_dir", "train.init_from"}
+"""Keys whose value is text, whatever it looks like."""
+_LONGEST_NOTE = 500
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,16 @@ class Converted:
     """What has no meaning here or another one, a line each."""
 
     def __str__(self) -> str:
-        notes = "".join(f"# {note}\n" for note in self.notes)
-        return notes + yaml.safe_dump(self.run, sort_keys=False)
+        notes = "".join(f"# {shorten(note, _LONGEST_NOTE)}\n" for note in self.notes)
+        return notes + dump_yaml(self.run)
+
+    def check(self) -> None:
+        """Make sure that the run will load, once the files that it names are there.
+
+        Raises:
+            ConfigError: the flags say something that no run may be; names every such key.
+        """
+        check_draft(Document("the converted run", self.run))
 
 
 def convert_command(words: Sequence[str], trainer: str | None = None) -> Converted:
@@ -147,7 +158,7 @@ def _run(flags: Flags, trainer: Trainer, processes: int, notes: Notes) -> dict[s
         if flag in flags:
             section, _, name = key.rpartition(".")
             target = run.setdefault(section, {}) if section else run
-            target[name] = _number(flags[flag])
+            target[name] = flags[flag] if key in _TEXTS else _value(flag, flags[flag])
     if "model_config" not in flags:
         notes.append("model: name a file with the keys of a Hugging Face config.json")
     train = run.setdefault("train", {})
@@ -185,12 +196,13 @@ def _global_batch(flags: Flags, processes: int, notes: Notes) -> int:
     return batch
 
 
-def _number(text: str) -> Any:
-    """The value as YAML has it, and 1e-4 as the number that it is meant as."""
-    try:
-        return float(text) if re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _value(flag: str, text: str) -> Any:
+    """A flag's value as a run file has it.
+
+    Raises:
+        ConfigError: a run file has no such value.
+    """
+    return parse_value(text, Place(f"the flag {flag}"))
 
 
 def _tokens(text: str) -> float:

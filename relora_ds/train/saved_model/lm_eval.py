@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from relora_ds.engine.deepspeed.process_group import accelerator_type
 from relora_ds.errors import ConfigError
 from relora_ds.extras import require
 from relora_ds.files.regular import read_regular
+from relora_ds.model.hf.written import NAME as RECORD
+from relora_ds.model.hf.written import Written
 from relora_ds.train.saved_model.directory import as_directory
 from relora_ds.train.saved_model.notes import note_in_summary
 from relora_ds.train.telemetry.atomic import write_atomically
@@ -67,7 +69,7 @@ def run_tasks(
                 "this machine has no network, put the task's data into its cache first"
             ) from error
     scores = _scores(found["results"])
-    _note(path, scores)
+    note_scores(path, scores)
     return scores
 
 
@@ -103,11 +105,22 @@ def _scores(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _note(path: Path, scores: dict[str, dict[str, float]]) -> None:
-    """Write the scores into card and summary, where there are any."""
+def note_scores(path: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Write scores into a model's card and into the summary of its run, where there are any.
+
+    Args:
+        path: the model.
+        scores: value by metric by task.
+    """
     card = path / CARD
     if (path / "config.json").is_file() and card.is_file():
         rows = [(task, metric, v) for task, all_ in scores.items() for metric, v in all_.items()]
-        text = read_regular(card, _MAX_BYTES).decode()
-        write_atomically(card, with_scores(text, rows).encode())
+        before = read_regular(card, _MAX_BYTES)
+        text = with_scores(before.decode(errors="surrogateescape"), rows)  # of any encoding
+        after = text.encode(errors="surrogateescape")
+        write_atomically(card, after)
+        record = path / RECORD
+        if record.is_file():
+            written = Written.recorded_in(path).rewritten(CARD, before, after)
+            write_atomically(record, written.dump())
     note_in_summary(path, KEY, scores)

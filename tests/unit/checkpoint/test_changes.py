@@ -88,3 +88,38 @@ def test_the_stable_phase_is_pointed_out_once_the_rate_has_decayed(
     (tmp_path / "step_3").mkdir()
     with pytest.raises(CheckpointError, match=f"checkpoint.resume={tmp_path / 'step_3'}"):
         goes_on(saved, WSD | {"decay_steps": 20}, 60)
+
+
+@pytest.mark.parametrize(
+    ("phase", "before", "now"),
+    [
+        ("relora", 2, 0),
+        ("relora", 2, 3),
+        ("relora", 2, 6),  # the checkpoint, of step 5, is not of that phase then
+        ("full", 6, 4),  # the warm start would have been over
+        ("full", 6, 0),
+    ],
+)
+def test_a_warm_start_that_is_over_cannot_be_changed(
+    saved: Saved, phase: str, before: int, now: int
+) -> None:
+    saved.edit("run.yaml", lambda run: run["method"].update(warm_start_steps=before))
+    saved.edit("trainer.json", lambda state: state.update(phase=phase))
+    allowed = ["checkpoint.allow_change=[method.warm_start_steps]"]
+    goes_on(saved, {}, 8, f"method.warm_start_steps={before}", *allowed)
+    with pytest.raises(
+        CheckpointError, match=r"step 5 in the phase .*cannot be changed|run has re"
+    ):
+        goes_on(saved, {}, 8, f"method.warm_start_steps={now}", *allowed)
+
+
+@pytest.mark.parametrize("now", [5, 6])
+def test_a_warm_start_that_goes_on_may_end_elsewhere(saved: Saved, now: int) -> None:
+    saved.edit("run.yaml", lambda run: run["method"].update(warm_start_steps=7))
+    saved.edit("trainer.json", lambda state: state.update(phase="full"))
+    allowed = ["checkpoint.allow_change=[method.warm_start_steps]"]
+    goes_on(saved, {}, 8, f"method.warm_start_steps={now}", *allowed)
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_no_course_of_its_phases(saved: Saved) -> None:
+    goes_on(saved, {}, 4, "checkpoint.allow_change=[train.steps]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from relora_ds.checkpoint.restore import (
 from relora_ds.checkpoint.saved_state import SavedState
 from relora_ds.engine.engine import TrainEngine
 from relora_ds.errors import CheckpointError
+from relora_ds.optim.block_adamw import BlockAdamW
+from relora_ds.optim.grouped import GroupedOptimizer
+from relora_ds.optim.vector_adamw import VectorAdamW
 
 
 class Tensors(SimpleNamespace):
@@ -119,21 +122,51 @@ def test_what_torch_would_stretch_or_convert_changes_nothing(
     assert not any(tensor.any() for tensor in live.values())
 
 
-def _with_moments(**state: Any) -> TrainEngine:
-    owner = torch.zeros(6)
-    optimizer = SimpleNamespace(state={owner: state})
-    layout = SimpleNamespace(owners=lambda: [owner, torch.zeros(2)])  # one has no state yet
+Kind = type[VectorAdamW | torch.optim.AdamW]
+
+
+def _with_moments(state: dict[str, torch.Tensor], kind: Kind = VectorAdamW) -> TrainEngine:
+    owners = [torch.zeros(6), torch.zeros(2)]  # one has no state yet
+    optimizer = kind(owners)
+    optimizer.state[owners[0]] = state
+    layout = SimpleNamespace(owners=lambda: owners)
     return cast(TrainEngine, SimpleNamespace(optimizer=optimizer, layout=layout))
+
+
+CODES = {
+    "exp_avg": torch.zeros(6, dtype=torch.int8),
+    "exp_avg_sq": torch.zeros(6, dtype=torch.uint8),
+    "exp_avg_scale": torch.zeros(1),
+    "exp_avg_sq_scale": torch.zeros(1),
+}
+WIDE = {"exp_avg": torch.zeros(6), "exp_avg_sq": torch.zeros(6)}
+STATES: dict[Kind, dict[str, torch.Tensor]] = {
+    VectorAdamW: WIDE,
+    GroupedOptimizer: WIDE,
+    torch.optim.AdamW: WIDE,
+    BlockAdamW: CODES,
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_moments_of_another_optimizer(kind: Kind) -> None:
+    for state in (WIDE, CODES):
+        engine = _with_moments({"step": torch.tensor(3.0), **state}, kind)
+        if state is STATES[kind]:
+            check_moments(engine)
+            continue
+        with pytest.raises(CheckpointError, match=r"different ones; restore optimizer\.name"):
+            check_moments(engine)
 
 
 def test_moments_of_the_right_size() -> None:
     step = torch.tensor(3.0)
-    check_moments(_with_moments(step=step, exp_avg=torch.zeros(6), exp_avg_sq=torch.zeros(2, 3)))
+    check_moments(_with_moments({**WIDE, "step": step, "exp_avg_sq": torch.zeros(2, 3)}))
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 7])
 def test_moments_that_torch_would_stretch(size: int) -> None:
-    engine = _with_moments(exp_avg=torch.zeros(6), exp_avg_sq=torch.zeros(size))
+    engine = _with_moments(WIDE | {"exp_avg_sq": torch.zeros(size)})
     with pytest.raises(CheckpointError, match=rf"{size} of 6 elements of a tensor's exp_avg_sq"):
         check_moments(engine)
 

@@ -140,14 +140,18 @@ def test_optimizer_states_of_another_step_or_shape(saved: Saved, case: str) -> N
         dict(SavedRun(saved.path).state().tensors())
 
 
-def test_left_out_updates_are_not_missing(saved: Saved) -> None:
-    """A run that may skip a batch has steps which its optimizer never saw."""
-    saved.edit(layout.RUN, lambda data: data.update(guards={"non_finite": "skip"}))
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_left_out_updates_are_not_missing(saved: Saved, action: str) -> None:
+    """A run that skipped a batch has steps which its optimizer never saw, whatever its guards are
+    set to by the time that the checkpoint is written."""
+    saved.edit(layout.RUN, lambda data: data.update(guards={"non_finite": action}))
+    saved.edit(layout.TRAINER, lambda data: data.update(guards={"skipped_steps": 2}))
     optimizer_of(saved, all_after(3))
     assert SavedRun(saved.path).state().completed == 3
-    optimizer_of(saved, all_after(6))
-    with pytest.raises(CheckpointError, match="applied 6 updates"):
-        SavedRun(saved.path).state()
+    for applied in (2, 6):
+        optimizer_of(saved, all_after(applied))
+        with pytest.raises(CheckpointError, match=f"applied {applied} updates.* were mixed"):
+            SavedRun(saved.path).state()
 
 
 def test_a_rewritten_state_without_its_count_of_updates(saved: Saved) -> None:

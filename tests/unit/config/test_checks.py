@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from relora_ds.config.load import check_processes, load_run_config
+from relora_ds.config.methods.lora import LoRAConfig
 from relora_ds.config.model import ModelConfig, projection_shapes
+from relora_ds.config.rules.tensors import rank_fits_projections
 from relora_ds.config.rules.training import multiples_near
 from relora_ds.errors import ConfigError
 
@@ -36,7 +38,7 @@ ProblemsOf = Callable[..., list[str]]
         ),
         (["method.restart_warmup_steps=100"], "method.restart_warmup_steps", ("is 100", "(100)")),
         (["method.adjust_step=81"], "method.adjust_step", ("is 81", "(20)", "(100)")),
-        (["method.rank=64"], "method.rank", ("is 64", "q_proj is 64 x 64", "less than 64")),
+        (["method.rank=64"], "method.rank", ("is 64", "q_proj is 64 x 64", "write 63 or less, 16")),
         (["method={name: low_rank, rank: 65}"], "method.rank", ("is 65", "q_proj is 64 x 64")),
         (
             ["method={name: sltrain, rank: 8, alpha: 4, scale: 0.25}"],
@@ -90,7 +92,7 @@ ProblemsOf = Callable[..., list[str]]
             "method.interval",
             ("1 of 1 vectors", "only 0 are free"),
         ),
-        (["method={name: switchlora, rank: 64}"], "method.rank", ("is 64", "less than 64")),
+        (["method={name: switchlora, rank: 64}"], "method.rank", ("is 64", "63 or less")),
         (
             ["method={name: switchlora, rank: 8, trainable_scaling: true}"],
             "method.trainable_scaling",
@@ -189,6 +191,10 @@ def test_the_edge_of_a_rule_is_allowed(run_file: Path, overrides: list[str]) -> 
         (["optimizer.spectral.lr=0.02"], "write optimizer.adapter: spectral, or remove"),
         (["optimizer.muon.steps=keller"], "optimizer.matrix is not given; write"),
         (
+            ["optimizer={adapter: spectral, spectral: {polar_of: factors, normalized: true}}"],
+            "polar_of is factors, whose steps",
+        ),
+        (
             ["method={name: full}", "optimizer={matrix: muon, scale: {momentum: 0.8}}"],
             "has no effect: optimizer.matrix is muon",
         ),
@@ -222,6 +228,29 @@ def test_the_batch_is_checked_against_the_processes(run_file: Path) -> None:
     ) in problem
     with pytest.raises(ConfigError, match=r"or set train\.micro_batch_size=2 for the"):
         check_processes(run, 8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "remedy"),
+    [
+        (4, 16, "q_proj is 64 x 64: write 63 or less, 16 (a quarter of the hidden size) is usual"),
+        (1, 16, "k_proj is 16 x 64: write 15 or less"),
+        (1, 1, "k_proj is 1 x 64: no rank is; use method.name=full, or a model with wider layers"),
+    ],
+)
+def test_the_rank_that_is_named_can_be_taken(heads: int, head_dim: int, remedy: str) -> None:
+    architecture = ModelConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+    )
+    method = LoRAConfig(name="lora", rank=96)
+    (finding,) = rank_fits_projections(method, architecture)
+    assert finding.message.endswith(remedy)
 
 
 def test_nearest_multiples() -> None:

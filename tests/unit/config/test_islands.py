@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from relora_ds.config.checks import find_problems
+from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
-from relora_ds.config.spread.islands import IslandsConfig
+from relora_ds.config.spread.islands import IslandsConfig, OuterConfig
 from relora_ds.parallel.topology import as_one_island
 
 METHOD = {"name": "relora", "rank": 4, "merge_every": 20, "restart_warmup_steps": 2}
@@ -16,12 +17,13 @@ METHOD = {"name": "relora", "rank": 4, "merge_every": 20, "restart_warmup_steps"
 
 def problems(**sections: dict[str, Any]) -> dict[str, str]:
     """What is wrong with a run of two islands that meet every ten updates, by key."""
+    method = sections.pop("method", {})
     described = {
         "output_dir": "unused",
         "model": "unused",
         "deepspeed": "unused",
         "data": {"source": "builtin"},
-        "method": METHOD | sections.pop("method", {}),
+        "method": method if "name" in method else METHOD | method,
         "train": {"steps": 40, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 8}
         | sections.pop("train", {}),
         "eval": {"every": 20} | sections.pop("eval", {}),
@@ -70,6 +72,13 @@ def test_what_does_not_fit_is_told_with_value_rule_and_remedy(
     assert told in message
 
 
+def test_a_basis_is_chosen_between_two_rounds() -> None:
+    galore = {"name": "galore", "rank": 4}
+    assert problems(method=galore) == {}
+    found = problems(method=galore | {"update_every": 25})
+    assert "write 20 or 30" in found["method.update_every"]
+
+
 def test_updates_before_the_first_round_need_rounds() -> None:
     alone = problems(parallel={"islands": 1}, islands={"every": 1, "from_step": 10})
     assert "set parallel.islands" in alone["islands.from_step"]
@@ -97,6 +106,92 @@ def test_rounds_grow_from_a_ramp() -> None:
     # two phases have the rounds of one, and rounds as short as the first stage add none
     assert rounds.ramp_ends(0, 20, 10) + rounds.ramp_ends(20, 50, 10) == pytest.approx(3)
     assert rounds.ramp_ends(0, 50, 4) == 0
+
+
+def test_every_update_is_in_a_round_that_ends_once() -> None:
+    rounds = IslandsConfig(every=10, from_step=10, ramp=((20, 4), (30, 5)))
+    lengths = [rounds.round_ending(done) for done in range(1, 51)]
+    assert lengths[:10] == [1] * 10  # gradients are shared
+    assert {n: found for n, found in enumerate(lengths, 1) if n > 10 and found} == {
+        14: 4, 18: 4, 20: 2, 25: 5, 30: 5, 40: 10, 50: 10
+    }  # fmt: skip
+    assert rounds.lengths() == [(10, 4), (20, 5), (30, 10)]
+    assert IslandsConfig(every=1, outer=OuterConfig(lr=0.7)).round_ending(3) == 1
+
+
+SMALL = ModelConfig(
+    vocab_size=2048,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    max_position_embeddings=16,
+)
+
+
+def problems_of_switches(steps: int, islands: dict[str, Any], **method: object) -> dict[str, str]:
+    """What is wrong with two islands under SwitchLoRA of rank 32, which begins with 0.8 switches
+    per update, by key."""
+    settings = {"name": "switchlora", "rank": 32, "interval": 40, "freeze_steps": 5}
+    train = {"steps": steps, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 8}
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": "unused",
+            "deepspeed": "unused",
+            "data": {"source": "builtin"},
+            "method": settings | method,
+            "train": train,
+            "eval": {"every": 0},
+            "checkpoint": {"every": 0},
+            "parallel": {"islands": 2},
+            "islands": islands,
+        }
+    )
+    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+    found = find_problems(sections | {"architecture": SMALL})
+    return {".".join(map(str, path)): message for path, message in found}
+
+
+def test_a_round_switches_no_more_vectors_than_are_free() -> None:
+    # they hardly become rarer within a run
+    assert problems_of_switches(4000, {"every": 20}) == {}
+    told = problems_of_switches(4000, {"every": 40})
+    assert list(told) == ["islands.every"]
+    assert "is 40, so that 30 of 32 vectors" in told["islands.every"]
+    assert "only 16 are free" in told["islands.every"]
+    assert "method.interval to 76 or more" in told["islands.every"]
+    assert problems_of_switches(4000, {"every": 40}, interval=76) == {}
+
+
+def test_rounds_may_be_longer_where_switches_are_rare() -> None:
+    late = {"every": 200, "from_step": 800}
+    assert problems_of_switches(4000, late) == {}
+    assert "islands.every" in problems_of_switches(4000, late, descent_rate=1.0)
+    ramp = {"every": 200, "ramp": ((400, 20), (800, 40))}
+    assert problems_of_switches(4000, ramp) == {}
+    assert list(problems_of_switches(4000, ramp, interval=30)) == ["islands.ramp.0.1"]
+    # a warm start has no switches, and rounds of its own
+    warm = {"every": 200, "ramp": ((400, 40), (1200, 20))}
+    assert list(problems_of_switches(4000, warm)) == ["islands.ramp.0.1"]
+    assert problems_of_switches(4400, warm, warm_start_steps=400) == {}
+
+
+def test_counterparts_of_short_rounds_are_frozen_together() -> None:
+    """Two rounds of three updates are within a freeze of five, and one of five."""
+    often = {"interval": 10, "descent_rate": 10.0}
+    assert list(problems_of_switches(600, {"every": 3}, **often)) == ["islands.every"]
+    assert problems_of_switches(600, {"every": 3}, **often, freeze_steps=3) == {}
+
+
+@pytest.mark.parametrize(("key", "value"), [("fragments", 2), ("overlap", 1)])
+def test_nothing_is_on_its_way_where_vectors_are_switched(key: str, value: int) -> None:
+    islands = {"every": 20, "transport": {key: value}}
+    found = problems_of_switches(4000, islands)
+    assert list(found) == [f"islands.transport.{key}"]
+    assert f"write {1 if key == 'fragments' else 0}" in found[f"islands.transport.{key}"]
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,7 @@ CASES = {
     "surrogate": Case("output_dir: runs/test", r'output_dir: "\ud800"', ("half of a surrogate",)),
     "list_as_key": Case("log:", "[a]: 1\nlog:", ("a key must be text",)),
     "no_model_file": Case("model.json", "none.json", ("none.json: cannot be read (No such file",)),
-    "rank": Case(
-        "rank: 16", "rank: 64", ("method.rank: is 64", "q_proj is 64 x 64", "less than 64")
-    ),
+    "rank": Case("rank: 16", "rank: 64", ("method.rank: is 64", "q_proj is 64 x 64", "63 or less")),
     "sequence": Case(
         "seq_length: 128", "seq_length: 512", ("is 512", "max_position_embeddings is 256")
     ),

@@ -44,6 +44,25 @@ def test_changing_the_method_names_the_settings_left_in_the_file(
     assert problems[0].startswith(f"{run_file}:8: method.merge_every: belongs to method relora")
 
 
+def test_a_path_from_the_home_directory_is_no_folder_called_tilde(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "zero.json").write_text("{}")
+    data = "data={train: [[1.0, ~/a], [2.0, b/~/a]], valid: ~/v, tokenizer: ~t}"
+    paths = ["output_dir=~/out", "deepspeed=~/zero.json", "checkpoint.resume=~/out/step_5"]
+    config = load_run_config(run_file, [*paths, data, "train.init_from=~/m"]).config
+    assert config.output_dir == f"{tmp_path}/out"
+    assert config.deepspeed == f"{tmp_path}/zero.json"
+    assert config.checkpoint.resume == f"{tmp_path}/out/step_5"
+    assert config.train.init_from == f"{tmp_path}/m"
+    assert config.data.train == [(1.0, f"{tmp_path}/a"), (2.0, "b/~/a")]
+    assert (config.data.valid, config.data.tokenizer) == (f"{tmp_path}/v", "~t")
+    for key in ("auto", True, False):
+        resumed = load_run_config(run_file, [f"checkpoint.resume={str(key).lower()}"])
+        assert resumed.config.checkpoint.resume == key
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from relora_ds.data.batches import (
+    DocumentBatches,
     TrainingBatches,
     ValidationBatches,
     source_names,
@@ -144,6 +145,22 @@ def test_validation_can_be_repeated(files: list[TokenFile]) -> None:
     batches = ValidationBatches(files[0], SEQ, 4, 0, 1)
     for (first, _), (second, _) in zip(batches, batches, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("end", [None, 9])
+@pytest.mark.parametrize("limit", [1, 2, 3, None])
+def test_targets_are_found_wherever_a_rank_is_given_one(
+    write_tokens: Callable[..., TokenFile], limit: int | None, end: int | None
+) -> None:
+    """Empty documents first: the third row, or the third window, is the first with a target."""
+    file = write_tokens([[9]] * 2 + [[9, 9], [1, 9], [9]] + [[9]] * 4 + [[5, 6, 7, 9]])
+    for kind in (ValidationBatches, DocumentBatches):
+        given = [kind(file, SEQ, 1, rank, 2, limit) for rank in range(2)]
+        targets = 0
+        for tokens, mask in (batch for rank in given for batch in rank):
+            whole = mask if mask.dim() == 2 else mask.unsqueeze(1)
+            targets += int((whole & (tokens[:, :-1] != (-1 if end is None else end))).sum())
+        assert [each.has_targets(end) for each in given] == [targets > 0] * 2
 
 
 def test_unigram_perplexity_counts_the_targets(

@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[3]
 FILE = ROOT / "launch" / "Dockerfile"
 IGNORED = ROOT / "launch" / "Dockerfile.dockerignore"
-TARGETS = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -41,6 +41,8 @@ def stages(text: str) -> list[Stage]:
         if instruction == "FROM":
             base, _, name = argument.partition(" AS ")
             found.append(Stage(base, name))
+        elif instruction == "ARG" and not found:
+            assert argument == "DEVICE=cpu"
         elif instruction:
             found[-1].steps.append((instruction, argument.strip()))
     return found
@@ -53,8 +55,9 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 def test_every_base_is_a_release_or_an_earlier_stage() -> None:
     earlier = {"scratch"}
     for stage in STAGES:
-        pinned = re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", stage.base)
-        assert pinned or stage.base in earlier, f"{stage.base} may be another image tomorrow"
+        for base in {stage.base.replace("${DEVICE}", device) for device in DEVICES}:
+            pinned = re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", base)
+            assert pinned or base in earlier, f"{base} may be another image tomorrow"
         earlier.add(stage.name)
     assert len(BY_NAME) == len(STAGES)
 
@@ -76,46 +79,55 @@ def test_what_is_copied_is_there_and_sent_to_the_builder() -> None:
     assert used == sent
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_runs_is_the_command_as_an_ordinary_user(target: str) -> None:
-    stage = BY_NAME[target]
-    assert stage.steps[-4:] == [
+def test_what_runs_is_the_command_as_an_ordinary_user() -> None:
+    image = STAGES[-1]
+    assert image.steps[-4:] == [
         ("USER", "1000:1000"),
         ("HEALTHCHECK", "NONE"),
         ("ENTRYPOINT", '["relora-ds"]'),
         ("CMD", '["--help"]'),
     ]
-    assert json.loads(stage.arguments("ENTRYPOINT")[0]) == ["relora-ds"]
-    assert "VENV=none" in stage.arguments("ENV")[0]
-    assert "--uid 1000" in stage.arguments("RUN")[0]
+    assert json.loads(image.arguments("ENTRYPOINT")[0]) == ["relora-ds"]
+    assert "VENV=none" in image.arguments("ENV")[0]
+    assert "--uid 1000" in image.arguments("RUN")[0]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_packages_are_the_pinned_ones_and_torch_comes_first(target: str) -> None:
-    (run,) = BY_NAME[f"{target}-packages"].arguments("RUN")
-    first, second = run.index('--index-url "$TORCH_INDEX_URL" torch'), run.index("--requirement")
+def test_the_packages_are_the_pinned_ones_and_torch_comes_first() -> None:
+    (run,) = BY_NAME["packages"].arguments("RUN")
+    index = '--index-url "${TORCH_INDEX_URL:-$TORCH_INDEX}" torch'
+    first, second = run.index(index), run.index("--requirement")
     assert first < second
     assert "--constraint constraints.txt" in run[:first]
-    (index,) = BY_NAME[f"{target}-packages"].arguments("ARG")
-    assert f"/{'cpu' if target == 'cpu' else 'cu'}" in index
+    # with a value of its own it would hide the device's
+    assert BY_NAME["packages"].arguments("ARG") == ["TORCH_INDEX_URL"]
 
 
-def test_both_targets_are_alike_but_for_what_they_stand_on() -> None:
-    cpu, cuda = (
-        [argument.replace(target, "X") for _, argument in BY_NAME[target].steps]
-        for target in TARGETS
-    )
-    assert cpu == cuda
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_is_the_build_for_the_device(device: str) -> None:
+    (environment,) = BY_NAME[f"{device}-base"].arguments("ENV")
+    build = "cpu" if device == "cpu" else r"cu\d+"
+    assert re.search(rf"TORCH_INDEX=https://download\.pytorch\.org/whl/{build}$", environment)
+
+
+def test_both_images_are_alike_but_for_what_they_stand_on() -> None:
+    assert [stage.name for stage in STAGES if stage.base == "${DEVICE}-base"] == [
+        "packages",
+        "image",
+    ]
+    assert {stage.name for stage in STAGES if "${DEVICE}" not in stage.base} == {
+        "project",
+        *(f"{device}-base" for device in DEVICES),
+    }
 
 
 def test_the_pods_of_kubernetes_fit_the_image() -> None:
     documents = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
     (job,) = (each for each in documents if each["kind"] == "Job")
     pod = job["spec"]["template"]["spec"]
-    user, _, group = BY_NAME["cuda"].arguments("USER")[0].partition(":")
+    user, _, group = BY_NAME["image"].arguments("USER")[0].partition(":")
     assert pod["securityContext"]["runAsUser"] == int(user)
     assert pod["securityContext"]["fsGroup"] == int(group)
-    assert [pod["containers"][0]["workingDir"]] == BY_NAME["cuda"].arguments("WORKDIR")
+    assert [pod["containers"][0]["workingDir"]] == BY_NAME["image"].arguments("WORKDIR")
 
 
 def test_hadolint_finds_nothing() -> None:

@@ -147,6 +147,14 @@ def test_frequency_falls_as_in_the_paper() -> None:
     assert half == pytest.approx(2303, rel=0.01)
 
 
+def test_a_round_has_the_switches_of_its_updates() -> None:
+    steps, settings = 1000, config()
+    single = [settings.switches_between(step - 1, step, steps) for step in range(1, steps)]
+    assert single == [settings.expected_switches(step, steps) for step in range(1, steps)]
+    rounds = [settings.switches_between(at, at + 25, steps) for at in range(0, 975, 25)]
+    assert sum(rounds) == pytest.approx(sum(single[:975]))
+
+
 def test_pairs_survive_a_round_trip() -> None:
     census = PairCensus(5)
     census.note((np.array([0, 3]), np.array([4, 4])))

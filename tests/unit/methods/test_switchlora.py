@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.errors import DivergenceError
 from relora_ds.methods.adapter import AdapterLinear
 from relora_ds.methods.interface import Report, SavedTensor
+from relora_ds.methods.switchlora.plan import switch_counts
 from relora_ds.methods.switchlora.switchlora import SwitchLoRA
 from relora_ds.numerics.base_weight import Precision, Working
 from relora_ds.optim.vector_adamw import VectorAdamW, storage_key
@@ -30,10 +32,15 @@ STEPS, RANK, FREEZE = 400, 6, 5
 class Run:
     """SwitchLoRA on three projections without an engine."""
 
-    def __init__(self, precision: Precision = "working", **settings: Any) -> None:
+    def __init__(
+        self,
+        precision: Precision = "working",
+        round_ending: Callable[[int], int] = lambda step: 1,
+        **settings: Any,
+    ) -> None:
         values = {"name": "switchlora", "rank": RANK, "interval": 10, "descent_rate": 10.0}
         config = SwitchLoRAConfig.model_validate(values | settings)
-        self.method = SwitchLoRA(config, seed=42, steps=STEPS)
+        self.method = SwitchLoRA(config, seed=42, steps=STEPS, round_ending=round_ending)
         self.dense, self.model = {}, nn.ModuleDict()
         generator = torch.Generator().manual_seed(0)
         for name, (rows, cols) in SHAPES.items():
@@ -228,6 +235,25 @@ def test_frozen_vectors_rest_for_exactly_five_updates() -> None:
     # the first live update is the sixth since the switch
     assert first_moves == pytest.approx([0.522] * len(first_moves), abs=1e-3)
     assert first_moves
+
+
+def test_what_is_due_in_a_round_is_switched_at_its_end() -> None:
+    run = Run(round_ending=lambda step: 4 * (step % 4 == 0), interval=20, freeze_steps=2)
+    config, expected = run.method.config, 0
+    for step in range(1, 81):
+        before, function = run.values(), run.effectives()
+        run.switch(step)
+        changed = {n for n, value in run.values().items() if not torch.equal(value, before[n])}
+        counts = [0]
+        if step % 4 == 0:
+            due = config.switches_between(step - 4, step, STEPS)
+            counts = switch_counts(due, len(SHAPES), 42, step)
+        expected += 2 * sum(counts)
+        assert bool(changed) == any(counts), step
+        assert run.session.state_dict()["switched_vectors"] == expected
+        assert all(map(lambda a, b: relative(a, b) <= 1e-6, run.effectives(), function))
+        run.move(step)
+    assert expected > 100
 
 
 def test_initial_distributions() -> None:

@@ -141,6 +141,21 @@ def test_matrices_of_one_shape_and_function_are_computed_together() -> None:
     assert [float(value.mean()) for (value,) in found] == [1, 2, 4, 4]
 
 
+@pytest.mark.parametrize(("device", "together"), [("cpu", [2, 1]), ("meta", [3])])
+def test_a_batch_of_a_host_stays_in_its_cache(device: str, together: list[int]) -> None:
+    batches: list[int] = []
+
+    def double(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor]:
+        batches.append(len(left))
+        return (left + right,)
+
+    pairs = [[torch.full((128, 256), float(n), device=device)] * 2 for n in range(3)]
+    found = in_batches(pairs, [double] * 3)
+    assert batches == together
+    if device == "cpu":
+        assert [float(value.mean()) for (value,) in found] == [0, 2, 4]
+
+
 class Alone(FakeExchange):
     """One process holds everything; counts what is asked for together."""
 

@@ -137,6 +137,52 @@ def test_the_verb_takes_a_command_behind_two_dashes(
     assert load_run_config(tmp_path / "run.yaml").config.method.name == "relora"
 
 
+def test_a_run_that_will_not_load_is_written_and_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--num_training_steps", "900", "--adam_beta1", "1.5", "--keep_checkpoints", "None"]
+    assert main(["convert-flags", "--", *RELORA, *flags]) == 2
+    written, said = capsys.readouterr()
+    (tmp_path / "run.yaml").write_text(written)
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(tmp_path / "run.yaml")
+    assert len(caught.value.problems) == 3
+    for problem in caught.value.problems:  # what loading says, for the same keys
+        assert f"the converted run: {problem.partition(': ')[2]}" in said
+
+
+def test_files_that_are_elsewhere_do_not_keep_a_run_from_being_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert-flags", "--", *RELORA]) == 0
+    assert main(["convert-flags", "--", *RELORA, "--num_training_steps", "0"]) == 2
+    assert "the converted run: train.steps: is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "loaded_as"),
+    [
+        ("save_dir", "2024", "2024"),
+        ("save_dir", "no", "no"),
+        ("save_dir", "a: b # c", "a: b # c"),
+        ("seed", "010", 10),  # eight in YAML 1.1
+        ("lr", "1e-4", 1e-4),  # and this a text
+    ],
+)
+def test_values_are_what_they_look_like(
+    tmp_path: Path, flag: str, text: str, loaded_as: object
+) -> None:
+    config, _ = loaded(tmp_path, [*RELORA, f"--{flag}", text])
+    found = {"save_dir": config.output_dir, "seed": config.train.seed, "lr": config.optimizer.lr}
+    assert found[flag] == loaded_as
+
+
+def test_a_note_of_several_lines_stays_a_comment(tmp_path: Path) -> None:
+    _, notes = loaded(tmp_path, [*RELORA, "--nproc-per-node", "a\nmodel: b"])
+    assert "model: b" in notes
+
+
 def test_nothing_to_convert_is_wrong_usage() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["convert-flags"])

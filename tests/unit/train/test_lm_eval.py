@@ -12,7 +12,9 @@ import torch
 from relora_ds.cli.main import main
 from relora_ds.config.model import ModelConfig
 from relora_ds.model.hf.directory import write_hf
+from relora_ds.model.hf.written import Written
 from relora_ds.model.init import InitialWeights, dense_shapes
+from relora_ds.train.saved_model.lm_eval import note_scores
 from tests.conftest import TinyCorpus
 
 ARCHITECTURE = ModelConfig(
@@ -87,6 +89,18 @@ def test_a_task_is_scored_and_noted(
     summary = json.loads((export.parent / "summary.json").read_text())
     assert summary["lm_eval"]["tiny_choice"]["acc"] == found["acc"]
     assert summary["final"] == {"step": 3}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_scores_in_the_card_are_no_edit_of_the_user_s(export: Path, edited: bool) -> None:
+    if edited:
+        (export / "README.md").write_bytes(b"# mine \xff\n")
+    for value in (0.25, 0.5):
+        note_scores(export, {"a": {"acc": value}})
+    card = (export / "README.md").read_bytes()
+    assert b"| a | acc | 0.5000 |" in card
+    assert card.startswith(b"# mine \xff\n" if edited else b"# model\n")
+    assert Written.recorded_in(export).edited_in(export) == ["README.md"] * edited
 
 
 @pytest.mark.usefixtures("offline")

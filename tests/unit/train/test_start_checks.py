@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from relora_ds.config.schema import RunConfig
 from relora_ds.config.sections import DataConfig
 from relora_ds.data.prepare import prepare
 from relora_ds.data.source import Corpus, open_corpus
+from relora_ds.data.token_files.megatron import indexed_dataset_module
 from relora_ds.data.tokenizer import train_tokenizer
 from relora_ds.engine.accelerator import describe_arithmetic
 from relora_ds.errors import CheckpointError, ConfigError, DataError
@@ -193,3 +195,31 @@ def test_a_dry_run_on_builtin_data_looks_at_the_rest(
     run = load_run_config("configs/run/quickstart.yaml", [output, "train.init_from=nope"])
     with pytest.raises(CheckpointError, match="nope"):
         check_start(run.config, run.architecture)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["data.document_mask=true", "eval.batches=1"],
+        ["data.document_mask=true", "eval.batches=1", "eval.protocol=galore_compat"],
+        ["eval.batches=1", "eval.protocol=galore_compat"],
+    ],
+)
+def test_an_evaluation_without_targets_is_refused_before_training(
+    described: list[str], tmp_path: Path, more: list[str]
+) -> None:
+    """The set has targets, but none in what an evaluation reads of it: empty documents first."""
+    builder = indexed_dataset_module().IndexedDatasetBuilder(
+        f"{tmp_path}/empty.bin", dtype=np.uint16
+    )
+    for ids in [[2]] * 4000 + [[5, 6, 2]] + [[2]] * 100:
+        builder.add_item(torch.tensor(ids))
+        builder.end_document()
+    builder.finalize(f"{tmp_path}/empty.idx")
+    run = load_run_config(
+        "configs/run/quickstart.yaml", [*described, f"data.valid={tmp_path}/empty", *more]
+    )
+    with pytest.raises(DataError, match=r"no token that the evaluation reads.*eval\.batches"):
+        check_start(run.config, run.architecture)
+    all_of_it = run.config.eval.model_copy(update={"batches": None})
+    check_start(run.config.model_copy(update={"eval": all_of_it}), run.architecture)

@@ -108,6 +108,36 @@ def test_an_export_with_somebody_s_files_in_it_stays(tmp_path, plain, name):
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+CARD = {"README.md": "# a model\n"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json"])
+def test_a_file_of_an_export_that_was_edited_stays(tmp_path, plain, name):
+    target, weights = tmp_path / "hf", drawn(plain)
+    write_hf(target, plain, weights.items(), None, torch.float32, texts=CARD)
+    write_hf(target, plain, weights.items(), None, torch.float32, texts=CARD)
+    written = (target / name).read_text()
+    (target / name).write_text(f"{written}mine")
+    with pytest.raises(ConfigError, match=f"holds {name}, which was edited since: move it"):
+        write_hf(target, plain, weights.items(), None, torch.bfloat16, texts=CARD)
+    assert (target / name).read_text() == f"{written}mine"
+    (target / name).rename(tmp_path / "moved")
+    write_hf(target, plain, weights.items(), None, torch.bfloat16, texts=CARD)
+    assert (target / name).read_text() == written
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", '{"sha256": 3}', '{"sha256": {}}'])
+def test_an_export_that_records_nothing_is_replaced(tmp_path, plain, record):
+    """As earlier versions wrote them."""
+    target, weights = tmp_path / "hf", drawn(plain)
+    write_hf(target, plain, weights.items(), None, torch.float32, texts=CARD)
+    (target / "relora_ds.json").unlink()
+    if record is not None:
+        (target / "relora_ds.json").write_text(record)
+    write_hf(target, plain, weights.items(), None, torch.bfloat16, texts=CARD)
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_a_file_that_comes_while_an_export_is_written_stays(tmp_path, plain):
     target, weights = tmp_path / "hf", drawn(plain)
     write_hf(target, plain, weights.items(), None, torch.float32)

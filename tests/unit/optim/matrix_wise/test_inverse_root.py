@@ -39,7 +39,7 @@ def test_a_product_with_it_is_a_polar_factor(size: int) -> None:
     values = torch.logspace(-3.9, 0, size, dtype=torch.float64)
     matrix = (left * values) @ right.T
     rough, root = inverse_root((matrix.T @ matrix)[None])
-    assert (matrix @ rough[0] @ root[0] - left @ right.T).abs().max() <= 1e-6
+    assert (matrix @ rough[0] @ root[0].double() - left @ right.T).abs().max() <= 1e-6
 
 
 def test_a_matrix_of_zeros_has_finite_numbers() -> None:
