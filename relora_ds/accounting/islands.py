@@ -11,10 +11,12 @@ with G islands, and n elements of what is trained on the rank,
 | a fragment         | when it leaves                 | all-reduce         | 4 m       |
 |                    | the same, in fewer bits        | all-gather         | G c       |
 | factors            | where a merge follows a round  | all-gather         | 4 G f     |
+| dense gradients    | where a refresh follows it     | all-reduce         | 4 d       |
 
 m is what of n is in the fragment, without padding. g is the size of a gradient's element in working
-precision, p the padding of the rank's slices, c the size of their code with its scales, and f the
-part of n that belongs to factors of merged products. Payload means what it does in `collectives`.
+precision, p the padding of the rank's slices, c the size of their code with its scales, f the
+part of n that belongs to factors of merged products, and d the elements of the rank's part of the
+projections whose gradients it has in turn. Payload means what it does in `collectives`.
 """
 
 from __future__ import annotations
@@ -111,6 +113,24 @@ def fragment_of_round(
     return _payloads("all_gather", islands, "uint8", islands * codes)
 
 
+def refresh(
+    weights: Sequence[nn.Parameter], zero: ZeroSettings, islands: int, dp_rank: int
+) -> Payloads:
+    """What islands exchange where dense gradients of the whole batch are asked for.
+
+    Args:
+        weights: whose gradients, in the model's order; of what is cut over tensor-parallel ranks
+            this rank's part. They may be without memory.
+        zero: of one island.
+        islands: how many there are.
+        dp_rank: the rank's place among the copies of its island.
+    """
+    # gradients are complete in the opposite order, and copies take turns
+    own = list(weights)[::-1][dp_rank :: zero.dp_size]
+    elements = sum(tp_local_shape(weight).numel() for weight in own)
+    return _payloads("all_reduce", islands, "float32", elements * _MASTER, "event")
+
+
 def _owners(groups: Sequence[Sequence[nn.Parameter]], zero: ZeroSettings) -> list[int]:
     """Elements of the tensors that the optimizer steps on a rank."""
     sizes, parts = [[tp_local_shape(p).numel() for p in group] for group in groups], zero.dp_size
@@ -125,5 +145,7 @@ def _owners(groups: Sequence[Sequence[nn.Parameter]], zero: ZeroSettings) -> lis
     ]
 
 
-def _payloads(operation: str, islands: int, dtype: str, payload: int) -> Payloads:
-    return {Traffic(operation, GROUP, islands, dtype, "step"): payload} if payload else {}
+def _payloads(
+    operation: str, islands: int, dtype: str, payload: int, phase: str = "step"
+) -> Payloads:
+    return {Traffic(operation, GROUP, islands, dtype, phase): payload} if payload else {}

@@ -336,7 +336,9 @@ def _load_as_written(checkpoint: Path, engine: TrainEngine, topology: Topology) 
 
 def _refuse_rounds(saved: SavedRun, engine: TrainEngine) -> None:
     """Raise where moments of several islands would have to be put together and cut anew."""
-    if engine.rounds is not None and saved.record.config.parallel.islands > 1:
+    config, islands = saved.record.config, saved.record.config.islands
+    apart = not islands.share_gradients and saved.record.trainer.step > islands.from_step
+    if engine.rounds is not None and config.parallel.islands > 1 and apart:
         raise CheckpointError(
             f"{saved.checkpoint}: its islands have moments of their own, which are continued with "
             "as many processes per island, the same parallel.tensor and ZeRO stage only: restore "

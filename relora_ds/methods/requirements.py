@@ -25,8 +25,6 @@ class Requirements:
     """Whether its projections may be sharded over processes."""
     per_layer_update: bool = True
     """Whether `train.per_layer_update` may update its parameters one by one."""
-    islands_apart: bool = True
-    """Whether islands may train several updates before they meet."""
     optimizers: frozenset[str] | None = None
     """Values of `optimizer.name` that it works with; None for all."""
 
@@ -55,13 +53,6 @@ class Requirements:
             yield Finding(
                 ("train", "per_layer_update"),
                 f"is true, but method {name} updates several parameters together: write false",
-            )
-        apart = config.parallel.islands > 1 and not config.islands.share_gradients
-        if apart and not self.islands_apart:
-            yield Finding(
-                ("islands", "every"),
-                f"is {config.islands.every}, but method {name} depends on gradients that all "
-                "processes share: write 1, with the plain average",
             )
         if self.optimizers is not None and config.optimizer.name not in self.optimizers:
             allowed = " or ".join(sorted(self.optimizers))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
+from math import prod
 from operator import mul
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from relora_ds.accounting.islands import (
     end_of_round,
     fragment_of_round,
+    refresh,
     shared_gradients,
 )
 from relora_ds.accounting.zero_traffic import Payloads, bytes_of
@@ -28,6 +30,7 @@ from relora_ds.engine.deepspeed.config import resolve_deepspeed_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.interface import Method, optimizer_groups
 from relora_ds.methods.registry import Phase, plan_phases
+from relora_ds.model.init import dense_shapes
 from relora_ds.parallel.fragments import share_out
 from relora_ds.parallel.topology import as_one_island, copies_of_island, part_of_model
 from relora_ds.parallel.zero import ZeroSettings
@@ -87,16 +90,19 @@ class _Exchange:
         )
         groups = optimizer_groups(method, config.optimizer, model)
         self._groups: Sequence[Sequence[nn.Parameter]] = [group.parameters for group in groups]
-        edited = {id(weight) for weight in method.edited_weights(model)}
+        edited = method.edited_weights(model)
+        self._chosen_by = edited if config.method.refreshes_every else []
+        merged = {id(weight) for weight in edited if config.method.merges_every}
         self._factors = [
             parameter
             for module in model.modules()
-            if edited & {id(p) for p in module.parameters(recurse=False)}
+            if merged & {id(p) for p in module.parameters(recurse=False)}
             for parameter in module.parameters(recurse=False)
             if parameter.requires_grad
         ]
+        self._known: dict[int, list[float]] = {}
         self._trained = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        self.parameters = sum(p.numel() for p in model.parameters()) * self._tensor
+        self.dense_parameters = sum(map(prod, dense_shapes(loaded.architecture).values()))
 
     def gradients(self) -> float:
         """Bytes per update whose gradients are shared."""
@@ -105,31 +111,48 @@ class _Exchange:
             for rank in range(self._zero.dp_size)
         )
 
-    def round(self, merges: bool = False) -> float:
-        """Bytes at the end of a round, with the factors of a merge or without."""
+    @cached_property
+    def plain(self) -> float:
+        """Bytes at the end of a round."""
+        return self._round(())
+
+    @cached_property
+    def merged(self) -> float:
+        """Bytes at the end of a round before a merge."""
+        return self._round(self._factors)
+
+    def _round(self, merged: Sequence[nn.Parameter]) -> float:
         return self._over_ranks(
-            end_of_round(
-                self._groups,
-                self._zero,
-                self._islands,
-                rank,
-                self._bits,
-                self._factors if merges else (),
-            )
+            end_of_round(self._groups, self._zero, self._islands, rank, self._bits, merged)
             for rank in range(self._zero.dp_size)
         )
 
+    def seconds(self, sent: float, link: IslandLink, times: int = 1) -> float:
+        """How long so many exchanges take that send so many bytes together."""
+        return sent / link.bandwidth + times * 2 * (self._islands - 1) * link.latency
+
+    def refresh(self) -> tuple[float, int]:
+        """Bytes of the dense gradients that a method chooses by, and how many of them a rank
+        exchanges one after the other; zeros for a method that does not."""
+        sent = self._over_ranks(
+            refresh(self._chosen_by, self._zero, self._islands, rank)
+            for rank in range(self._zero.dp_size)
+        )
+        return sent, -(-len(self._chosen_by) // self._zero.dp_size)
+
     def fragments(self, count: int) -> list[float]:
         """Bytes of each of so many fragments."""
-        return [
-            self._over_ranks(
-                fragment_of_round(
-                    self._groups, self._zero, self._islands, rank, fragment, self._bits
+        if count not in self._known:
+            self._known[count] = [
+                self._over_ranks(
+                    fragment_of_round(
+                        self._groups, self._zero, self._islands, rank, fragment, self._bits
+                    )
+                    for rank in range(self._zero.dp_size)
                 )
-                for rank in range(self._zero.dp_size)
-            )
-            for fragment in share_out(self._trained, count)
-        ]
+                for fragment in share_out(self._trained, count)
+            ]
+        return self._known[count]
 
     def _over_ranks(self, payloads: Iterable[Payloads]) -> float:
         return self._tensor * sum(bytes_of(each).wire for each in payloads)
@@ -138,63 +161,73 @@ class _Exchange:
 def _plan(
     config: RunConfig, phase: Phase, exchange: _Exchange, link: IslandLink, local: float
 ) -> IslandsPlan:
-    count = config.parallel.islands
-    shares, merges = config.islands.share_gradients, config.method.merges_every
-    dense = _BF16 * exchange.parameters * 2 * (count - 1) / count
-    plain, merged = exchange.round(), exchange.round(merges=True)
-
-    def seconds(sent: float) -> float:
-        return sent / link.bandwidth + 2 * (count - 1) * link.latency
-
+    count, transport = config.parallel.islands, config.islands.transport
+    dense = _BF16 * exchange.dense_parameters * 2 * (count - 1) / count
     together = min(max(config.islands.from_step - phase.first_step, 0), phase.steps) / phase.steps
     gradients = exchange.gradients()
-    fragments = cache(exchange.fragments)
-
-    def apart(every: int) -> tuple[float, float]:
-        """Bytes and seconds of waiting in a round."""
-        islands = _shortened(config.islands, every)
-        factors = (merged - plain) * every / merges if merges and merges >= every else 0.0
-        if not islands.in_turn:
-            return plain + factors, seconds(plain + factors)
-        at_once = _ends_at_once(config, phase, every)
-        travelling = fragments(islands.transport.fragments)
-        # the first one does not leave where all have just met
-        times = [1 - at_once, *(1.0 for _ in travelling[1:])]
-        sent = at_once * plain + factors + sum(map(mul, times, travelling))
-        hidden = islands.transport.overlap * local
-        late = [max(0.0, seconds(each) - hidden) for each in travelling]
-        waited = at_once * seconds(plain) + factors / link.bandwidth + sum(map(mul, times, late))
-        # nobody sends more than the link carries
-        return sent, max(waited, sent / link.bandwidth - every * local)
+    refreshed, turns = exchange.refresh()
+    often = 1 / (config.method.refreshes_every or 1)
 
     def of(every: int) -> Round:
-        if every == 1 and shares:
-            sent, waited = gradients, seconds(gradients)
+        if every == 1 and config.islands.share_gradients:
+            sent, waited = gradients, exchange.seconds(gradients, link)
         else:
-            of_round = apart(every)
+            of_round = _apart(config, phase, exchange, link, local, every)
             more = config.islands.ramp_ends(phase.first_step, phase.last_step, every) / phase.steps
-            sent = together * gradients + (1 - together) * of_round[0] / every + more * plain
-            waited = together * seconds(gradients) + (1 - together) * of_round[1] / every
-            waited += more * seconds(plain)
+            alone = (1 - together) / every
+            sent = together * gradients + alone * of_round[0] + more * exchange.plain
+            waited = together * exchange.seconds(gradients, link) + alone * of_round[1]
+            waited += more * exchange.seconds(exchange.plain, link)
+        sent += often * refreshed
+        waited += often * exchange.seconds(refreshed, link, turns)
         spent = local + waited
         return Round(every, sent, spent, local / spent, dense / sent)
 
     rounds = [of(every) for every in sorted({*_EVERY, config.islands.every})]
     return IslandsPlan(
         islands=count,
-        bits=config.islands.transport.bits,
-        round_bytes=plain,
-        fragments=config.islands.transport.fragments,
-        fragment_bytes=max(fragments(config.islands.transport.fragments)),
-        overlap=config.islands.transport.overlap,
-        merge_bytes=merged - plain,
+        bits=transport.bits,
+        round_bytes=exchange.plain,
+        fragments=transport.fragments,
+        fragment_bytes=max(exchange.fragments(transport.fragments)),
+        overlap=transport.overlap,
+        merge_bytes=exchange.merged - exchange.plain,
+        refresh_bytes=refreshed,
         dense_bytes=dense,
         local_seconds=local,
-        dense_seconds=local + seconds(dense),
+        dense_seconds=local + exchange.seconds(dense, link),
         rounds=rounds,
         asked=of(config.islands.every),
         best=next((each.every for each in rounds if each.speed >= _GOOD), None),
     )
+
+
+def _apart(
+    config: RunConfig,
+    phase: Phase,
+    exchange: _Exchange,
+    link: IslandLink,
+    local: float,
+    every: int,
+) -> tuple[float, float]:
+    """Bytes and seconds of waiting in a round of so many updates."""
+    plain, islands, factors = exchange.plain, _shortened(config.islands, every), 0.0
+    merges = config.method.merges_every
+    if merges is not None and merges >= every:
+        factors = (exchange.merged - plain) * every / merges
+    if not islands.in_turn:
+        return plain + factors, exchange.seconds(plain + factors, link)
+    at_once = _ends_at_once(config, phase, every)
+    travelling = exchange.fragments(islands.transport.fragments)
+    hidden = islands.transport.overlap * local
+    late = [max(0.0, exchange.seconds(each, link) - hidden) for each in travelling]
+    # the first one does not leave where all have just met
+    times = [1 - at_once, *(1.0 for _ in travelling[1:])]
+    sent = at_once * plain + factors + sum(map(mul, times, travelling))
+    waited = at_once * exchange.seconds(plain, link) + factors / link.bandwidth
+    waited += sum(map(mul, times, late))
+    # nobody sends more than the link carries
+    return sent, max(waited, sent / link.bandwidth - every * local)
 
 
 def _shortened(islands: IslandsConfig, every: int) -> IslandsConfig:
@@ -210,12 +243,17 @@ def _shortened(islands: IslandsConfig, every: int) -> IslandsConfig:
 
 
 def _ends_at_once(config: RunConfig, phase: Phase, every: int) -> float:
-    """Share of the rounds of a phase that end with common weights: with a merge, an evaluation, a
-    checkpoint, or the phase."""
+    """Share of the rounds of a phase that end with common weights: with a merge, a refresh, an
+    evaluation, a checkpoint, or the phase."""
     ends = range(phase.first_step + every, phase.last_step + 1, every)
     due = [
         each
-        for each in (config.eval.every, config.checkpoint.every, config.method.merges_every)
+        for each in (
+            config.eval.every,
+            config.checkpoint.every,
+            config.method.merges_every,
+            config.method.refreshes_every,
+        )
         if each
     ]
     common = sum(end == phase.last_step or any(end % each == 0 for each in due) for end in ends)

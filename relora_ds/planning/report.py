@@ -60,8 +60,9 @@ def show_islands(phases: Mapping[str, IslandsPlan], console: Console) -> None:
         console.print(
             f"\nphase {name}: {found.islands} islands; each sends "
             f"{found.round_bytes / _GB:.4f} GB at the end of a round in {found.bits} bits, "
-            f"{found.merge_bytes / _GB:.4f} GB more where a merge follows; data parallelism of the "
-            f"full model in bf16 sends {found.dense_bytes / _GB:.4f} GB per update, which then "
+            f"{(found.merge_bytes + found.refresh_bytes) / _GB:.4f} GB more where a "
+            f"{'refresh' if found.refresh_bytes else 'merge'} follows; data parallelism of the full"
+            f" model in bf16 sends {found.dense_bytes / _GB:.4f} GB per update, which then "
             f"takes {found.dense_seconds:.3f} s instead of {found.local_seconds:.3f} s"
         )
         if found.overlap or found.fragments > 1:

@@ -202,6 +202,8 @@ class IslandsPlan:
     """Updates during which a fragment travels."""
     merge_bytes: float
     """What it sends besides where a merge follows."""
+    refresh_bytes: float
+    """What it sends besides where a method asks for dense gradients of the whole batch."""
     dense_bytes: float
     """What it would send per update for data parallelism of the full model in bf16."""
     local_seconds: float

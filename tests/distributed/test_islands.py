@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cases import islands, islands_in_turn, islands_switching
+from tests.distributed.cases import (
+    islands,
+    islands_galore,
+    islands_in_turn,
+    islands_switching,
+)
 from tests.harness.build import STAGES
 from tests.harness.ranks import run_ranks
 
@@ -114,7 +119,16 @@ def test_a_round_ends_with_one_outer_step_on_common_weights() -> None:
 
 
 def test_rounds_begin_after_updates_that_share_gradients_and_grow() -> None:
-    found = run_ranks(islands.begun_together, 2, cells=[("full", 2), ("relora", 3)])
+    _check_begun_together([("full", 2), ("relora", 3)])
+
+
+@pytest.mark.slow
+def test_rounds_of_every_method_begin_late_and_grow() -> None:
+    _check_begun_together([("lora", 0), ("low_rank", 3), ("sltrain", 2), ("switchlora", 1)])
+
+
+def _check_begun_together(cells: list[tuple[str, int]]) -> None:
+    found = run_ranks(islands.begun_together, 2, cells=cells)
     for cell, figures in found.items():
         relora = cell.startswith("relora")
         apart = {6, 9, 10} if relora else {4, 6, 8, 9, 10}
@@ -194,6 +208,35 @@ def _check_switching(ranks: int, cells: list[islands_switching.Switching]) -> No
         switched, expected = figures["switched"]
         assert switched == expected > 50, cell
         assert figures["drift"] < 1e-6, cell
+        assert figures["losses"][-1] < figures["losses"][0], cell
+        if cell[2] == 32:
+            assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell
+            assert figures.get("error", 0.0) < 1e-5, cell
+
+
+REFRESHING: list[islands_galore.Refreshing] = [(1, 1, 32)]
+
+
+def test_bases_are_chosen_from_the_gradients_of_all_islands() -> None:
+    _check_refreshing(2, REFRESHING)
+
+
+@pytest.mark.slow
+def test_bases_are_chosen_between_rounds_at_every_stage_with_several_ranks() -> None:
+    _check_refreshing(2, [(0, 1, 32), (2, 1, 8), (3, 1, 32)])
+    _check_refreshing(4, [(1, 1, 32), (3, 1, 4), *((stage, 2, 32) for stage in STAGES)])
+    found = run_ranks(islands_galore.refreshing, 2, cells=REFRESHING, fragments=2, overlap=1)
+    assert found["1/1/32"]["common"] == [8]
+    assert found["1/1/32"]["refreshed"] == [0, 8]
+
+
+def _check_refreshing(ranks: int, cells: list[islands_galore.Refreshing]) -> None:
+    found = run_ranks(islands_galore.refreshing, ranks, cells=cells)
+    for cell in cells:
+        figures = found["/".join(map(str, cell))]
+        assert figures["common"] == [4, 8, 12], cell
+        assert figures["refreshed"] == [0, 8], cell
+        assert figures["bytes"], cell
         assert figures["losses"][-1] < figures["losses"][0], cell
         if cell[2] == 32:
             assert figures["losses"] == pytest.approx(figures["plain"], rel=1e-6), cell

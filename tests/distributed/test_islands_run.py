@@ -191,43 +191,66 @@ def test_fragments_on_their_way_survive_a_stop_and_a_kill(
     assert sorted(metrics(tmp_path / "more")) == list(range(11, 19))
 
 
-WHILE_SWITCHING = Moment("while vectors are switched", Doing("switch"))
+EVENTFUL = {
+    "switch": {
+        "name": "switchlora",
+        "rank": 4,
+        "interval": 8,
+        "freeze_steps": 2,
+        "descent_rate": 10.0,
+    },
+    "refresh": {"name": "galore", "rank": 4, "update_every": 6},
+}
+"""Methods by what they do at ends of rounds."""
+EVENTS = {"switch": {3, 4, 6, 7, 10, 13, 16}, "refresh": {1, 7, 13}}
 
 
-def switching(directory: Path, corpus: TinyCorpus, stage: int, bits: int) -> str:
-    """A run of eighteen updates in rounds of two, and of three behind them, at whose ends vectors
-    are switched."""
-    method = {"name": "switchlora", "rank": 4, "interval": 8, "freeze_steps": 2}
+def eventful(directory: Path, corpus: TinyCorpus, kind: str, stage: int, bits: int) -> str:
+    """A run of eighteen updates in rounds of two, and of three behind them; those of GaLore let
+    two fragments travel."""
+    transport: dict[str, int] = {"bits": bits}
+    if kind == "refresh":
+        transport |= {"fragments": 2, "overlap": 1}
     run = describe(
         directory,
-        method | {"descent_rate": 10.0},
+        EVENTFUL[kind],
         stage,
         corpus.files,
         train={"steps": 18},
-        checkpoint={"every": 6},
-        eval={"every": 6},
+        optimizer={"weight_decay": 0.0},
+        checkpoint={"every": 9},
+        eval={"every": 9},
         parallel={"islands": 2},
         islands={
             "every": 3,
             "ramp": [[6, 2]],
             "outer": {"lr": 0.8, "momentum": 0.5, "nesterov": True},
-            "transport": {"bits": bits},
+            "transport": transport,
         },
     )
     return str(write_run(run, directory / "run.yaml"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "bits"), [(2, 8), (3, 32)])
-def test_switches_at_the_ends_of_rounds_survive_kills(
-    tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, bits: int
+@pytest.mark.parametrize(
+    ("kind", "stage", "bits"),
+    [("switch", 2, 8), ("switch", 3, 32), ("refresh", 1, 8), ("refresh", 3, 32)],
+)
+def test_events_at_the_ends_of_rounds_survive_kills(
+    tiny_corpus: TinyCorpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    stage: int,
+    bits: int,
 ) -> None:
-    """A run is killed within a round, continued, killed within a switch, and continued."""
-    file = switching(tmp_path, tiny_corpus, stage, bits)
+    """A run is killed within a round, continued, killed within an event, and continued."""
+    file = eventful(tmp_path, tiny_corpus, kind, stage, bits)
     unbroken, broken = (f"output_dir={tmp_path / name}" for name in ("unbroken", "broken"))
     code, output = run([file, unbroken], processes=2)
     assert code == 0, output
-    for moment, step in ((WITHIN_A_ROUND, 8), (WHILE_SWITCHING, 16)):
+    within = Moment("within an event", Doing(kind))
+    for moment, step in ((WITHIN_A_ROUND, 11), (within, 13)):
         faults = tmp_path / moment.name
         for name, value in plan(faults, [Fault(moment, Kill(), rank=1, step=step)]).items():
             monkeypatch.setenv(name, value)
@@ -235,12 +258,11 @@ def test_switches_at_the_ends_of_rounds_survive_kills(
         code, output = run(armed, processes=2, script="tests/faults/armed.py")
         assert (code != 0, struck(faults)) == (True, [moment.name]), output
     code, output = run([file, broken], processes=2)
-    assert (code, "step_12" in output) == (0, True), output
+    assert (code, "step_9" in output) == (0, True), output
 
     expected, found = metrics(tmp_path / "unbroken"), metrics(tmp_path / "broken")
     assert sorted(found) == list(range(1, 19))
-    switches = {step for step, line in found.items() if line.get("method/event") == "switch"}
-    assert switches == {3, 4, 6, 7, 10, 13, 16}
+    assert {n for n, line in found.items() if line.get("method/event") == kind} == EVENTS[kind]
     for step, line in found.items():
         for figure in (*FIGURES, "method/switched_vectors"):
             assert line.get(figure) == expected[step].get(figure), (step, figure)
@@ -278,6 +300,30 @@ def test_islands_of_two_ranks_resume_bit_exact(
         assert all(torch.equal(two[key], tensor) for key, tensor in one.items()), name
 
 
+@pytest.mark.slow
+def test_islands_of_other_sizes_go_on_before_the_first_round(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """Where gradients were shared all moments are common, and may be cut anew."""
+    description = described(tmp_path, tiny_corpus, bits=32, adapter=None)
+    late = ["islands.from_step=9", "islands.ramp=[]"]
+    code, output = run([description, *late], processes=4)
+    assert code == 0, output
+    expected = metrics(tmp_path / "run")
+    for step, codes in ((6, 0), (12, 4)):
+        source, again = tmp_path / "run" / "checkpoints" / f"step_{step}", tmp_path / f"from_{step}"
+        longer = ["train.steps=15", "checkpoint.allow_change=[train.steps]"] if codes else []
+        overrides = [f"output_dir={again}", f"checkpoint.resume={source}", *late, *longer]
+        code, output = run([description, *overrides], processes=2)
+        assert code == codes, output
+        assert ("moments of their own" in output) == (codes == 4), output
+    found = metrics(tmp_path / "from_6")
+    assert sorted(found) == list(range(7, LAST + 1))
+    for step in range(7, 11):  # islands of other sizes have other parts of a batch
+        loss = expected[step]["train/loss"]
+        assert found[step]["train/loss"] == pytest.approx(loss, rel=1e-5), step
+
+
 def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
     tiny_corpus: TinyCorpus, tmp_path: Path
 ) -> None:
@@ -286,7 +332,10 @@ def test_what_islands_cannot_do_ends_with_two_before_anything_is_built(
         ("parallel.islands=3", 1): "must be a multiple of parallel.islands (3)",
         ("checkpoint.every=4", 1): "is 4, but must be a multiple of islands.every (3)",
         ("train.seed=1", 1): "parallel.islands is 2, but must divide the copies of the model",
-        ("method={name: galore, rank: 4}", 2): "islands.every: is 3, but method galore",
+        (
+            "method={name: galore, rank: 4}",
+            2,
+        ): "method.update_every: is 200, but must be",
     }
     for (override, processes), text in told.items():
         code, output = run([description, override], processes)

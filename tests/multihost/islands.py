@@ -6,7 +6,8 @@ Two hosts, each an island of one rank that trains the quickstart's model with Re
 changes in the background. The link is fast and slow by turns, for some rounds each; the first round
 of a window belongs to neither. A figure is the median over rounds, as other work disturbs some of
 them. Beside the speed stand the seconds that the first island waited for changes, and what
-synchronous training would take over the same link by calculation. Prints JSON and writes it to a
+synchronous training would take over the same link by calculation; with --together, also by
+measurement, in a run of so many updates that share their gradients. Prints JSON and writes it to a
 file. The last exchange, which makes all weights common, is told apart.
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,8 @@ from tests.multihost.link import LOCAL, Link, Speed, missing
 
 _RUN = "configs/run/quickstart.yaml"
 _TURNS = ("local", "slow")
+_SKIPPED = 5
+"""Updates between lines of a synchronous run, of which those at the start do not count."""
 Lines = Mapping[int, Mapping[str, Any]]
 
 
@@ -59,7 +62,36 @@ def overrides(parsed: argparse.Namespace, directory: Path) -> list[str]:
 
 def measure(parsed: argparse.Namespace, directory: Path) -> Lines:
     """Metrics at the end of every round of the run, by updates."""
-    slow, settings = Speed(parsed.rate, parsed.delay), overrides(parsed, directory)
+    slow = Speed(parsed.rate, parsed.delay)
+    turns = [speed for _ in range(parsed.repeat) for speed in (LOCAL, slow)]
+    starts = [parsed.every * (1 + number * parsed.rounds) for number in range(len(turns))]
+    return _train(overrides(parsed, directory), directory, dict(zip(starts, turns, strict=True)))
+
+
+def synchronous(parsed: argparse.Namespace, directory: Path) -> float:
+    """Seconds per update over the slow link, where gradients are shared in every one."""
+    kept = [
+        each
+        for each in overrides(parsed, directory)
+        if not each.startswith(("islands.", "train.steps", "log.every"))
+    ]
+    settings = [*kept, f"train.steps={parsed.together + _SKIPPED}", f"log.every={_SKIPPED}"]
+    lines = _train(settings, directory, {_SKIPPED: Speed(parsed.rate, parsed.delay)})
+    tokens = 2 * parsed.batch * 128
+    found = [
+        tokens / line["throughput/tokens_per_second"]
+        for step, line in lines.items()
+        if step > 2 * _SKIPPED
+    ]
+    return median(found)
+
+
+def _train(settings: Sequence[str], directory: Path, speeds: Mapping[int, Speed]) -> Lines:
+    """Metrics of a run of two hosts, by updates.
+
+    Args:
+        speeds: of the link, from the end of an update on.
+    """
     command = [sys.executable, "-u", "launch/pretrain.py", _RUN, *settings]
     with ExitStack() as stack:
         link = stack.enter_context(Link())
@@ -67,9 +99,8 @@ def measure(parsed: argparse.Namespace, directory: Path) -> Lines:
         ranks = link.start_ranks(command, os.environ, logs)
         for rank in ranks:
             stack.callback(rank.kill)
-        turns = [speed for _ in range(parsed.repeat) for speed in (LOCAL, slow)]
-        for number, speed in enumerate(turns):
-            _wait(ranks[0], directory, parsed.every * (1 + number * parsed.rounds))
+        for step, speed in speeds.items():
+            _wait(ranks[0], directory, step)
             link.speed = speed
         codes = [rank.wait(3600) for rank in ranks]
     if any(codes):
@@ -146,6 +177,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="sequences per island [8]")
     parser.add_argument("--rounds", type=int, default=3, help="in a window [3]")
     parser.add_argument("--repeat", type=int, default=4, help="windows of each kind [4]")
+    parser.add_argument("--together", type=int, default=0, help="synchronous updates [0]")
     parser.add_argument("--output", type=Path, default=Path("runs/islands_hosts.json"))
     parsed = parser.parse_args()
     reason = missing()
@@ -157,6 +189,9 @@ def main() -> int:
         found = figures(parsed, measure(parsed, directory))
         local = found["seconds per update"]["local"]
         found["predicted"] = predicted(parsed, directory, local)
+    if parsed.together:
+        with tempfile.TemporaryDirectory() as name:
+            found["synchronous"] = synchronous(parsed, Path(name))
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text(json.dumps(found, indent=1) + "\n")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")

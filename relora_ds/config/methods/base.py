@@ -63,6 +63,12 @@ class MethodSettings(Section):
         return None
 
     @property
+    def refreshes_every(self) -> int | None:
+        """Optimizer steps between choices that are made from dense gradients of all islands; None
+        without such choices."""
+        return None
+
+    @property
     def rate_factor(self) -> float:
         """Factor on the learning rate of what is trained of the projections."""
         return 1.0

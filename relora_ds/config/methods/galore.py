@@ -39,6 +39,10 @@ class GaLoreConfig(WarmStarted, WithFactors):
     def has_frozen_base(self) -> bool:
         return True
 
+    @property
+    def refreshes_every(self) -> int:
+        return self.update_every
+
     def is_right(self, m: int, n: int) -> bool:
         """Whether the subspace of a weight (m, n) is spanned by vectors of length n."""
         if self.side in ("left", "right"):

@@ -108,23 +108,25 @@ class SwitchLoRAConfig(WarmStarted, AdapterConfig):
             return
         first = 0 if self.warm_start is None else self.warm_start.steps
         smallest = min(min(shape) for shape in projection_shapes(architecture).values())
+        room = min(self.rank // 2, smallest - self.rank)
+        if room < 1:  # which is refused in any case
+            return
         begins = [at for at, _ in islands.lengths()] + [train.steps]
         for number, (begin, every) in enumerate(islands.lengths()):
             if begins[number + 1] <= first:
                 continue
             start = max(begin - first, 0)  # where they are most frequent
             due = self.switches_between(start, start + every, train.steps - first)
-            # counterparts of earlier rounds may be frozen still
+            # counterparts of this many rounds are frozen at once
             rounds = max(1, math.ceil(self.freeze_steps / every))
-            free = min(self.rank // (2 * rounds), smallest - self.rank)
-            if math.ceil(due) > free > 0:
+            if math.ceil(due) > room or due * rounds > room:
                 ramp = number < len(islands.ramp)
                 yield Finding(
                     ("islands", "ramp", number, 1) if ramp else ("islands", "every"),
-                    f"is {every}, so that {math.ceil(due)} of {self.rank} vectors of a factor "
-                    f"would be replaced together at the end of a round, but only {free} are free: "
-                    "write less, begin with shorter rounds (islands.ramp), as switches become "
-                    f"rare, or set method.interval to {math.ceil(self.interval * due / free)} or "
+                    f"is {every}, so that {due:.3g} of {self.rank} vectors of a factor are to be "
+                    f"replaced at the end of a round, but only {room / rounds:.3g} are free: write "
+                    "less, begin with shorter rounds (islands.ramp), as switches become rare, or "
+                    f"set method.interval to {math.ceil(self.interval * due * rounds / room)} or "
                     "more",
                 )
 

@@ -152,6 +152,7 @@ def steps_end_rounds(
         ("islands", "from_step"): islands.from_step,
         ("method", "warm_start_steps"): warm and warm.steps,
         ("method", "merge_every"): method.merges_every,
+        ("method", "update_every"): method.refreshes_every,
         ("eval", "every"): eval.every,
         ("checkpoint", "every"): checkpoint.every,
     }

@@ -140,7 +140,6 @@ class Rounds:
         self._meet(self._everything)
         self._anchors = None
         self._products.absorb(products, kept)
-        self._forget(products)
 
     def _meet(self, fragment: Fragment) -> None:
         """Exchange a fragment, and wait for it."""
@@ -236,16 +235,11 @@ class Rounds:
             total.add_(decode(code, count, self._transport.bits))
         return total.div_(self._islands.size)
 
-    def _forget(self, products: Sequence[Product]) -> None:
-        """Let neither momentum nor residual point to factors that are about to be drawn anew."""
-        for product in products:
-            for factor in product.factors:
-                placement = self._layout.placements[factor]
-                for kept in self.kept_of(placement.owner):
-                    placement.stretch.of(kept).zero_()
-
     def kept_of(self, owner: torch.Tensor) -> list[torch.Tensor]:
-        """Momentum and residual of a tensor that the optimizer steps, where there are any; live."""
+        """Momentum and residual of a tensor that the optimizer steps, where there are any; live.
+
+        Neither means anything for what a method draws anew.
+        """
         number = next(n for n, each in enumerate(self._layout.owners()) if each is owner)
         return [kept[number] for kept in (self.momentum, self.residual) if kept]
 

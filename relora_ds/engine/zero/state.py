@@ -12,8 +12,8 @@ from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.host_memory import ZeroHostMemory
 from relora_ds.engine.zero.moments import OptimizerSlices, ZeroMoments
 from relora_ds.engine.zero.tensor_gradients import FrozenGradients
-from relora_ds.engine.zero.vectors import Beside, ZeroVectors
-from relora_ds.engine.zero.weights import ZeroWeights
+from relora_ds.engine.zero.vectors import ZeroVectors
+from relora_ds.engine.zero.weights import Beside, ZeroWeights
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import BaseWeight
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
@@ -31,8 +31,9 @@ class ZeroState(TrainState):
         gradients: runs the model outside of updates.
         edited: called with every frozen parameter that was edited.
         tp: the tensor-parallel group whose ranks hold other parts.
-        beside: what a vector must not leave behind when it is replaced, or begins anew: see
-            `ZeroVectors`.
+        beside: what else is known of the elements of a tensor that the optimizer steps: tensors
+            (N,) on the host, of its size. Whatever a method sets anew, or lets begin anew, leaves
+            nothing there.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ZeroState(TrainState):
         gradients.count = collectives.count
         host = ZeroHostMemory(layout, collectives)
         super().__init__(
-            ZeroWeights(layout, bases, edited, collectives),
+            ZeroWeights(layout, bases, edited, collectives, beside),
             ZeroMoments(slices, collectives),
             ZeroVectors(slices, host, collectives, beside),
             host,

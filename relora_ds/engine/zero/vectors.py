@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from relora_ds.engine.zero.collectives import StateCollectives
 from relora_ds.engine.zero.fragments import fragment_of
 from relora_ds.engine.zero.moments import OptimizerSlices
+from relora_ds.engine.zero.weights import Beside
 from relora_ds.methods.train_state import HostMemory, LocatedVectors, Vectors
 from relora_ds.numerics.batched.rows import Move, Rows, clear_rows, copy_matrices, copy_rows
 from relora_ds.numerics.gpu import launch
@@ -18,9 +19,6 @@ from relora_ds.numerics.transfers import upload_together
 from relora_ds.optim.vector_adamw import MOMENTS
 from relora_ds.optim.vector_clock import Fragment, Stretch, VectorPlaces
 from relora_ds.parallel.shape import inner_shard, tp_local_shape
-
-Beside = Callable[[torch.Tensor], Iterable[torch.Tensor]]
-"""Live tensors that lie beside another one."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class ZeroVectors(Vectors):
         host: knows which span of a stored vector is kept here.
         collectives: sums over the ranks that hold other parts.
         beside: what else is known of the elements of a tensor that the optimizer steps: tensors
-            (N,) on the host, of its size.
+            (N,) on the host, of its size. It is forgotten of vectors that are set, or begin anew.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from relora_ds.numerics.batched.exchange import Exchange, WeightSlice, absorb
 from relora_ds.parallel.shape import global_shape, inner_shard, method_shape, tp_local_shape
 from relora_ds.parallel.tensor import TensorParallel
 
+Beside = Callable[[torch.Tensor], Iterable[torch.Tensor]]
+"""Live tensors that lie beside another one."""
+
 
 class ZeroWeights(Weights):
     """Working weights and masters, whole or sliced, wherever the layout says they are.
@@ -29,6 +32,8 @@ class ZeroWeights(Weights):
         bases: authoritative store of every frozen weight that may be edited.
         edited: called with every frozen parameter that was edited.
         collectives: sums over the ranks that hold other parts.
+        beside: what else is known of the elements of a tensor that the optimizer steps: tensors
+            (N,) on the host, of its size. It is forgotten of what is written.
     """
 
     def __init__(
@@ -37,7 +42,9 @@ class ZeroWeights(Weights):
         bases: Mapping[nn.Parameter, BaseWeight],
         edited: Callable[[nn.Parameter], None],
         collectives: StateCollectives,
+        beside: Beside,
     ) -> None:
+        self._beside = beside
         self._layout = layout
         self._bases = bases
         self._edited = edited
@@ -67,6 +74,8 @@ class ZeroWeights(Weights):
         placement.master().copy_(flat[stretch.start : stretch.start + stretch.length])
         start, working = self._layout.working(parameter)
         working.copy_(flat[start : start + working.numel()])
+        for kept in self._beside(placement.owner):
+            stretch.of(kept).zero_()
         self._layout.write_copies(parameter, value)
 
     def write_frozen(self, parameter: nn.Parameter, value: torch.Tensor) -> None:

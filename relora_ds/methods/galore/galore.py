@@ -24,7 +24,6 @@ from relora_ds.methods.galore.basis import choice_bytes, leading_basis
 from relora_ds.methods.galore.choice import BasisChoice
 from relora_ds.methods.galore.layer import GaLoreLinear
 from relora_ds.methods.interface import Event, Method, Session, projection_layers
-from relora_ds.methods.requirements import Requirements
 from relora_ds.methods.train_state import TrainState
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.transfers import Stopwatch, read_together
@@ -38,8 +37,6 @@ _FP32 = 4
 
 class GaLore(Method[GaLoreConfig]):
     """Every projection moves within a subspace that is chosen anew every `update_every` updates."""
-
-    requirements = Requirements(islands_apart=False)
 
     def linear(self, spec: LinearSpec) -> Projection:
         right = self.config.is_right(spec.out_features, spec.in_features)
@@ -81,11 +78,12 @@ class GaLoreSession(Session[GaLore]):
     def __init__(self, method: GaLore, state: TrainState, model: nn.Module) -> None:
         super().__init__(method, state, model)
         self._is_due = False
-        """Whether a refresh is to be made up for: the batch that it needed was left out."""
+        """Whether a refresh is to be made up for: the batch that it needed was left out, or weights
+        were not common to islands."""
 
     def before_step(self, step: int) -> Event | None:
         self._is_due |= step % self.method.config.update_every == 0
-        if not self._is_due:
+        if not self._is_due or not self.method.round_ending(step):
             return None
         with doing("refresh"):
             self.state.before_event("refresh", f"{step} {self.state.moments.updates}".encode())

@@ -41,17 +41,20 @@ class PlainGaLore:
     """The authors' update of one matrix, with the moments of both rules and eps after the bias
     correction."""
 
-    def __init__(self, transport: str, side: str) -> None:
-        self._rotates, self._side = transport == "rotate", side
+    def __init__(self, transport: str, side: str, every: int = EVERY) -> None:
+        self._rotates, self._side, self._every = transport == "rotate", side, every
         self._basis = self._first = self._second = torch.zeros(())
         self._step = 0
 
-    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+    def direction(self, grad: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
+        """Of an update; `whole` is the gradient that chooses the basis, if it is another one."""
         rows, cols = grad.shape
         right = {"shorter": rows >= cols, "longer": rows <= cols, "left": False}[self._side]
         seen = grad if right else grad.T
-        if self._step % EVERY == 0:
-            basis = torch.linalg.svd(seen.double(), full_matrices=False).Vh[:RANK].float()
+        if self._step % self._every == 0:
+            choosing = grad if whole is None else whole
+            choosing = choosing if right else choosing.T
+            basis = torch.linalg.svd(choosing.double(), full_matrices=False).Vh[:RANK].float()
             place = torch.arange(RANK), basis.abs().argmax(1)
             basis = basis * basis[place].sign().unsqueeze(1)
             if self._step and self._rotates:

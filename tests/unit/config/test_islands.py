@@ -17,12 +17,13 @@ METHOD = {"name": "relora", "rank": 4, "merge_every": 20, "restart_warmup_steps"
 
 def problems(**sections: dict[str, Any]) -> dict[str, str]:
     """What is wrong with a run of two islands that meet every ten updates, by key."""
+    method = sections.pop("method", {})
     described = {
         "output_dir": "unused",
         "model": "unused",
         "deepspeed": "unused",
         "data": {"source": "builtin"},
-        "method": METHOD | sections.pop("method", {}),
+        "method": method if "name" in method else METHOD | method,
         "train": {"steps": 40, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 8}
         | sections.pop("train", {}),
         "eval": {"every": 20} | sections.pop("eval", {}),
@@ -69,6 +70,13 @@ def test_what_does_not_fit_is_told_with_value_rule_and_remedy(
     message = next(text for path, text in found.items() if path.startswith(about))
     assert message.startswith("is ")
     assert told in message
+
+
+def test_a_basis_is_chosen_between_two_rounds() -> None:
+    galore = {"name": "galore", "rank": 4}
+    assert problems(method=galore) == {}
+    found = problems(method=galore | {"update_every": 25})
+    assert "write 20 or 30" in found["method.update_every"]
 
 
 def test_updates_before_the_first_round_need_rounds() -> None:
@@ -152,7 +160,7 @@ def test_a_round_switches_no_more_vectors_than_are_free() -> None:
     assert problems_of_switches(4000, {"every": 20}) == {}
     told = problems_of_switches(4000, {"every": 40})
     assert list(told) == ["islands.every"]
-    assert "is 40, so that 31 of 32 vectors" in told["islands.every"]
+    assert "is 40, so that 30 of 32 vectors" in told["islands.every"]
     assert "only 16 are free" in told["islands.every"]
     assert "method.interval to 76 or more" in told["islands.every"]
     assert problems_of_switches(4000, {"every": 40}, interval=76) == {}

@@ -17,6 +17,7 @@ from relora_ds.planning.results import Cluster, IslandLink, IslandsPlan
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "configs" / "run" / "llama_1b_relora.yaml"
+SMALL = ROOT / "configs" / "run" / "quickstart.yaml"
 SLOW = IslandLink(bandwidth=12.5e6, latency=0.02)
 
 
@@ -33,6 +34,26 @@ def test_a_hundred_updates_in_four_bits_are_a_thousand_times_less() -> None:
     assert found.asked.every == 100
     assert found.asked.less >= 1000
     assert planned("method.rank=128").asked.less < 300
+
+
+def test_what_a_method_exchanges_besides_is_its_own() -> None:
+    def small(method: str) -> IslandsPlan:
+        rounds = ["parallel.islands=2", "islands.every=25", "train.global_batch_size=16"]
+        loaded = load_run_config(SMALL, [f"method={method}", *rounds])
+        (found,) = plan_islands(loaded, Cluster(2), SLOW)[1].values()
+        return found
+
+    rare, often = (
+        small(f"{{name: galore, rank: 8, update_every: {every}}}") for every in (200, 100)
+    )
+    assert rare.merge_bytes == 0.0
+    # gradients in fp32 of the projections alone, in place of the whole model in bf16
+    assert rare.dense_bytes < rare.refresh_bytes == often.refresh_bytes < 2 * rare.dense_bytes
+    more = often.asked.bytes_per_update - rare.asked.bytes_per_update
+    assert more == pytest.approx(often.refresh_bytes / 200)
+    assert often.asked.speed < rare.asked.speed
+    switching = small("{name: switchlora, rank: 8, interval: 100}")
+    assert (switching.merge_bytes, switching.refresh_bytes) == (0.0, 0.0)
 
 
 def test_longer_rounds_send_less_and_keep_more_of_the_speed() -> None:
