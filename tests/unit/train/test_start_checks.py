@@ -189,6 +189,21 @@ def test_a_dry_run_refuses_what_a_start_would(
         check_start(wrong.config, wrong.architecture)
 
 
+@pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", "x"), ("RANK", "1")])
+def test_what_a_launcher_says_is_checked_before_it_is_used(
+    described: list[str],
+    name: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, text)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # others are not asked: they may be right
+    assert main(["train", "configs/run/quickstart.yaml", "--dry-run", *described]) == 2
+    said = f"ROOT CAUSE rank {int(text == '1')} (start): {name} is '{text}', but must be a whole"
+    assert said in capsys.readouterr().err
+
+
 def test_a_warning_names_a_path_with_brackets_as_it_is(
     described: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
