@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -56,11 +57,13 @@ class StepCase:
         method: name of a method, "transformers", or the optimizer of a full-rank run.
         rank: of its factors; None at full rank.
         formulation: `train.formulation`.
+        pad_mlp: `train.pad_mlp`.
     """
 
     method: str
     rank: int | None
     formulation: str
+    pad_mlp: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Figures:
     method: str
     rank: int | None
     formulation: str
+    pad_mlp: str
     step_ms: float
     forward_backward_ms: float
     optimizer_ms: float
@@ -91,6 +95,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=list(_METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[96, 32])
     parser.add_argument("--formulations", nargs="+", choices=_FORMULATIONS, default=["auto"])
+    parser.add_argument("--pad-mlp", nargs="+", choices=("auto", "on", "off"), default=["auto"])
     parser.add_argument("--adapter", choices=("spectral",), help="updates pairs of factors")
     kinds = ("product", "factors")
     parser.add_argument("--polar-of", choices=kinds, default="product", help="under it")
@@ -147,15 +152,15 @@ def benchmark_steps(parsed: argparse.Namespace) -> list[Figures]:
 
 def _cases(parsed: argparse.Namespace) -> Iterator[StepCase]:
     if not parsed.no_transformers:
-        yield StepCase("transformers", None, "dense")
-    for method in parsed.methods:
+        yield StepCase("transformers", None, "dense", "off")
+    for method, pads in itertools.product(parsed.methods, parsed.pad_mlp):
         if method == "full" or method in _MATRIX_OPTIMIZERS:
-            yield StepCase(method, None, "dense")
+            yield StepCase(method, None, "dense", pads)
             continue
         # the factors of low_rank are all there is, and galore composes nothing
         forms = ("split",) if method in ("low_rank", "galore") else parsed.formulations
         for rank in parsed.ranks:
-            yield from (StepCase(method, rank, form) for form in forms)
+            yield from (StepCase(method, rank, form, pads) for form in forms)
 
 
 def bound(case: StepCase, parsed: argparse.Namespace) -> float | None:
@@ -316,6 +321,7 @@ def _description(case: StepCase, parsed: argparse.Namespace) -> dict[str, object
             "precision": parsed.precision,
             "activation_checkpointing": parsed.checkpointing,
             "formulation": case.formulation if case.formulation in _FORMULATIONS else "auto",
+            "pad_mlp": case.pad_mlp,
         },
     }
 
@@ -326,15 +332,7 @@ def _transformers(
     """`LlamaForCausalLM` of the same shape with torch's fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=parsed.vocab,
-        hidden_size=parsed.hidden,
-        intermediate_size=parsed.ffn,
-        num_hidden_layers=parsed.layers,
-        num_attention_heads=parsed.heads,
-        max_position_embeddings=parsed.seq,
-        use_cache=False,
-    )
+    config = LlamaConfig(**_architecture(parsed).model_dump(), use_cache=False)
     model = cast(nn.Module, LlamaForCausalLM(config))
     dtype = torch.bfloat16 if parsed.precision == "bf16" else torch.float32
     model.to(device=clock.device, dtype=dtype).train()
@@ -392,8 +390,7 @@ def table(figures: list[Figures]) -> list[str]:
     def _plain(value: object) -> str:
         return f"{value:.1f}" if isinstance(value, float) else str(value)
 
-    names = ("method", "rank", "formulation", "step_ms", "forward_backward_ms", "optimizer_ms")
-    names += ("tokens_per_second", "ratio_to_full", "bound_to_full", "ratio_to_transformers")
+    names = [name for name in Figures.__annotations__ if name != "peak_bytes"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for each in figures:
         lines.append("| " + " | ".join(cell(getattr(each, name)) for name in names) + " |")

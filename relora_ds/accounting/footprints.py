@@ -180,6 +180,8 @@ class _Rehearsal:
         self._layer.begin_update(size)
         self._width, rows = _input_and_output(layer)
         self._weight = self._width * rows
+        if layer.spec.pads and layer.spec.style == "row":
+            self._width = size.mlp_width(self._width)
 
     def held_bytes(self) -> int:
         """Bytes that the copy has held on to."""

@@ -93,6 +93,11 @@ class TrainConfig(Section):
     """`layers`: torch's compiler makes one kernel each of what a layer computes between its
     products while it trains: norms with the sum before them, rotations, the gate. Equal to `false`
     within rounding; costs up to a minute at the start, and less when it is started again."""
+    pad_mlp: Free[Literal["auto", "on", "off"]] = "auto"
+    """Compute MLPs at the next multiple of 8 columns, of zeros, where a process's part of
+    `intermediate_size` does not fill multiples of 16 bytes: other rows keep a GPU's fast kernels
+    from being used. Equal within rounding; weights and whatever is saved stay as they are. `auto`:
+    on GPUs only."""
     activation_checkpointing: Free[bool] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     per_layer_update: bool = False
@@ -119,6 +124,14 @@ class TrainConfig(Section):
     base weights are fp32 products too and lose as much."""
     timeout_minutes: Free[Annotated[float, Field(gt=0, le=1e6)]] = 10.0
     """A collective that takes longer ends the run with exit code 7."""
+
+    def pads_mlp(self, device: str) -> bool:
+        """Whether MLPs are computed at padded widths where theirs are not aligned.
+
+        Args:
+            device: type of the device that computes.
+        """
+        return self.pad_mlp == "on" or (self.pad_mlp == "auto" and device == "cuda")
 
 
 class MuonConfig(Section):

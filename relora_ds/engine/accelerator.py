@@ -63,7 +63,7 @@ def describe_machine(device: torch.device) -> str:
     return line
 
 
-def describe_arithmetic(device: torch.device, compiled: bool = False) -> str:
+def describe_arithmetic(device: torch.device, compiled: bool = False, padded: bool = False) -> str:
     """What the last bits of a result depend on: torch, the processor, and whose kernels compute.
 
     Kernels in C and what stands in for them on a host have the same bits, and are not named.
@@ -71,8 +71,10 @@ def describe_arithmetic(device: torch.device, compiled: bool = False) -> str:
     Args:
         device: that computes.
         compiled: whether torch's compiler makes the kernels of layers.
+        padded: whether MLPs are computed at padded widths.
     """
     layers = " and compiled layers" if compiled else ""
+    layers += " and padded MLPs" if padded else ""
     if device.type != "cuda":
         processor = torch.backends.cpu.get_cpu_capability()
         return f"torch {torch.__version__} on a CPU with {processor}{layers}"

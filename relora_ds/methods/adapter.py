@@ -21,7 +21,8 @@ from relora_ds.methods.formulation.composed import ComposedProduct, Composition,
 from relora_ds.methods.interface import Adapter, Method, pair_rule, projection_layers
 from relora_ds.numerics.base_weight import WeightEdit
 from relora_ds.numerics.draws import draw_uniform
-from relora_ds.numerics.products import matmul, place_of, scaled
+from relora_ds.numerics.padding import cut, padded
+from relora_ds.numerics.products import gradient, matmul, place_of, scaled
 from relora_ds.optim.matrix import MatrixOptimizer
 from relora_ds.parallel.footprint import UpdateSize
 from relora_ds.parallel.linear import LinearSpec, Projection
@@ -38,7 +39,8 @@ class _AdapterProduct(torch.autograd.Function):
     Where nothing is exchanged, the (T, r) product is computed again in the backward pass, which
     costs 2 T r n operations and saves T r elements per projection. W is frozen: no gradient of its
     size is ever formed. Over tensor-parallel ranks y and the gradient of x are shares of a sum that
-    the caller forms.
+    the caller forms. Where x or y is wider than the weight, copies with zeros take the places of
+    the weight and the factors in every product, and gradients are cut.
     """
 
     @staticmethod
@@ -50,36 +52,42 @@ class _AdapterProduct(torch.autograd.Function):
         lora_b: torch.Tensor,
         scale: float,
         exchange: InnerExchange | None,
+        width: int,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner, kept = matmul(rows, lora_a.t()), ()
+        whole_a = padded(lora_a, lora_a.shape[0], rows.shape[1])
+        whole_b = padded(lora_b, width, lora_b.shape[1])
+        inner, kept = matmul(rows, whole_a.t()), ()
         if exchange is not None:
             inner = exchange.forward(inner)
             kept = (inner,)
         ctx.save_for_backward(x, weight, lora_a, lora_b, *kept)
         ctx.scale, ctx.exchange = scale, exchange
         ctx.places = place_of(lora_a), place_of(lora_b)
-        out = matmul(rows, weight.t())
-        out.addmm_(inner, lora_b.t(), alpha=scale)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        out = matmul(rows, padded(weight, width, rows.shape[1]).t())
+        out.addmm_(inner, whole_b.t(), alpha=scale)
+        return out.view(*x.shape[:-1], width)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_a, lora_b, *kept = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_inner = matmul(grad, lora_b).mul_(ctx.scale)
+        width, whole_a = grad.shape[1], padded(lora_a, lora_a.shape[0], rows.shape[1])
+        grad_inner = matmul(grad, padded(lora_b, width, lora_b.shape[1])).mul_(ctx.scale)
         if ctx.exchange is not None:
             grad_inner = ctx.exchange.backward(grad_inner)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = matmul(grad, weight).addmm_(grad_inner, lora_a).view_as(x)
+            grad_x = matmul(grad, padded(weight, width, rows.shape[1]))
+            grad_x = grad_x.addmm_(grad_inner, whole_a).view_as(x)
         if ctx.needs_input_grad[2]:
-            grad_a = matmul(grad_inner.t(), rows, ctx.places[0])
+            grad_a = gradient(grad_inner.t(), rows, lora_a.shape, ctx.places[0])
         if ctx.needs_input_grad[3]:
-            inner = kept[0] if kept else matmul(rows, lora_a.t())
-            grad_b = scaled(matmul(grad.t(), inner), ctx.scale, ctx.places[1])
-        return grad_x, None, grad_a, grad_b, None, None
+            inner = kept[0] if kept else matmul(rows, whole_a.t())
+            grad_b = cut(matmul(grad.t(), inner), *lora_b.shape)
+            grad_b = scaled(grad_b, ctx.scale, ctx.places[1])
+        return grad_x, None, grad_a, grad_b, None, None, None
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,11 @@ class _Adapted(Composition):
     def compose(
         self, lora_a: torch.Tensor, lora_b: torch.Tensor, *rest: torch.Tensor
     ) -> torch.Tensor:
-        return torch.addmm(rest[0], lora_b, lora_a, alpha=self.scale)
+        weight, shape = rest[0], (lora_b.shape[0], lora_a.shape[1])
+        if weight.shape == shape:
+            return torch.addmm(weight, lora_b, lora_a, alpha=self.scale)
+        # a sum out of place copies its first term just so
+        return padded(weight, *shape).addmm_(lora_b, lora_a, alpha=self.scale)
 
     def of_dense(self, full: torch.Tensor, *rest: torch.Tensor) -> Gradients:
         return (None,)
@@ -118,16 +130,19 @@ class AdapterLinear(LowRankProjection):
         if self.scaling is not None:
             lora_b = lora_b * torch.tanh(self.scaling)
         choice = _SPLIT if self.update is None else self._choice(self.update)
+        width = self.output_width(lora_b.shape[0])
         if choice.form == "split":
             exchange = self.inner_exchange() if self.shards_inner else None
-            out = _AdapterProduct.apply(x, self.weight, self.lora_A, lora_b, self.scale, exchange)
+            parts = self.weight, self.lora_A, lora_b
+            out = _AdapterProduct.apply(x, *parts, self.scale, exchange, width)
         else:
             pair = self.join_factors, self.divide_factors
             keep = self.recomputed and choice.form == "layer"
-            how = _Adapted(self.scale, choice.gradient, keep, *pair)
+            how = _Adapted(self.scale, choice.gradient, keep, *pair, width)
             if choice.form == "step" and self._composed is None:
                 with torch.no_grad():
-                    self._composed = how.compose(*how.join(self.lora_A, lora_b), self.weight)
+                    factors = how.factors(x, self.lora_A, lora_b)
+                    self._composed = how.compose(*factors, self.weight)
             out = ComposedProduct.apply(x, self._composed, how, self.lora_A, lora_b, self.weight)
         assert isinstance(out, torch.Tensor)
         return out

@@ -36,7 +36,7 @@ class FactorLinear(LowRankProjection):
         inner = linear(x, self.lora_A)
         if self.shards_inner:
             inner = self.inner_exchange()(inner)
-        return linear(inner, self.lora_B)
+        return linear(inner, self.lora_B, self.output_width(self.lora_B.shape[0]))
 
     def extra_repr(self) -> str:
         return f"{self.spec.in_features} -> {self.spec.out_features}, r={self.rank}"

@@ -13,7 +13,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from relora_ds.config.model import ModelConfig
+from relora_ds.config.sections import TrainConfig
 from relora_ds.numerics.compiled import compiled
+from relora_ds.numerics.dtypes import DTYPES
+from relora_ds.numerics.padding import padded_width
 from relora_ds.parallel.linear import LinearFactory, LinearSpec
 from relora_ds.parallel.tensor import SINGLE, TensorParallel
 
@@ -42,6 +45,21 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def is_padded(config: ModelConfig, train: TrainConfig, device: str, tensor: int = 1) -> bool:
+    """Whether a process computes MLPs at a width that is not that of their weights.
+
+    Args:
+        config: architecture.
+        train: the run's settings.
+        device: type of the device that computes.
+        tensor: processes that share a copy of the model.
+    """
+    share, rest = divmod(config.intermediate_size, tensor)
+    element = DTYPES[train.precision].itemsize
+    widths = {share, share + (rest > 0)}
+    return train.pads_mlp(device) and any(padded_width(w, element) != w for w in widths)
+
+
 class MLP(nn.Module):
     """y = down(silu(gate(x)) * up(x)).
 
@@ -64,9 +82,11 @@ class MLP(nn.Module):
         self.compiled = False
         """Whether torch's compiler makes the kernels of training."""
         width, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, bias, "column", tp))
-        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, bias, "column", tp))
-        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row", tp))
+        # silu(0) * 0 = 0: columns of zeros behind F pass through, and so do their gradients
+        into = bias, "column", tp, True
+        self.gate_proj = linear(LinearSpec(f"{name}.gate_proj", width, ffn, *into))
+        self.up_proj = linear(LinearSpec(f"{name}.up_proj", width, ffn, *into))
+        self.down_proj = linear(LinearSpec(f"{name}.down_proj", ffn, width, bias, "row", tp, True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from relora_ds.numerics.host.processor import prefers_onednn
+from relora_ds.numerics.padding import padded
 
 _ONEDNN_FROM = 1 << 24
 """Multiplications from which the longer way into oneDNN pays."""
@@ -61,6 +62,24 @@ def matmul(left: torch.Tensor, right: torch.Tensor, place: Place | None = None) 
     return left @ right
 
 
+def gradient(
+    left: torch.Tensor, right: torch.Tensor, shape: torch.Size, place: Place | None = None
+) -> torch.Tensor:
+    """left (p, q) @ right (q, s), outside of autograd, without what padding added to it.
+
+    Args:
+        left: of any strides.
+        right: dtype and device of `left`.
+        shape: of the parameter that it is the gradient of; p and s, or less.
+        place: where it goes.
+    """
+    if (left.shape[0], right.shape[1]) == shape:
+        return matmul(left, right, place)
+    part = matmul(left, right)[: shape[0], : shape[1]]
+    out = None if place is None else place()
+    return part.contiguous() if out is None else out.copy_(part)
+
+
 def scaled(product: torch.Tensor, factor: float, place: Place | None = None) -> torch.Tensor:
     """product * factor, which takes the memory of `product`.
 
@@ -73,16 +92,19 @@ def scaled(product: torch.Tensor, factor: float, place: Place | None = None) -> 
     return product.mul_(factor) if out is None else torch.mul(product, factor, out=out)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, width: int | None = None) -> torch.Tensor:
     """x W^T with gradients for both, (..., m).
 
     Args:
-        x: (..., n).
+        x: (..., n), or wider: what is behind n is padding.
         weight: (m, n), dtype and device of `x`.
+        width: of the result, which is filled up with zeros; m by default.
     """
-    if place_of(weight) is None and not _by_onednn(x, x.numel() * weight.shape[0]):
+    width = weight.shape[0] if width is None else width
+    fits = weight.shape == (width, x.shape[-1])
+    if fits and place_of(weight) is None and not _by_onednn(x, x.numel() * width):
         return F.linear(x, weight)
-    out = _Linear.apply(x, weight)
+    out = _Linear.apply(x, weight, width)
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -91,11 +113,12 @@ class _Linear(torch.autograd.Function):
     """x W^T, saving x and W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = place_of(weight)
         rows = x.reshape(-1, x.shape[-1])
-        return matmul(rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
+        whole = padded(weight, width, x.shape[-1])
+        return matmul(rows, whole.t()).view(*x.shape[:-1], width)
 
     @staticmethod
     @once_differentiable
@@ -103,9 +126,14 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_x = matmul(grad, weight).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_weight = matmul(grad.t(), rows, ctx.place) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            whole = padded(weight, grad.shape[1], rows.shape[1])
+            grad_x = matmul(grad, whole).view_as(x)
+            del whole  # before dW takes as much again
+        if ctx.needs_input_grad[1]:
+            grad_weight = gradient(grad.t(), rows, weight.shape, ctx.place)
+        return grad_x, grad_weight, None
 
 
 def _by_onednn(tensor: torch.Tensor, multiplications: int) -> bool:

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from relora_ds.numerics.padding import padded_width
+
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 Pass = Literal["forward", "backward"]
 Formulation = Literal["auto", "split", "layer", "step"]
@@ -33,6 +35,16 @@ class UpdateSize:
     """Type of the device that computes."""
     keeps_composed: bool = True
     """Whether there is room for every projection's dense weight during the update."""
+    pads_mlp: bool = False
+    """Whether activations within MLPs are widened where their rows are not aligned."""
+
+    def mlp_width(self, width: int) -> int:
+        """Columns that a process's activations within an MLP have in memory.
+
+        Args:
+            width: this process's part of `intermediate_size`.
+        """
+        return padded_width(width, self.dtype.itemsize) if self.pads_mlp else width
 
 
 @dataclass(frozen=True)

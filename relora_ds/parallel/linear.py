@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from relora_ds.numerics.products import linear
 from relora_ds.parallel.footprint import Footprint, UpdateSize
@@ -29,6 +30,8 @@ class LinearSpec:
             input on every rank and returns a part of the output; a `row` projection gets a part of
             the input and returns the whole output.
         tp: the tensor-parallel group that shares it.
+        pads: whether the side that is cut may be wider in memory than the weight, by columns of
+            zeros: the output of a `column` projection, the input of a `row` projection.
     """
 
     name: str
@@ -37,6 +40,7 @@ class LinearSpec:
     bias: bool
     style: Literal["column", "row"]
     tp: TensorParallel = SINGLE
+    pads: bool = False
 
 
 class Projection(nn.Module):
@@ -66,11 +70,32 @@ class Projection(nn.Module):
         out = self.product(x)
         if self.spec.style == "row":
             out = self.spec.tp.leave(out)
-        return out if self.bias is None else out + self.bias
+        bias = self.bias
+        if bias is None:
+            return out
+        behind = out.shape[-1] - bias.numel()
+        return out + (F.pad(bias, (0, behind)) if behind else bias)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """What the weights held here contribute to the output, without the bias."""
+        """What the weights held here contribute to the output, without the bias.
+
+        Args:
+            x: may be wider than the weights, as the spec says; what is behind them is zero.
+
+        Returns:
+            `output_width` columns; what is behind those of the weights is zero.
+        """
         raise NotImplementedError
+
+    def output_width(self, rows: int) -> int:
+        """Columns of what `product` returns.
+
+        Args:
+            rows: of the weight that is held here.
+        """
+        if self.update is None or not self.spec.pads or self.spec.style == "row":
+            return rows
+        return self.update.mlp_width(rows)
 
     def shard_dims(self) -> dict[str, int]:
         """The dimension along which each parameter is cut; others are the same on every rank."""
@@ -163,7 +188,7 @@ class DenseLinear(Projection):
         self.bias = self.allocate_bias()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.output_width(self.weight.shape[0]))
 
     def shard_dims(self) -> dict[str, int]:
         return {"weight": 0 if self.spec.style == "column" else 1}

@@ -174,7 +174,7 @@ def doubt_about_the_start(model: DenseModel, architecture: ModelConfig) -> str |
 
 
 def doubt_about_the_resume(
-    saved: SavedRun, device: torch.device, compiled: bool = False
+    saved: SavedRun, device: torch.device, compiled: bool = False, padded: bool = False
 ) -> str | None:
     """Why a resumed run is not bit for bit the one that was interrupted; None if nothing is known.
 
@@ -182,8 +182,10 @@ def doubt_about_the_resume(
         saved: the checkpoint to go on from.
         device: what this process computes on.
         compiled: whether torch's compiler makes the kernels of its layers.
+        padded: whether it computes MLPs at padded widths.
     """
-    before, now = saved.record.trainer.arithmetic, describe_arithmetic(device, compiled)
+    before = saved.record.trainer.arithmetic
+    now = describe_arithmetic(device, compiled, padded)
     if before in (None, now):
         return None
     return (

@@ -27,6 +27,7 @@ from relora_ds.errors import DivergenceError, PreemptedError
 from relora_ds.methods.interface import Event, Session
 from relora_ds.methods.registry import Phase
 from relora_ds.model.llama import Llama
+from relora_ds.model.mlp import is_padded
 from relora_ds.parallel.topology import Topology
 from relora_ds.train.evaluate import evaluation_metrics
 from relora_ds.train.guards.agreement import Agreement, Place, digest_of
@@ -350,7 +351,7 @@ class Trainer:
             telemetry=dict(self.telemetry.state_dict()),
             guards=self.guard.state(),
             data_fingerprints=list(self.corpus.fingerprints()),
-            arithmetic=describe_arithmetic(self.topology.device, bool(self.config.train.compile)),
+            arithmetic=self._arithmetic(),
         )
         with recorder.phase("checkpoint"):
             record = RunRecord(state, self.config, self.architecture)
@@ -358,6 +359,12 @@ class Trainer:
         self._note_saves(done, ended)
         if last:
             self.final |= self.save_figures
+
+    def _arithmetic(self) -> str:
+        """What computes this process's steps, as a resume is told."""
+        train, device = self.config.train, self.topology.device
+        padded = is_padded(self.architecture, train, device.type, self.topology.tp.size)
+        return describe_arithmetic(device, bool(train.compile), padded)
 
     def _ask_for_saves(self, done: int) -> None:
         """Report the save in the background if it has ended."""

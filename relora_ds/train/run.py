@@ -39,6 +39,7 @@ from relora_ds.errors import (
 )
 from relora_ds.methods.registry import check_requirements, plan_phases
 from relora_ds.model.attention import check_attention
+from relora_ds.model.mlp import is_padded
 from relora_ds.numerics.compiled import check_compiler
 from relora_ds.parallel.topology import as_one_island, share_models
 from relora_ds.train.checks import (
@@ -247,10 +248,11 @@ def _find_start(prepared: Prepared) -> tuple[Prepared, SavedRun | None]:
         fingerprints = prepared.corpus.fingerprints(like=saved.record.trainer.data_fingerprints)
         check_resume(saved, config, prepared.architecture, fingerprints)
         _logger.info("resuming from %s", saved.checkpoint)
-        compiled = bool(config.train.compile)
+        train, device = config.train, topology.device
+        padded = is_padded(prepared.architecture, train, device.type, config.parallel.tensor)
         doubt = None
         if topology.is_main:
-            doubt = doubt_about_the_resume(saved, topology.device, compiled)
+            doubt = doubt_about_the_resume(saved, device, bool(train.compile), padded)
         if doubt is not None:
             _logger.warning(doubt)
         return prepared, saved

@@ -51,6 +51,38 @@ def test_one_copy_on_two_ranks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ranks", "tensor", "cells"),
+    [
+        (2, 1, [("relora", 3, "act", "step"), ("full", 1, "act", "auto")]),
+        (2, 2, [("switchlora", 1, "act", "step"), ("sltrain", 2, "fold", "layer")]),
+        pytest.param(
+            *(1, 1, [(method, 0, "act", "auto") for method in cases.PADDED]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(1, 1, [("relora", 1, "recomputed", "layer"), ("lora", 0, "per_layer", "split")]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(2, 2, [(method, 3, "act", "auto") for method in cases.PADDED]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(2, 1, [(method, 2, "act", "split") for method in cases.PADDED]),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_padded_mlps_are_the_same_run(
+    ranks: int, tensor: int, cells: list[tuple[str, int, str, str]]
+) -> None:
+    """Through merges, switches and refreshes of bases, and whatever ZeRO makes of the weights."""
+    found = run_ranks(cases.padded_losses, ranks, 900.0, cells=cells, tensor=tensor)
+    for cell, (plain, padded) in found.items():
+        assert padded == pytest.approx(plain, rel=2e-6), cell
+
+
+@pytest.mark.parametrize(
     ("method", "formulation", "stage"),
     [
         ("relora", "step", 1),

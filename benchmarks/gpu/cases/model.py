@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from benchmarks.gpu.case import Case, CaseSkippedError, Figures, Sizes
 from benchmarks.gpu.runs import METHODS, architecture, batches, run_config
 from relora_ds.errors import ConfigError
 from relora_ds.methods.build import build_model
+from relora_ds.methods.formulation.choice import update_of
+from relora_ds.methods.interface import projection_layers
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.attention_kernels import select_kernel
 from relora_ds.model.init import InitialWeights
 from relora_ds.model.llama import Llama
+from relora_ds.parallel.linear import weights_stay
 from relora_ds.parallel.tensor import SINGLE
 
 _LAYERS = 4
@@ -32,6 +36,9 @@ def cases(tiny: bool) -> list[Case]:
                 name = f"{method} {precision} {kernel}"
                 settings = arguments | {"attention": kernel}
                 found.append(Case("C", name, gradients, settings, expected_s=5, value=8))
+    for method in ("full", "relora", "sltrain", "galore"):
+        how = {"method": method, "precision": "fp32", "attention": "sdpa", "padded": True}
+        found.append(Case("C", f"{method} padded MLP", gradients, how, expected_s=5, value=8))
     for precision, kernel in (
         ("fp32", "sdpa"),
         ("bf16", "sdpa"),
@@ -51,9 +58,10 @@ def gradients(
     precision: str,
     attention: str,
     documents: bool = False,
+    padded: bool = False,
 ) -> Figures:
     """Loss and all gradients, relative to the largest of each parameter's; with documents that are
-    kept apart, if they are to be."""
+    kept apart, or an MLP that is computed at a padded width on the device, if they are to be."""
     assert not torch.backends.cuda.matmul.allow_tf32, "TF32 is on, but nobody asked for it"
     shape = architecture(sizes).model_copy(update={"num_hidden_layers": _LAYERS})
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -62,6 +70,8 @@ def gradients(
     except ConfigError as reason:
         raise CaseSkippedError(str(reason)) from None
     settings: dict[str, Any] = {"precision": precision, "attention": attention}
+    if padded:
+        settings["pad_mlp"] = "on"
     found = _backward(shape, method, device, settings, documents)
     expected = _backward(shape, method, torch.device("cpu"), {"attention": "math"}, documents)
     loss = abs(found[0] - expected[0]) / abs(expected[0])
@@ -101,8 +111,13 @@ def _backward(
     tokens = batches(config, shape.vocab_size, 1)[0]
     if documents:  # whichever id stands there ends them, wherever it stands
         model.separate_documents(int(tokens[0, tokens.shape[1] // 3]))
-    loss = model(tokens.to(device))
-    loss.backward()
+    layers = list(projection_layers(model).values())
+    pads = config.train.pad_mlp == "on"
+    update = update_of(layers, config.train, 0, 1, device.type, None)
+    # outside an update every layer computes at the widths of its weights
+    with weights_stay(layers, update) if pads else nullcontext():
+        loss = model(tokens.to(device))
+        loss.backward()
     named = {
         name: parameter.grad.detach().float().cpu()
         for name, parameter in model.named_parameters()

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.case import Case, CaseSkippedError, Figures, Sizes, synchronize
 from relora_ds.engine.accelerator import check_accelerator, describe_machine
+from relora_ds.numerics.padding import cut, padded
 
 _HOST_REGISTER_SUCCESS = 0
 _MIN_COPY_FRACTION = 0.5
@@ -80,22 +81,54 @@ def copy(device: torch.device, sizes: Sizes) -> Figures:
 
 
 def odd_widths(device: torch.device, sizes: Sizes) -> Figures:
-    """What rows cost that are not aligned to 16 bytes, as those of 5461 in the 1.3B model's MLP."""
+    """What rows cost that are not aligned to 16 bytes, as those of 5461 in the 1.3B model's MLP,
+    and what is left of that.
+
+    Products of a weight (m, n) whose odd side is m (`up`) or n (`down`): as it is, at an aligned
+    width, from a `filled` copy of the weight or into a cut gradient, as `train.pad_mlp` has them,
+    and with the odd number of columns in rows of the aligned `pitch`.
+    """
     tokens, hidden = sizes.pick(64, 8192), sizes.pick(32, 2048)
-    x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
-    figures: Figures = {}
-    for width in sizes.pick((43, 44), (5461, 5464)):
-        weight = torch.randn(width, hidden, device=device, dtype=torch.bfloat16)
-        y = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
-        products = {
-            "forward": lambda w=weight: x @ w.t(),
-            "input": lambda w=weight, y=y: y @ w,
-            "weight": lambda y=y: y.t() @ x,
+    odd, even = sizes.pick((43, 48), (5461, 5464))
+
+    def drawn(rows: int, cols: int) -> torch.Tensor:
+        return torch.randn(rows, cols, device=device, dtype=torch.bfloat16)
+
+    x, y, up, down = (
+        drawn(tokens, hidden),
+        drawn(tokens, even),
+        drawn(odd, hidden),
+        drawn(hidden, odd),
+    )
+    pitched = padded(down, hidden, even)[:, :odd]
+    ways = {
+        str(odd): (y[:, :odd].contiguous(), up, down),
+        str(even): (y, padded(up, even, hidden), padded(down, hidden, even)),
+        "pitch": (y[:, :odd], up, pitched),
+    }
+    products: dict[str, Callable[[], object]] = {}
+    for way, (wide, above, below) in ways.items():
+        products |= {
+            f"up_forward_{way}": lambda w=above: x @ w.t(),
+            f"up_input_{way}": lambda y=wide, w=above: y @ w,
+            f"up_weight_{way}": lambda y=wide: y.t() @ x,
+            f"down_forward_{way}": lambda y=wide, w=below: y @ w.t(),
+            f"down_input_{way}": lambda w=below: x @ w,
+            f"down_weight_{way}": lambda y=wide: x.t() @ y,
         }
-        for name, product in products.items():
-            rate = 2 * tokens * hidden * width / seconds_of(product, device, sizes.pick(2, 10))
-            figures[f"{name}_{width}_tflops"] = rate / 1e12
-    return figures
+    products |= {
+        "up_forward_filled": lambda: x @ padded(up, even, hidden).t(),
+        "up_input_filled": lambda: y @ padded(up, even, hidden),
+        "up_weight_filled": lambda: cut(y.t() @ x, odd, hidden),
+        "down_forward_filled": lambda: y @ padded(down, hidden, even).t(),
+        "down_input_filled": lambda: x @ padded(down, hidden, even),
+        "down_weight_filled": lambda: cut(x.t() @ y, hidden, odd),
+    }
+    work = 2 * tokens * hidden * odd / 1e12
+    return {
+        f"{name}_tflops": work / seconds_of(product, device, sizes.pick(2, 10))
+        for name, product in products.items()
+    }
 
 
 def registered(device: torch.device, sizes: Sizes) -> Figures:

@@ -104,9 +104,7 @@ def expected_memory(
         indices=sum(b.numel() * b.element_size() for b in model.buffers()),
         gradients=_gradients(plan, groups, _stepped_together(model, trained, rules)),
         states=round(state_bytes(plan, trained, rules)),
-        activations=(
-            _activations(model, plan, costs, update.tokens, checkpointing) if update else 0
-        ),
+        activations=(_activations(model, plan, costs, update, checkpointing) if update else 0),
         transient=sum(cost.held_bytes for cost in costs) + scratch,
     )
 
@@ -202,7 +200,7 @@ def _activations(
     model: nn.Module,
     plan: StoragePlan,
     costs: Sequence[Footprint],
-    tokens: int,
+    update: UpdateSize,
     checkpointing: bool,
 ) -> int:
     """What autograd keeps between the forward and the backward pass of one micro-batch.
@@ -229,9 +227,10 @@ def _activations(
             elements += 2 * (between + width) + 2 * (layer.query_width + keys) // plan.tensor
             heads += layer.query_width // layer.head_dim // plan.tensor
         for mlp in (module for module in model.modules() if isinstance(module, MLP)):
-            elements += 3 * mlp.down_proj.spec.in_features // plan.tensor
+            start, stop = mlp.tp.span(mlp.down_proj.spec.in_features)
+            elements += 3 * update.mlp_width(stop - start)
         saved = sum(cost.saved_bytes_per_token for cost in costs)
     norms = sum(isinstance(module, RMSNorm) for module in model.modules())
     norms = 1 if checkpointing else norms
     per_token = plan.working * elements + saved + 4 * (heads + norms) + 8
-    return tokens * per_token + plan.working * vocab * width
+    return update.tokens * per_token + plan.working * vocab * width

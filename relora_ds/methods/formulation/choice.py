@@ -16,6 +16,9 @@ gradient dW = dy^T x, which lives for a moment (`dense`). In operations, per mic
     composing                    2 m n r, in one of K micro-batches (`step`) or twice (`layer`)
     low-rank gradients           4 T r (m + n), and 2 T nnz for the elements of S
     dense gradients              2 T m n + 4 m n r
+
+Where an MLP is computed at a padded width, a split form copies W for each of its two products; a
+composed weight comes into being at that width.
 """
 
 from __future__ import annotations
@@ -103,6 +106,8 @@ class ProductSize:
     """Processes that hold parts of a factor along r; they exchange (T, r) tensors or factors."""
     joined: int = 0
     """Elements of that factor, uncut."""
+    padded: bool = False
+    """Whether its side that is cut is wider in products than W."""
 
 
 def product_size(layer: LowRankProjection, update: UpdateSize, count: int = 0) -> ProductSize:
@@ -114,16 +119,19 @@ def product_size(layer: LowRankProjection, update: UpdateSize, count: int = 0) -
         count: elements of its sparse part here.
     """
     cut = layer.shards_inner
+    rows, cols = tp_local_shape(layer.lora_B)[0], tp_local_shape(layer.lora_A)[1]
+    side = rows if layer.spec.style == "column" else cols
     return ProductSize(
         tokens=update.tokens,
         micro_batches=update.micro_batches,
-        rows=tp_local_shape(layer.lora_B)[0],
-        cols=tp_local_shape(layer.lora_A)[1],
+        rows=rows,
+        cols=cols,
         rank=layer.rank,
         element=update.dtype.itemsize,
         count=count,
         shards=layer.spec.tp.size if cut else 1,
         joined=method_shape(getattr(layer, layer.inner_factor[0])).numel() if cut else 0,
+        padded=layer.spec.pads and update.mlp_width(side) != side,
     )
 
 
@@ -159,6 +167,7 @@ def update_of(
         formulation=train.formulation,
         device=device,
         keeps_composed=room,
+        pads_mlp=train.pads_mlp(device),
     )
 
 
@@ -210,6 +219,7 @@ def seconds(size: ProductSize, choice: Choice, rates: Rates) -> float:
     moved = composed * (2.0 * m * n + 2.0 * size.count)
     if choice.form == "split":
         moved += 2.0 * t * (m + n)  # y and dx are added to
+        moved += 4.0 * m * n * size.padded
         calls, exchanged = 2.0, 2.0 * t * size.rank
     else:
         # joined wherever W_eff is composed and gradients are formed, and their sum is divided

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_ds.numerics.products import matmul, place_of
+from relora_ds.numerics.padding import cut, padded
+from relora_ds.numerics.products import gradient, matmul, place_of
 from relora_ds.parallel.linear import LinearSpec, Projection
 
 Sink = Callable[[torch.Tensor], None]
@@ -26,7 +27,8 @@ class _ProjectedProduct(torch.autograd.Function):
     """y = x W^T plus what P Q adds, saving x alone.
 
     The parameters themselves are saved, not views of them: what ZeRO stage 3 gathers for the
-    forward pass is not kept until the backward pass.
+    forward pass is not kept until the backward pass. Where x or y is wider than the weight, copies
+    with zeros take the places of all three in products, and gradients are cut.
     """
 
     @staticmethod
@@ -38,16 +40,18 @@ class _ProjectedProduct(torch.autograd.Function):
         basis: torch.Tensor,
         right: bool,
         sink: Sink | None,
+        width: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, projected, basis)
         ctx.right, ctx.sink, ctx.place = right, sink, place_of(projected)
         rows = x.reshape(-1, x.shape[-1])
-        out = matmul(rows, weight.t())
+        out = matmul(rows, padded(weight, width, rows.shape[1]).t())
+        projected, basis = _padded(projected, basis, width, rows.shape[1], right)
         if right:
             out.addmm_(matmul(rows, basis.t()), projected.t())
         else:
             out.addmm_(matmul(rows, projected), basis)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return out.view(*x.shape[:-1], width)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -55,16 +59,28 @@ class _ProjectedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         if ctx.sink is not None:
-            ctx.sink(matmul(grad.t(), rows))
+            ctx.sink(cut(matmul(grad.t(), rows), *weight.shape))
+        shape, width = projected.shape, grad.shape[1]
+        projected, basis = _padded(projected, basis, width, rows.shape[1], ctx.right)
         inner = matmul(grad, projected if ctx.right else basis.t())
         grad_x = grad_projected = None
         if ctx.needs_input_grad[0]:
             behind = basis if ctx.right else projected.t()
-            grad_x = matmul(grad, weight).addmm_(inner, behind).view_as(x)
+            grad_x = matmul(grad, padded(weight, width, rows.shape[1]))
+            grad_x = grad_x.addmm_(inner, behind).view_as(x)
         if ctx.needs_input_grad[2]:
             factors = (grad, matmul(rows, basis.t())) if ctx.right else (rows, inner)
-            grad_projected = matmul(factors[0].t(), factors[1], ctx.place)
-        return grad_x, None, grad_projected, None, None, None
+            grad_projected = gradient(factors[0].t(), factors[1], shape, ctx.place)
+        return grad_x, None, grad_projected, None, None, None, None
+
+
+def _padded(
+    projected: torch.Tensor, basis: torch.Tensor, outputs: int, inputs: int, right: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and Q for an output and an input of these widths."""
+    other, along = (outputs, inputs) if right else (inputs, outputs)
+    rank = basis.shape[0]
+    return padded(projected, other, rank), padded(basis, rank, along)
 
 
 class GaLoreLinear(Projection):
@@ -92,8 +108,9 @@ class GaLoreLinear(Projection):
         """Given the dense gradient of every backward pass whose forward pass it was set in."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        width = self.output_width(self.weight.shape[0])
         out = _ProjectedProduct.apply(
-            x, self.weight, self.projected, self.basis, self.right, self.sink
+            x, self.weight, self.projected, self.basis, self.right, self.sink, width
         )
         assert isinstance(out, torch.Tensor)
         return out

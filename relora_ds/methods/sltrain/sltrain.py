@@ -52,10 +52,11 @@ class SparseLowRankLinear(LowRankProjection):
         alone = UpdateSize(x.numel() // x.shape[-1], 1, x.dtype, "layer", x.device.type)
         choice = self._choice(self.update or alone)
         pair, parts = (self.join_factors, self.divide_factors), self._parts()
-        how = SparseComposition(self.scale, choice.gradient, self.recomputed, *pair)
+        width = self.output_width(self.lora_B.shape[0])
+        how = SparseComposition(self.scale, choice.gradient, self.recomputed, *pair, width)
         if choice.form == "step" and self.update is not None and self._composed is None:
             with torch.no_grad():
-                self._composed = how.compose(*how.join(*parts[:2]), *parts[2:])
+                self._composed = how.compose(*how.factors(x, *parts[:2]), *parts[2:])
         out = ComposedProduct.apply(x, self._composed, how, *parts)
         assert isinstance(out, torch.Tensor)
         return out
@@ -111,7 +112,12 @@ class SparseLowRankLinear(LowRankProjection):
         # stated: the positions of the support and a joined factor are smaller than the weight, but
         # they are there beside W or its gradient, of which one lives at a time
         working = size.dtype.itemsize
-        dense = tp_local_shape(self.lora_B)[0] * tp_local_shape(self.lora_A)[1]
+        rows, cols = tp_local_shape(self.lora_B)[0], tp_local_shape(self.lora_A)[1]
+        if self.spec.pads and self.spec.style == "column":
+            rows = size.mlp_width(rows)
+        elif self.spec.pads:
+            cols = size.mlp_width(cols)
+        dense = rows * cols
         joined = (
             method_shape(getattr(self, self.inner_factor[0])).numel() if self.shards_inner else 0
         )

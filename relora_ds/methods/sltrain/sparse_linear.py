@@ -29,7 +29,7 @@ def compose(
     columns: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """scale * B @ A + S, (m, n) in the factors' dtype."""
+    """scale * B @ A + S, (m, n) in the factors' dtype; S may have fewer rows and columns."""
     rows, cols = lora_b.shape[0], lora_a.shape[1]
     weight = lora_b.new_empty(rows, cols)
     # the scale is part of the product's epilogue: one rounding, no second pass
@@ -41,7 +41,7 @@ def compose(
 def add_at(
     dense: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """dense (m, n) += S, in place; each sum is rounded once."""
+    """dense (m, n), contiguous, += S, in place; each sum is rounded once."""
     if _has_kernel(dense):
         from relora_ds.numerics.gpu import support as kernels  # needs Triton
 
@@ -80,6 +80,7 @@ class SparseComposition(Composition):
     def of_rows(self, rows: torch.Tensor, grad: torch.Tensor, *rest: torch.Tensor) -> Gradients:
         """dv[k] = sum over tokens of dy[:, i_k] * x[:, j_k]."""
         _, row_starts, columns = rest
+        grad = grad[:, : row_starts.numel() - 1]
         # the kernel knows fp32 and fp64 only, and wants both operands' tokens to be contiguous
         kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
         pattern = torch.sparse_csr_tensor(

@@ -45,7 +45,7 @@ def add_at(
 ) -> None:
     """dense (m, n), contiguous, += values (nnz,) at their positions; each sum is rounded once."""
     assert dense.is_contiguous()
-    grid, width = (dense.shape[0],), dense.shape[1]
+    grid, width = (row_starts.numel() - 1,), dense.shape[1]  # dense may have further rows
     launch.start(add_row, grid, dense, row_starts, columns, values, width, _BLOCK, num_warps=1)
 
 
@@ -53,6 +53,6 @@ def read_at(dense: torch.Tensor, row_starts: torch.Tensor, columns: torch.Tensor
     """Elements (nnz,) of dense (m, n), contiguous, at some positions."""
     assert dense.is_contiguous()
     values = dense.new_empty(columns.shape)
-    grid, width = (dense.shape[0],), dense.shape[1]
+    grid, width = (row_starts.numel() - 1,), dense.shape[1]
     launch.start(read_row, grid, dense, row_starts, columns, values, width, _BLOCK, num_warps=1)
     return values

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -19,9 +20,10 @@ from relora_ds.engine import distributed
 from relora_ds.methods.formulation.composed import Composition
 from relora_ds.methods.interface import projection_layers
 from relora_ds.model.llama import Llama
+from relora_ds.model.mlp import MLP
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.topology import Topology, share_models
-from tests.harness.build import Training, batches, run_config
+from tests.harness.build import CUT, Training, batches, run_config
 from tests.harness.resume import load, save
 
 STEPS, BREAK = 14, 7
@@ -40,13 +42,20 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Those whose projections have a choice."""
 EVERY: dict[str, dict[str, Any]] = {"full": {"name": "full"}, **METHODS}
+PADDED: dict[str, dict[str, Any]] = {
+    **EVERY,
+    "low_rank": {"name": "low_rank", "rank": 4},
+    "galore": {"name": "galore", "rank": 4, "update_every": 5},
+}
+WIDTHS = {("off", 1): [41], ("on", 1): [48], ("off", 2): [21, 20], ("on", 2): [24, 20]}
+"""Columns of activations in fp32 within an MLP of 41, by rank of the tensor-parallel group."""
 RATES = {"dense": 4e-3, "adapter": 6e-3}
 
 
 def described(method: str, formulation: str, tensor: int, plan: str) -> RunConfig:
     """Fourteen updates of two or four micro-batches each."""
     return run_config(
-        EVERY[method],
+        PADDED[method],
         train={
             "formulation": formulation,
             "activation_checkpointing": plan == "recomputed",
@@ -75,6 +84,45 @@ def losses(
             run = Training(config, share_models(topology, config), {"stage": stage})
             found[f"{method}/{stage}/{plan}/{formulation}"] = _losses(run, formulation == "step")
     return found
+
+
+def padded_losses(
+    topology: Topology, cells: Sequence[tuple[str, int, str, str]], tensor: int = 1
+) -> dict[str, list[list[float]]]:
+    """Losses of a model with an MLP of 41 columns by method, ZeRO stage, plan and formulation: as
+    it is, and computed at padded widths.
+
+    Args:
+        topology: this rank's place.
+        cells: method, ZeRO stage, what is special as in `losses`, and formulation.
+        tensor: ranks that share a copy of the model.
+    """
+    found = {}
+    for method, stage, plan, formulation in cells:
+        both = []
+        for pads in ("off", "on"):
+            config = described(method, formulation, tensor, plan)
+            train = config.train.model_copy(update={"pad_mlp": pads})
+            config = config.model_copy(update={"train": train})
+            run = Training(config, share_models(topology, config), {"stage": stage}, CUT)
+            widths: set[int] = set()
+            look = partial(_note_width, widths)
+            for mlp in (each for each in run.engine.model.modules() if isinstance(each, MLP)):
+                mlp.down_proj.register_forward_pre_hook(look)
+            tokens = enumerate(batches(STEPS))
+            both.append([run.update(step, each, RATES).loss for step, each in tokens])
+            # passes that choose a basis are no updates
+            also = WIDTHS["off", tensor] if method == "galore" else []
+            rank = run.topology.tp.rank
+            assert widths == {WIDTHS[pads, tensor][rank], *also[rank : rank + 1]}
+            run.check_replicas()
+            run.destroy()
+        found[f"{method}/{stage}/{plan}/{formulation}"] = both
+    return found
+
+
+def _note_width(widths: set[int], _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    widths.add(inputs[0].shape[-1])
 
 
 def compiled_losses(

@@ -24,6 +24,7 @@ FREE = {
     "train.attention",
     "train.compile",
     "train.formulation",
+    "train.pad_mlp",
     "train.activation_checkpointing",
     "train.deterministic",
     "train.digest_every",
