@@ -205,4 +205,6 @@ def remedy(error: OSError) -> str:
 def describe(error: OSError) -> str:
     """What the operating system refused, and for which file, as "a/b: No space left on device"."""
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename else reason
+    # of a copy that does not fit both files are named, where it comes from first
+    name = (is_out_of_space(error) and error.filename2) or error.filename
+    return f"{name}: {reason}" if name else reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def check_room(
         sees = not looks or (directory / ".probe_0").is_file()
         blind = [rank for rank, seen in enumerate(agreement.gather(sees)) if not seen]
         problems = [Problem(rank, f"{directory}: {_NOT_SHARED}", _SHARE) for rank in blind]
-    if looks and problem is None:
-        probe.unlink(missing_ok=True)
+    if looks:
+        with contextlib.suppress(OSError):  # what keeps it there is among the problems
+            probe.unlink(missing_ok=True)
     if problems:
         first = problems[0]
         raise CheckpointError(

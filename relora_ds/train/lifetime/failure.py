@@ -145,13 +145,15 @@ def write_report(
         "root_cause": asdict(failure),
         "stacks": stacks,
     }
+    draft = path.with_suffix(".json.tmp")
     try:
-        draft = path.with_suffix(".json.tmp")
         with open(draft, "w", encoding="utf-8", opener=open_own) as file:
             file.write(_masked(json.dumps(content, indent=2)) + "\n")
         os.replace(draft, path)
     except OSError as error:
         say(f"error: cannot write {path}: {error.strerror or error}")
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def remove_reports(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -77,10 +78,29 @@ def configure_logging(output_dir: Path, rank: int) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log at its own place: written through no link, and into no pipe that nobody reads."""
+    """A log at its own place: written through no link, and into no pipe that nobody reads.
+
+    What cannot be written, as on a full disk, is said once, and ends nothing.
+    """
+
+    _told = False
 
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding=self.encoding, opener=open_own)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            sys.stderr.write(
+                f"cannot write {self.baseFilename}: {error.strerror}; lines of it are lost\n"
+            )
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what could not be written before
+            super().close()
 
 
 def _replace_handlers(handlers: Sequence[logging.Handler]) -> None:

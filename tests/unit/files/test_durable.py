@@ -21,6 +21,12 @@ def test_what_was_written_is_known(tmp_path: Path) -> None:
     assert written.sha256 == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize(("number", "named"), [(errno.ENOSPC, "to"), (errno.ENOENT, "from")])
+def test_a_copy_that_does_not_fit_names_where_it_goes(number: int, named: str) -> None:
+    error = OSError(number, os.strerror(number), "from", None, "to")
+    assert describe(error) == f"{named}: {os.strerror(number)}"
+
+
 def test_a_system_that_writes_less_than_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

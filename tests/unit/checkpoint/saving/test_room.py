@@ -38,6 +38,18 @@ def test_a_directory_that_cannot_be_written(
         check_room(tmp_path, 10, Agreement(1), ALONE)
 
 
+def test_a_probe_that_cannot_be_filled_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(CheckpointError, match=r"rank 0: .*No space left on device; free some"):
+        check_room(tmp_path, 10, Agreement(1), ALONE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(CheckpointError, match=r"checkpoints cannot be saved: .*File exists"):

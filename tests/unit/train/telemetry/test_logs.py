@@ -66,6 +66,32 @@ def test_configuring_again_replaces_and_appends(
     assert "third" in (tmp_path / "other" / "logs" / "rank_0.log").read_text()
 
 
+def test_a_full_disk_is_told_once_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(tmp_path, 3)
+    (handler,) = (each for each in logging.getLogger().handlers if "LogFile" in str(each.name))
+    assert isinstance(handler, logging.FileHandler)
+    handler.setStream(open("/dev/full", "a"))  # noqa: SIM115 - the handler closes it
+    for message in ("first", "second"):
+        logging.getLogger("relora_ds").info(message)
+    configure_logging(tmp_path, 3)  # which closes it, with what is left unwritten
+    logging.getLogger("relora_ds").info("third")
+    path = tmp_path / "logs" / "rank_3.log"
+    said = f"cannot write {path}: No space left on device; lines of it are lost\n"
+    assert capsys.readouterr().err == said
+    assert path.read_text().endswith("third\n")
+
+
+def test_a_mistake_in_a_message_is_not_hidden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(tmp_path, 3)
+    (handler,) = (each for each in logging.getLogger().handlers if "LogFile" in str(each.name))
+    handler.handle(logging.LogRecord("a", logging.INFO, "b", 1, "%d steps", ("three",), None))
+    assert "TypeError" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(10)
 def test_a_pipe_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
