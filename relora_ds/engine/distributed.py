@@ -21,6 +21,7 @@ from relora_ds.engine.accelerator import check_accelerator
 from relora_ds.engine.deepspeed.process_group import join_process_group
 from relora_ds.engine.device import communication_backend, take_device
 from relora_ds.errors import CollectiveTimeoutError, ConfigError, ReloraError
+from relora_ds.launched import check_meeting_place, read_launch
 from relora_ds.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -58,24 +59,24 @@ def start(timeout_minutes: float) -> Topology:
         ``DS_ACCELERATOR=cpu``.
 
     Raises:
-        ConfigError: this machine has GPUs that torch cannot use, or fewer than
-            processes, or the place where the ranks are
-            to meet is taken, unknown or out of reach.
+        ConfigError: this machine has GPUs that torch cannot use, or fewer than processes; what the
+            launcher says is incomplete or no number; or the place where the ranks are to meet is
+            taken, unknown or out of reach.
         CollectiveTimeoutError: some ranks did not come there in time.
     """
     check_accelerator()
     if "RANK" not in os.environ:
         _describe_single_process()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = take_device(local_rank)
+    launched = read_launch(os.environ)
+    check_meeting_place(os.environ)
+    device = take_device(launched.local_rank)
     _check_meeting_point(min(_RESOLVE_S, 60 * timeout_minutes))
     try:
         join_process_group(timedelta(minutes=timeout_minutes), communication_backend())
     except torch.distributed.DistError as error:
         raise _no_meeting(error) from error
     _open_host_group()
-    return Topology(rank, world_size, local_rank, device)
+    return Topology(launched.rank, launched.world_size, launched.local_rank, device)
 
 
 def stop() -> None:

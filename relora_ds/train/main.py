@@ -12,6 +12,7 @@ from rich.console import Console
 from relora_ds.activity import doing
 from relora_ds.config.load import LoadedRun, check_processes, load_run_config
 from relora_ds.errors import PreemptedError
+from relora_ds.launched import read_launch
 from relora_ds.train.lifetime.lifetime import Lifetime
 from relora_ds.train.lifetime.requests import listen, say
 
@@ -72,19 +73,20 @@ def _dry_run(loaded: LoadedRun) -> None:
     from relora_ds.train.checks import check_start
 
     # a single process speaks for one copy of the model, however many will share it
-    processes, tensor = int(os.environ.get("WORLD_SIZE", "1")), loaded.config.parallel.tensor
+    launched = read_launch(os.environ)
+    processes, tensor = launched.world_size, loaded.config.parallel.tensor
     copies = 1 if processes == 1 else copies_of_model(processes, tensor)
     own = 1 if processes == 1 else copies_of_island(copies, loaded.config.parallel.islands)
     check_processes(loaded, copies)
     share = as_one_island(loaded.config)
     zero = resolve_deepspeed_config(share.deepspeed, share, own)
     check_requirements(loaded, zero)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launched.rank == 0:
         console = Console()
         dry_run(replace(loaded, config=share), zero, console)
         doubts = check_start(loaded.config, loaded.architecture)  # last, so that tables are seen
-        for warning in (*loaded.warnings, *doubts):
-            console.print(f"warning: {warning}", highlight=False)
+        for warning in (*loaded.warnings, *doubts):  # a path in it may have brackets
+            console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         console.print("the configuration is valid, and what it names is there")
 
 

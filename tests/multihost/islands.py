@@ -75,8 +75,9 @@ def synchronous(parsed: argparse.Namespace, directory: Path) -> float:
         for each in overrides(parsed, directory)
         if not each.startswith(("islands.", "train.steps", "log.every"))
     ]
-    settings = [*kept, f"train.steps={parsed.together + _SKIPPED}", f"log.every={_SKIPPED}"]
-    lines = _train(settings, directory, {_SKIPPED: Speed(parsed.rate, parsed.delay)})
+    steps = parsed.together + 2 * _SKIPPED
+    kept += [f"train.steps={steps}", f"log.every={_SKIPPED}", "schedule.warmup_steps=1"]
+    lines = _train(kept, directory, {_SKIPPED: Speed(parsed.rate, parsed.delay)})
     tokens = 2 * parsed.batch * 128
     found = [
         tokens / line["throughput/tokens_per_second"]
@@ -184,14 +185,15 @@ def main() -> int:
     if reason is not None:
         sys.stderr.write(f"no hosts here: {reason}\n")
         return 2
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        found = figures(parsed, measure(parsed, directory))
-        local = found["seconds per update"]["local"]
-        found["predicted"] = predicted(parsed, directory, local)
+    measured = {}
     if parsed.together:
         with tempfile.TemporaryDirectory() as name:
-            found["synchronous"] = synchronous(parsed, Path(name))
+            measured["synchronous"] = synchronous(parsed, Path(name))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        found = measured | figures(parsed, measure(parsed, directory))
+        local = found["seconds per update"]["local"]
+        found["predicted"] = predicted(parsed, directory, local)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     parsed.output.write_text(json.dumps(found, indent=1) + "\n")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,8 @@ class TextFiles:
         return [FileShare(tuple(group), self._text_key, self._on_error) for group in groups]
 
     def sources(self) -> tuple[SourceFile, ...]:
-        """Name and size of every file."""
+        """Name and size of every file; what of a name is no text becomes U+FFFD."""
         return tuple(
-            SourceFile(path=str(path), bytes=size)
+            SourceFile(path=os.fsencode(path).decode(errors="replace"), bytes=size)
             for path, size in zip(self._reader.paths, self._reader.sizes, strict=True)
         )

@@ -31,6 +31,7 @@ from relora_ds.errors import (
     PreemptedError,
     ReloraError,
 )
+from relora_ds.launched import LaunchError, rank_or_first
 from relora_ds.train.lifetime.failure import (
     Failure,
     announce,
@@ -62,7 +63,7 @@ class Lifetime:
     """What one process of a run holds until it ends."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = rank_or_first(os.environ)
         self._watch: Watch | None = None
         self._lock: OutputLock | None = None
         self._logs: Path | None = None
@@ -215,8 +216,8 @@ class Lifetime:
 
     def _say(self, failure: Failure, error: BaseException) -> None:
         # before ranks know each other, one rank per node speaks for a mistake that all find
-        known = self._watch is not None or not isinstance(error, ConfigError)
-        if known or os.environ.get("LOCAL_RANK", "0") == "0":
+        alone = isinstance(error, LaunchError) or not isinstance(error, ConfigError)
+        if self._watch or alone or self.rank == 0 or os.environ.get("LOCAL_RANK", "0") == "0":
             announce(failure, error)
             self._announced = failure.line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +112,13 @@ def test_a_slash_at_the_end_means_nothing(
 ) -> None:
     prepare([text_file], tokenizer.path, f"{tmp_path}/corpus/")
     assert TokenFile(f"{tmp_path}/corpus/").num_tokens == TokenFile(tmp_path / "corpus").num_tokens
+
+
+def test_a_name_that_is_no_text_is_recorded_as_far_as_it_is(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    named = tmp_path / os.fsdecode(b"caf\xe9.txt")  # of an archive in Latin-1
+    named.write_text("some words\n\nand more")
+    metadata = prepare([named], tokenizer.path, tmp_path / "tokens")
+    assert metadata.sources[0].path == f"{tmp_path}/caf\ufffd.txt"
+    assert TokenFile(tmp_path / "tokens").metadata == metadata

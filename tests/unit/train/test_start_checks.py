@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from relora_ds.checkpoint.export.dense import ResizedVocabulary
 from relora_ds.checkpoint.saved_run import SavedRun
+from relora_ds.cli.main import main
 from relora_ds.config.load import load_run_config
 from relora_ds.config.model import ModelConfig
 from relora_ds.config.schema import RunConfig
@@ -188,6 +190,34 @@ def test_a_dry_run_refuses_what_a_start_would(
     wrong = load_run_config("configs/run/quickstart.yaml", [*described, change])
     with pytest.raises(error, match=words):
         check_start(wrong.config, wrong.architecture)
+
+
+@pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", "x"), ("RANK", "1")])
+def test_what_a_launcher_says_is_checked_before_it_is_used(
+    described: list[str],
+    name: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, text)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # others are not asked: they may be right
+    assert main(["train", "configs/run/quickstart.yaml", "--dry-run", *described]) == 2
+    said = f"ROOT CAUSE rank {int(text == '1')} (start): {name} is '{text}', but must be a whole"
+    assert said in capsys.readouterr().err
+
+
+def test_a_warning_names_a_path_with_brackets_as_it_is(
+    described: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which rich would take for markup, and a stray end of it for an error."""
+    folder = tmp_path / "run[/b] [red]" / "of a name that is longer than a line of a terminal"
+    folder.mkdir(parents=True)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{tmp_path}/tokens{suffix}", folder / f"other{suffix}")
+    changed = f"data={{train: '{folder}/other', valid: {tmp_path}/tokens}}"
+    assert main(["train", "configs/run/quickstart.yaml", "--dry-run", *described, changed]) == 0
+    assert f"warning: {folder}/other.json is missing" in capsys.readouterr().out
 
 
 def test_a_dry_run_on_builtin_data_looks_at_the_rest(

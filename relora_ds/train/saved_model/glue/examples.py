@@ -100,7 +100,8 @@ def _tables(task: Task, data: str, faults: Faults) -> Callable[[str], Iterator[E
 
 
 def _table(task: Task, path: Path, faults: Faults) -> Iterator[Example]:
-    """Examples of a file. GLUE's have no quotes: a quotation mark is part of a sentence."""
+    """Examples of a file, but for blank lines. GLUE's have no quotes: a quotation mark is part of a
+    sentence."""
     table = task.table
     try:
         with open_regular(path) as lines:
@@ -112,6 +113,8 @@ def _table(task: Task, path: Path, faults: Faults) -> Iterator[Example]:
             else:
                 columns = [int(place) for place in (*table.texts, table.label)]
             for number, line in enumerate(lines, first):
+                if line in (b"\n", b"\r\n"):
+                    continue
                 where, cells = f"{path}:{number}", list[str]()
                 try:
                     cells = _cells(line)
@@ -139,6 +142,10 @@ def _column(names: Sequence[str], name: str | int, path: Path) -> int:
         raise DataError(
             f"{path}:1: no column {name!r} among {', '.join(map(repr, names))}: this is no file of "
             "that task, or has lost its first line"
+        )
+    if names.count(str(name)) > 1:
+        raise DataError(
+            f"{path}:1: has {names.count(str(name))} columns {name!r}: remove all but one"
         )
     return names.index(str(name))
 

@@ -90,6 +90,7 @@ def test_the_folder_of_the_task_itself_is_taken_and_cut(tmp_path: Path) -> None:
         ("mnli", ["0\tx\ta\tb\tneutral\t-"], None, "'-', but a label of mnli is one of entailment"),
         ("qqp", ["1\t2\t3\tHow?\tWhy?\t1", "1\t2\t3"], None, "train.tsv:3: missing column: 3 col"),
         ("rte", ["0\ta\tb\t0"], "index\tone\ttwo\tlabel", "no column 'sentence1' among 'index'"),
+        ("rte", ["0\ta\tb\t0\t1"], "index\tsentence1\tsentence2\tlabel\tlabel", "has 2 columns 'l"),
         ("rte", [], None, "split train of rte holds no example"),
         ("cola", ["x\t0"], None, "missing column: 2 columns, but column 4 is read"),
     ],
@@ -109,6 +110,14 @@ def test_rows_that_cannot_be_used_are_counted_on_request(tmp_path: Path) -> None
     found = read_examples(TASKS["qqp"], str(tmp_path), on_error="skip")
     assert len(found.train) == 1
     assert found.skipped == {"missing column": 2, "wrong label": 2, "not UTF-8": 1}
+
+
+def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    write_files(tmp_path, "rte", "", "0\ta\tb\tentailment", "\r", "")
+    assert read_examples(TASKS["rte"], str(tmp_path)).train == [Example(("a", "b"), 0)]
+    write_files(tmp_path, "rte", "\t\t\t")  # a row, whose label is none
+    with pytest.raises(DataError, match=r"train\.tsv:2: wrong label: ''"):
+        read_examples(TASKS["rte"], str(tmp_path))
 
 
 def test_a_folder_without_the_task_is_named(tmp_path: Path) -> None:
