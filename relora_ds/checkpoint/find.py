@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.manifest import is_complete
 from relora_ds.errors import CheckpointError
+from relora_ds.files.objects import read_object
 from relora_ds.files.regular import read_regular
 
 _POINTER_BYTES = 100  # more than any name of a checkpoint has
-_DESCRIPTION_BYTES = 64 << 20
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -29,11 +28,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def _is_of(path: Path, step: int) -> bool:
     """Whether a checkpoint says of itself that it is of this step."""
-    try:
-        said = json.loads(read_regular(path / layout.TRAINER, _DESCRIPTION_BYTES))
-        return isinstance(said, dict) and said.get("step") == step
-    except (OSError, ValueError, RecursionError):
-        return False
+    return (read_object(path / layout.TRAINER) or {}).get("step") == step
 
 
 def named_by_latest(directory: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from relora_ds.data.batches import DocumentBatches, ValidationBatches, unigram_p
 from relora_ds.data.source import Corpus
 from relora_ds.errors import ReloraError
 from relora_ds.files.durable import describe, remedy
-from relora_ds.files.regular import read_regular
+from relora_ds.files.objects import read_object
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.hf.directory import check_target, recover_export
 from relora_ds.train.telemetry.plot import has_losses, plot_run
@@ -29,7 +28,6 @@ from relora_ds.train.telemetry.summary import write_summary
 
 _logger = logging.getLogger(__name__)
 _HF = "hf"
-_SUMMARY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -173,11 +171,7 @@ def earlier_figures(output_dir: Path) -> dict[str, Any]:
 
 
 def _earlier_summary(output_dir: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(read_regular(output_dir / "summary.json", _SUMMARY_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+    return read_object(output_dir / "summary.json") or {}
 
 
 def _exports(config: RunConfig) -> bool:

@@ -18,13 +18,13 @@ import yaml
 from relora_ds.checkpoint.format import layout
 from relora_ds.checkpoint.format.record import RunRecord
 from relora_ds.config.model import ModelConfig
-from relora_ds.files.regular import open_regular, read_regular
+from relora_ds.files.objects import parse_object, read_object
+from relora_ds.files.regular import open_regular
 from relora_ds.model.hf.directory import CARD, RUN, ZERO
 from relora_ds.model.init import dense_shapes
 from relora_ds.redaction import redact
 
 _BEGIN, _END = "<!-- lm-eval -->\n", "<!-- end of lm-eval -->\n"
-_SUMMARY_BYTES = 64 << 20
 _LEFT_OUT = ("checkpoint", "log")  # they change no weight, and name places of one machine
 _FIGURES = {
     "train/loss": "training loss, of the last step that was reported",
@@ -58,11 +58,7 @@ def results_of(checkpoint: Path, step: int) -> Results:
     for line in _objects(directory.with_name("metrics.jsonl")):
         if isinstance(line.get("step"), int) and line["step"] <= step:
             figures |= {key: line[key] for key in _FIGURES if isinstance(line.get(key), float)}
-    try:
-        summary = json.loads(read_regular(directory.with_name("summary.json"), _SUMMARY_BYTES))
-    except (OSError, ValueError, RecursionError):
-        summary = {}
-    return Results(figures, summary if isinstance(summary, dict) else {})
+    return Results(figures, read_object(directory.with_name("summary.json")) or {})
 
 
 def card_files(record: RunRecord, results: Results, dtype: str) -> dict[str, str]:
@@ -217,12 +213,6 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a file of one JSON value per line; a torn line and a missing file hold none."""
     try:
         with open_regular(path) as lines:
-            for line in lines:
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(value, dict):
-                    yield value
+            yield from filter(None, map(parse_object, lines))
     except OSError:
         return

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from relora_ds.files.regular import open_regular, read_regular
+from relora_ds.files.objects import read_object
+from relora_ds.files.regular import open_regular
 
 NAME = "relora_ds.json"
-_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ class Written:
     @classmethod
     def recorded_in(cls, export: Path) -> Written:
         """The files as they were written; none where that was not recorded."""
-        try:
-            content = json.loads(read_regular(export / NAME, _MAX_BYTES))
-        except (OSError, ValueError, RecursionError):
-            return cls({})
-        hashes = content.get("sha256") if isinstance(content, dict) else None
+        hashes = (read_object(export / NAME) or {}).get("sha256")
         return cls(hashes if isinstance(hashes, dict) else {})
 
     def dump(self) -> bytes:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from relora_ds.data.batches import TrainingBatches
+from relora_ds.files.objects import parse_object
+from relora_ds.files.regular import open_regular
 from relora_ds.train.telemetry.atomic import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -48,12 +50,6 @@ class BadBatches:
         """What the file holds; a line that is not one of ours is left out."""
         if not self._path.is_file():
             return []
-        found = []
-        for text in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and "step" in line:
-                found.append(line)
-        return found
+        with open_regular(self._path) as lines:
+            found = [*map(parse_object, lines)]
+        return [line for line in found if line is not None and "step" in line]

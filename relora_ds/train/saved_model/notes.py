@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from relora_ds.files.regular import read_regular
+from relora_ds.files.objects import read_object
 from relora_ds.train.telemetry.atomic import write_atomically
-
-_MAX_BYTES = 64 << 20
 
 
 def note_in_summary(path: Path, key: str, scores: Mapping[str, Any]) -> None:
@@ -22,15 +20,12 @@ def note_in_summary(path: Path, key: str, scores: Mapping[str, Any]) -> None:
         scores: JSON values by task.
     """
     for summary in _summaries(path):
-        try:
-            content = json.loads(read_regular(summary, _MAX_BYTES))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
+        content = read_object(summary)
+        if content is not None:
             earlier = content.get(key)
             content[key] = (earlier if isinstance(earlier, dict) else {}) | dict(scores)
             write_atomically(summary, (json.dumps(content, indent=2) + "\n").encode())
-        return
+            return
 
 
 def _summaries(path: Path) -> Iterator[Path]:

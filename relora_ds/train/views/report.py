@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_ds.config.reading.source import read_yaml
 from relora_ds.errors import ConfigError, ReloraError
-from relora_ds.files.regular import read_regular
+from relora_ds.files.objects import read_object
 from relora_ds.redaction import redact
 from relora_ds.train.telemetry.atomic import write_atomically
 from relora_ds.train.telemetry.plot import has_losses, loss_figure
@@ -18,7 +18,6 @@ from relora_ds.train.views.curves import Curves, draw_curves, read_curves
 from relora_ds.train.views.figures import as_svg, new_figure
 from relora_ds.train.views.spectrum import draw_spectra, spectra
 
-_MAX_BYTES = 64 << 20
 _EVENTS_SHOWN = 200
 _PANELS = (
     ("Throughput", ("throughput/tokens_per_second", "throughput/mfu")),
@@ -60,7 +59,7 @@ def write_report(run: Path, output: Path, with_spectra: bool = False) -> Path:
 
 
 def _page(run: Path, curves: Curves, with_spectra: bool) -> Iterator[str]:
-    summary, name = _summary(run), html.escape(curves.name)
+    summary, name = read_object(run / "summary.json") or {}, html.escape(curves.name)
     yield '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
     yield f"<title>{name}</title><style>{_STYLE}</style></head><body>\n<h1>{name}</h1>\n"
     yield _table(_overview(summary, curves))
@@ -140,14 +139,6 @@ def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(read_regular(run / "summary.json", _MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _settings(run: Path) -> str:
