@@ -334,8 +334,7 @@ def _transformers(
 
     config = LlamaConfig(**_architecture(parsed).model_dump(), use_cache=False)
     model = cast(nn.Module, LlamaForCausalLM(config))
-    dtype = torch.bfloat16 if parsed.precision == "bf16" else torch.float32
-    model.to(device=clock.device, dtype=dtype).train()
+    model.to(device=clock.device, dtype=DTYPES[parsed.precision]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step(number: int) -> Timed:

@@ -83,7 +83,8 @@ def run_config(method: Mapping[str, Any], **train: object) -> RunConfig:
         "model": "unused",
         "deepspeed": "unused",
         "method": dict(method),
-        "train": {"steps": STEPS, "precision": "fp32"} | shape | train,
+        # micro-batches so small are padded on request only
+        "train": {"steps": STEPS, "precision": "fp32", "pad_mlp": "on"} | shape | train,
         **other,
     }
     return RunConfig.model_validate_json(json.dumps(description))

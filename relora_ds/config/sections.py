@@ -97,7 +97,8 @@ class TrainConfig(Section):
     """Compute MLPs at the next multiple of 8 columns, of zeros, where a process's part of
     `intermediate_size` does not fill multiples of 16 bytes: other rows keep a GPU's fast kernels
     from being used. Equal within rounding; weights and whatever is saved stay as they are. `auto`:
-    on GPUs only."""
+    on GPUs, where a micro-batch has 4,096 tokens per process or more, against which copies of
+    weights are small."""
     activation_checkpointing: Free[bool] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     per_layer_update: bool = False
@@ -124,14 +125,6 @@ class TrainConfig(Section):
     base weights are fp32 products too and lose as much."""
     timeout_minutes: Free[Annotated[float, Field(gt=0, le=1e6)]] = 10.0
     """A collective that takes longer ends the run with exit code 7."""
-
-    def pads_mlp(self, device: str) -> bool:
-        """Whether MLPs are computed at padded widths where theirs are not aligned.
-
-        Args:
-            device: type of the device that computes.
-        """
-        return self.pad_mlp == "on" or (self.pad_mlp == "auto" and device == "cuda")
 
 
 class MuonConfig(Section):

@@ -271,6 +271,10 @@ def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> Tr
     engine.model.separate_documents(prepared.corpus.document_end)
     if config.train.compile:
         engine.model.compile_layers()
+    start, stop = prepared.topology.tp.span(prepared.architecture.intermediate_size)
+    width = engine.update_size.mlp_width(stop - start)
+    if width != stop - start:
+        _logger.info("MLPs of %d columns are computed at %d", stop - start, width)
     counts = parameter_counts(engine.model)
     _logger.info(
         "phase %s: %s trained and %s frozen parameters",

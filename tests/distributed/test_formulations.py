@@ -101,6 +101,7 @@ def test_a_resumed_run_is_bit_identical(method: str, formulation: str, stage: in
     ("ranks", "tensor", "cells"),
     [
         (1, 1, [("lora", 0, "per_layer"), ("relora", 0, "per_layer"), ("relora", 1, "recomputed")]),
+        (1, 1, [("full", 1, "padded"), ("sltrain", 0, "padded")]),
         (2, 1, [(method, stage, "act") for method in cases.EVERY for stage in range(4)]),
         (2, 2, [("relora", 1, "act"), ("sltrain", 3, "act"), ("switchlora", 2, "fold")]),
     ],

@@ -55,6 +55,15 @@ def test_every_method(figures: dict[str, Any], name: str, precision: str, stage:
         assert measured == pytest.approx(expected, rel=0.02), component
 
 
+@pytest.mark.parametrize("name", ["full", "relora", "sltrain_step"])
+def test_padded_mlps(figures: dict[str, Any], name: str) -> None:
+    """Activations are wider, by 4 % of them all; nothing else is."""
+    found = figures[f"{name}/padded"]
+    for component in COMPONENTS:
+        measured, expected = found["measured"][component], found["expected"][component]
+        assert measured == pytest.approx(expected, rel=0.02), component
+
+
 @pytest.mark.parametrize("name", ["full", "sltrain"])
 def test_checkpointing_keeps_the_inputs_of_layers(figures: dict[str, Any], name: str) -> None:
     found = figures[f"{name}/checkpointed"]

@@ -70,9 +70,7 @@ def gradients(
     except ConfigError as reason:
         raise CaseSkippedError(str(reason)) from None
     settings: dict[str, Any] = {"precision": precision, "attention": attention}
-    if padded:
-        settings["pad_mlp"] = "on"
-    found = _backward(shape, method, device, settings, documents)
+    found = _backward(shape, method, device, settings, documents, padded)
     expected = _backward(shape, method, torch.device("cpu"), {"attention": "math"}, documents)
     loss = abs(found[0] - expected[0]) / abs(expected[0])
     limit = _TOLERANCE[precision]
@@ -89,7 +87,12 @@ def gradients(
 
 
 def _backward(
-    shape: Any, method: str, device: torch.device, settings: dict[str, Any], documents: bool
+    shape: Any,
+    method: str,
+    device: torch.device,
+    settings: dict[str, Any],
+    documents: bool,
+    padded: bool = False,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     config = run_config(METHODS[method], **settings)
     initial = InitialWeights(shape, config.train.seed)
@@ -112,10 +115,9 @@ def _backward(
     if documents:  # whichever id stands there ends them, wherever it stands
         model.separate_documents(int(tokens[0, tokens.shape[1] // 3]))
     layers = list(projection_layers(model).values())
-    pads = config.train.pad_mlp == "on"
     update = update_of(layers, config.train, 0, 1, device.type, None)
     # outside an update every layer computes at the widths of its weights
-    with weights_stay(layers, update) if pads else nullcontext():
+    with weights_stay(layers, update) if padded else nullcontext():
         loss = model(tokens.to(device))
         loss.backward()
     named = {

@@ -32,6 +32,7 @@ from typing import Literal
 import torch
 
 from relora_ds.config.sections import TrainConfig
+from relora_ds.model.mlp import pads_odd_widths
 from relora_ds.numerics.dtypes import DTYPES
 from relora_ds.parallel.footprint import Formulation, UpdateSize
 from relora_ds.parallel.linear import Projection
@@ -167,7 +168,7 @@ def update_of(
         formulation=train.formulation,
         device=device,
         keeps_composed=room,
-        pads_mlp=train.pads_mlp(device),
+        pads_mlp=pads_odd_widths(train, device),
     )
 
 

@@ -23,7 +23,7 @@ from relora_ds.model.llama import Llama
 from relora_ds.model.mlp import MLP
 from relora_ds.parallel.linear import Projection
 from relora_ds.parallel.topology import Topology, share_models
-from tests.harness.build import CUT, Training, batches, run_config
+from tests.harness.build import CUT, TINY, Training, batches, run_config
 from tests.harness.resume import load, save
 
 STEPS, BREAK = 14, 7
@@ -60,6 +60,7 @@ def described(method: str, formulation: str, tensor: int, plan: str) -> RunConfi
             "formulation": formulation,
             "activation_checkpointing": plan == "recomputed",
             "per_layer_update": plan == "per_layer",
+            "pad_mlp": "on" if plan == "padded" else "auto",
         },
         # a small eps turns rounding into updates where a gradient is nearly zero
         optimizer={"eps": 1e-3, "clip": 0.0 if plan == "per_layer" else 0.3},
@@ -132,7 +133,7 @@ def compiled_losses(
 
     Args:
         topology: this rank's place.
-        cells: as in `losses`.
+        cells: as in `losses`; `padded` has MLPs of 41 columns, computed at 48.
         tensor: ranks that share a copy of the model.
     """
     found = {}
@@ -141,7 +142,8 @@ def compiled_losses(
             both = []
             for compiled in (False, True):
                 config = described(method, "auto", tensor, plan)
-                run = Training(config, share_models(topology, config), {"stage": stage})
+                model = CUT if plan == "padded" else TINY
+                run = Training(config, share_models(topology, config), {"stage": stage}, model)
                 if compiled:
                     cast(Llama, run.engine.model).compile_layers()
                 tokens = enumerate(batches(STEPS))

@@ -27,6 +27,8 @@ SMALL = ModelConfig(
     num_key_value_heads=2,
     head_dim=16,
 )
+ODD = SMALL.model_copy(update={"intermediate_size": 33})
+"""An MLP that takes 40 columns where rows are to be aligned."""
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "lora": {"name": "lora", "rank": 8},
@@ -86,6 +88,9 @@ def small(topology: Topology) -> dict[str, Any]:
     for name in ("full", "sltrain"):
         train = {"precision": "bf16", "activation_checkpointing": True}
         found[f"{name}/checkpointed"] = measure(topology, SMALL, METHODS[name], train)
+    for name in ("full", "relora", "sltrain_step"):
+        train = {"precision": "bf16", "pad_mlp": "on"}
+        found[f"{name}/padded"] = measure(topology, ODD, METHODS[name], train)
     return found
 
 

@@ -247,11 +247,20 @@ def test_only_rows_that_are_not_aligned_are_widened() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "pads"),
-    [("auto", "cpu", False), ("auto", "cuda", True), ("on", "cpu", True), ("off", "cuda", False)],
+    ("asked", "device", "tokens", "pads"),
+    [
+        ("auto", "cpu", 4096, False),
+        ("auto", "cuda", 4096, True),
+        ("auto", "cuda", 4088, False),
+        ("on", "cpu", 8, True),
+        ("off", "cuda", 4096, False),
+    ],
 )
-def test_runs_pad_on_gpus_unless_told_otherwise(asked: str, device: str, pads: bool) -> None:
-    values = {"steps": 1, "seq_length": 8, "micro_batch_size": 2, "global_batch_size": 2}
+def test_runs_with_tokens_enough_pad_on_gpus_unless_told_otherwise(
+    asked: str, device: str, tokens: int, pads: bool
+) -> None:
+    values = {"steps": 1, "seq_length": 8, "global_batch_size": 512}
+    values["micro_batch_size"] = tokens // 8
     train = TrainConfig.model_validate({**values, "pad_mlp": asked})
     mlp = build("relora")
     update = update_of(projections(mlp), train, 1, 1, device, None)

@@ -225,17 +225,24 @@ def test_an_exchange_moves_eight_bytes_an_element(
 
 @pytest.mark.parametrize("narrow", [torch.int16, torch.int32])
 @pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("behind", [0, 3])
 def test_a_sparse_part_is_added_and_its_gradient_read(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, narrow: torch.dtype
+    interpreted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: torch.dtype,
+    narrow: torch.dtype,
+    behind: int,
 ) -> None:
-    """Rows without elements, full ones, and one of more than a block."""
+    """Rows without elements, full ones, and one of more than a block; dense matrices of the same
+    shape, and with rows and columns behind the sparse ones."""
     rows, cols, rank = 5, 300, 3
     counts = torch.tensor([0, 1, 300, 129, 0])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
     generator = torch.Generator().manual_seed(3)
     chosen = [torch.randperm(cols, generator=generator)[:count].sort().values for count in counts]
     columns = torch.cat(chosen).to(narrow)
-    shapes = (rank, cols), (rows, rank), (len(columns),), (rows, cols)
+    high, wide = rows + behind, cols + behind
+    shapes = (rank, wide), (high, rank), (len(columns),), (high, wide)
     lora_a, lora_b, values, slope = (
         torch.randn(shape, generator=generator).to(kind) for shape in shapes
     )

@@ -104,6 +104,9 @@ def test_other_arithmetic_than_the_checkpoint_s_is_named() -> None:
     assert doubt is not None
     assert f"was computed by {there}, and goes on by {here}" in doubt
     assert doubt.endswith("not bit for bit")
+    doubt = doubt_about_the_resume(written_by(here), cpu, padded=True)
+    assert doubt is not None
+    assert f"goes on by {here} and padded MLPs" in doubt
 
 
 @pytest.fixture
