@@ -273,6 +273,11 @@ class ParallelConfig(Section):
     """Cut activations between blocks along the sequence: each process of the tensor-parallel group
     normalises and keeps its part of them. Moves the same bytes and takes less memory."""
 
+    @property
+    def sequence_parts(self) -> int:
+        """Equal parts that every sequence is cut into which the model reads."""
+        return self.tensor if self.sequence else 1
+
 
 class EvalConfig(Section):
     """Validation during training."""

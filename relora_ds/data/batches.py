@@ -205,6 +205,8 @@ class DocumentBatches:
         dp_rank: this rank among the data-parallel ranks.
         dp_size: number of data-parallel ranks.
         max_documents: documents to use at most; None for all that the protocol asks for.
+        multiple: what the number P of positions that a model reads is a multiple of; S - 1 of them
+            are the protocol's, and what is added is masked out.
     """
 
     TARGET_TOKENS = 10_000_000
@@ -217,7 +219,9 @@ class DocumentBatches:
         dp_rank: int,
         dp_size: int,
         max_documents: int | None = None,
+        multiple: int = 1,
     ) -> None:
+        self._positions = -(-(seq_length - 1) // multiple) * multiple
         self._file, self._seq_length, self._rows = file, seq_length, micro_batch_size
         self._rank, self._size = dp_rank, dp_size
         self._eos = file.metadata.eos_id if file.metadata else None
@@ -247,18 +251,18 @@ class DocumentBatches:
         """This rank's micro-batches.
 
         Yields:
-            Tokens, int64 of shape (M, S), and a bool mask of shape (M, S - 1) that is True where
+            Tokens, int64 of shape (M, P + 1), and a bool mask of shape (M, P) that is True where
             the target is a token of a document.
         """
         own = self._shares[self._rank]
         for number in range(len(self)):
-            tokens = torch.zeros(self._rows, self._seq_length, dtype=torch.int64)
+            tokens = torch.zeros(self._rows, self._positions + 1, dtype=torch.int64)
             lengths = torch.zeros(self._rows, 1, dtype=torch.int64)
             for row, document in enumerate(own[number * self._rows : (number + 1) * self._rows]):
                 ids = self._row(document)
                 tokens[row, : len(ids)] = torch.from_numpy(ids)
                 lengths[row] = len(ids)
-            yield tokens, torch.arange(1, self._seq_length) < lengths
+            yield tokens, torch.arange(1, self._positions + 1) < lengths
 
     def has_targets(self, document_end: int | None) -> bool:
         """Whether anything is predicted in the rows of all ranks.

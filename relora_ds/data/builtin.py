@@ -54,8 +54,17 @@ class BuiltinCorpus:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/relora_ds`, or `~/.cache/relora_ds`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    """`$XDG_CACHE_HOME/relora_ds`, or `~/.cache/relora_ds`.
+
+    Raises:
+        DataError: there is neither, as for a user that has a number only.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise DataError(
+            "this user has no home directory, in which the builtin corpus would be kept: name "
+            "another one with data.cache_dir or XDG_CACHE_HOME, or set HOME"
+        )
     return Path(base, "relora_ds")
 
 

@@ -40,7 +40,7 @@ def validation_batches(
         found = ValidationBatches(samples, *place)
     else:
         assert corpus.valid is not None, "a rule asks for a file of its own"
-        found = DocumentBatches(corpus.valid, *place)
+        found = DocumentBatches(corpus.valid, *place, multiple=config.parallel.sequence_parts)
     check_targets(found.has_targets(corpus.document_end))
     return found
 

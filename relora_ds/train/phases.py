@@ -257,7 +257,8 @@ def _initial_weights(prepared: Prepared) -> Mapping[str, torch.Tensor] | None:
 def _build_engine(prepared: Prepared, phase: Phase, weights: DenseWeights) -> TrainEngine:
     """A fresh engine for a phase, from dense weights or from the seed's random draw."""
     config, file = prepared.config, prepared.corpus.valid or prepared.corpus.train[0]
-    count = min(_PROBE_TOKENS, config.train.seq_length)
+    parts = config.parallel.sequence_parts
+    count = max(1, min(_PROBE_TOKENS, config.train.seq_length) // parts) * parts
     engine = build_engine(
         prepared.architecture,
         phase.method,

@@ -111,10 +111,11 @@ def write_results(
         except (ReloraError, OSError) as error:
             problems.append(_as_problem(what, error, output_dir))
     if outcome.status == "completed" and not problems:
+        unigram = final.get("data/unigram_perplexity")
         _logger.info(
-            "done: validation perplexity %.2f (unigram %.1f), model in %s",
+            "done: validation perplexity %.2f%s, model in %s",
             final.get("eval/perplexity") or float("nan"),
-            final.get("data/unigram_perplexity", float("nan")),
+            "" if unigram is None else f" (unigram {unigram:.1f})",
             output_dir / (_HF if exports else layout.CHECKPOINTS),
         )
     return problems

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from relora_ds.checkpoint.export.dense import DenseModel
 from relora_ds.checkpoint.rewriting.reshape import reshape_checkpoint
+from tests.harness.descriptions import write_model
 from tests.harness.run import metrics, run, write_run
 
 pytestmark = pytest.mark.distributed
@@ -62,6 +63,30 @@ def test_a_shared_model_is_continued_by_one_process_and_back(
     found = losses(back)
     assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
     assert min(found) > 7
+
+
+def test_three_share_sequences_that_a_power_of_two_does_not_divide(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where fewer tokens are read than in training: by the rows of the published protocol, of
+    which the last token is a target only, and by the probe of an event."""
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
+    write_model(tmp_path, **heads, max_position_embeddings=256)
+    tiny_run["method"] = {"name": "relora", "rank": 3, "merge_every": 2, "restart_warmup_steps": 1}
+    tiny_run["train"] |= {"steps": 4, "seq_length": 192, "global_batch_size": 2}
+    tiny_run["eval"] = {"every": 2, "batches": 2, "protocol": "galore_compat"}
+    tiny_run["checkpoint"] = {"every": 0}
+    description = str(write_run(tiny_run, tmp_path / "run.yaml"))
+    found = []
+    for size in (1, 3):
+        output_dir = tmp_path / f"of_{size}"
+        cut = [f"parallel.tensor={size}", f"parallel.sequence={str(size > 1).lower()}"]
+        code, output = run([description, f"output_dir={output_dir}", *cut], processes=size)
+        assert code == 0, output
+        lines = metrics(output_dir)
+        assert lines[2]["method/function_drift"] < 1e-6
+        found.append([lines[step][f"{kind}/loss"] for step in (2, 4) for kind in ("train", "eval")])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_wrong_sizes_are_refused(tiny_run: dict[str, Any], tmp_path: Path) -> None:

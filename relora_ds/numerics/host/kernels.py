@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -31,10 +32,14 @@ def load_kernels(source: Path) -> ctypes.CDLL | None:
     """The functions of a C file; None, with a warning, where there is no compiler."""
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / f"{source.stem}.so"
-        command = [os.environ.get("CC", "cc"), *_FLAGS, "-shared", "-fPIC", str(source)]
+        command = [*host_compiler(), *_FLAGS, "-shared", "-fPIC", str(source)]
         try:
             subprocess.run(
-                [*command, "-o", str(target), "-lm"], check=True, capture_output=True, text=True
+                [*command, "-o", str(target), "-lm"],
+                check=True,
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
             return ctypes.CDLL(str(target))  # stays mapped without its file
         except (OSError, subprocess.CalledProcessError) as error:
@@ -46,6 +51,14 @@ def load_kernels(source: Path) -> ctypes.CDLL | None:
                 reason.strip().partition("\n")[0],
             )
             return None
+
+
+def host_compiler() -> list[str]:
+    """The words of the command that compiles C: CC may hold options, or a cache before it."""
+    try:
+        return shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError:  # a quotation mark that is never closed
+        return [os.environ["CC"]]
 
 
 def in_parts(kernel: Callable[[int, int], object], units: int, elements: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import socket
@@ -16,6 +17,8 @@ from relora_ds.planning.doctor.finding import Finding
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "StrictHostKeyChecking=yes")
 _PATIENCE_S = 30.0
 _CLOCK_SECONDS = 2.0
+_TIME = re.compile(r"(\d+(?:\.\d+)?)(?:\.\D*)?", re.ASCII)
+"""What `date +%s.%N` prints, also where it knows no %N."""
 _VERSIONS = (
     "import torch, sys; from importlib.metadata import version as v; "
     "print(sys.version.split()[0], torch.__version__, v('deepspeed'))"
@@ -49,9 +52,16 @@ def node(name: str, versions: str) -> Iterator[Finding]:
         remedy = f"make `ssh {name} true` work without a password: ssh-copy-id {name}"
         yield Finding("ssh", "problem", f"{name}: {problem or f'exit code {code}'}", remedy)
         return
+    # a shell may greet before it runs anything
+    times = [(n, match) for n, line in enumerate(lines) if (match := _TIME.fullmatch(line))]
+    if not times:
+        remedy = f"make `ssh {name} date` print the time of that node"
+        yield Finding("ssh", "problem", f"{name} runs no command, it says {lines[0]!r}", remedy)
+        return
     yield Finding("ssh", "ok", f"{name} answers")
-    yield _clock(name, float(lines[0]), before, passed)
-    there = lines[1] if len(lines) > 1 else ""
+    at, time_there = times[-1]
+    yield _clock(name, float(time_there[1]), before, passed)
+    there = lines[at + 1] if at + 1 < len(lines) else ""
     check = "environment"
     if there == versions:
         yield Finding(check, "ok", f"{name} has Python, torch and deepspeed {there}")
@@ -110,7 +120,9 @@ def _accept(listener: socket.socket) -> None:
 def _run(command: list[str]) -> tuple[int, str, str]:
     """Exit code, output, and the last line of what was complained about."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S
+        )
     except subprocess.TimeoutExpired:
         return 1, "", f"no answer within {_PATIENCE_S:.0f} s"
     except OSError as error:

@@ -18,6 +18,7 @@ import torch
 
 from relora_ds.engine.accelerator import check_accelerator, describe_machine
 from relora_ds.errors import ConfigError
+from relora_ds.numerics.host.kernels import host_compiler
 from relora_ds.planning.doctor.finding import Finding
 from relora_ds.redaction import is_secret
 
@@ -54,7 +55,7 @@ def accelerator() -> Iterator[Finding]:
 
 def compiler() -> Iterator[Finding]:
     """Whether kernels for the host can be compiled."""
-    name = os.environ.get("CC", "cc")
+    name = host_compiler()[0]
     found = shutil.which(name)
     if found is not None:
         yield Finding("compiler", "ok", found)
@@ -90,10 +91,11 @@ def memory() -> Iterator[Finding]:
         else:
             yield Finding("shared memory", "ok", said)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files < _LEAST_FILES:
+    if files != resource.RLIM_INFINITY and files < _LEAST_FILES:
         yield Finding("open files", "warning", f"{files} at most", "ulimit -n 65536")
     else:
-        yield Finding("open files", "ok", f"{files} at most")
+        most = "as many as wanted" if files == resource.RLIM_INFINITY else f"{files} at most"
+        yield Finding("open files", "ok", most)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if torch.cuda.is_available() and locked != resource.RLIM_INFINITY:
         said = f"{locked:,} bytes may be locked: InfiniBand registers its buffers"
@@ -156,7 +158,8 @@ def variables(
         if missing and not environ[name].startswith("^"):
             said = f"{name}={environ[name]} names no interface of this machine"
             yield Finding("variables", "problem", said, f"name one of {', '.join(sorted(known))}")
-    for place in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
+    # what has no home directory, as under a number without a name, has no such file there
+    for place in (Path(os.path.expanduser("~/.deepspeed_env")), Path(".deepspeed_env")):
         lines = place.read_text(errors="replace").splitlines() if place.is_file() else []
         secrets = [line.partition("=")[0] for line in lines if is_secret(line.partition("=")[0])]
         if secrets:

@@ -44,7 +44,9 @@ def _meet(hostfile: str | None) -> Iterator[Finding]:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         command = [launcher, "--hostfile", hostfile, "--module", __spec__.name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S
+        )
         said, failed = done.stdout + done.stderr, done.returncode != 0
     except subprocess.TimeoutExpired as error:
         said, failed = f"not done within {error.timeout:.0f} s", True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,15 @@ def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/somewhere/relora_ds")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "relora_ds"
+
+
+def test_a_user_without_a_home_is_told_where_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under some number."""
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    with pytest.raises(DataError, match=r"no home directory.* data\.cache_dir or XDG_CACHE_HOME"):
+        default_cache_dir()
 
 
 @pytest.mark.slow

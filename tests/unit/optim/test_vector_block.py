@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -87,6 +89,13 @@ def test_without_a_compiler_the_operations_give_the_same_bits(
         host_kernels.load_kernels.cache_clear()
     assert "install a C compiler or set CC" in caplog.text
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_compiler_is_called_with_all_words_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `ccache gcc`, or of `gcc -m64`."""
+    source = min(Path(host_kernels.__file__).parents[1].rglob("*.c"), key=os.path.getsize)
+    monkeypatch.setenv("CC", "env cc -DNOTHING='a b'")
+    assert host_kernels.load_kernels.__wrapped__(source) is not None
 
 
 @pytest.mark.parametrize("problem", [FailOnRecompileLimitHit, TorchDynamoException])

@@ -158,6 +158,25 @@ def test_rows_of_equal_weight_differ_by_the_counter_alone(tmp_path: Path, model:
     assert score.token_loss == pytest.approx(float(torch.cat(losses).detach().mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize("multiple", [2, 3, 4, 11, 12])
+def test_positions_that_are_added_for_an_even_cut_change_nothing(
+    tmp_path: Path, model: Llama, multiple: int
+) -> None:
+    """Processes that share a sequence have equally many positions of it."""
+    file = written(tmp_path / "tokens")
+    plain = DocumentBatches(file, LENGTH, 4, 0, 1)
+    padded = DocumentBatches(file, LENGTH, 4, 0, 1, multiple=multiple)
+    for (tokens, mask), (more, kept) in zip(plain, padded, strict=True):
+        assert kept.shape[1] % multiple == 0
+        assert more.shape[1] == kept.shape[1] + 1 <= LENGTH + multiple
+        assert torch.equal(more[:, :LENGTH], tokens)
+        assert torch.equal(kept[:, : LENGTH - 1], mask)
+        assert not kept[:, LENGTH - 1 :].any()
+    expected, found = (published_score(model, each, CPU, False) for each in (plain, padded))
+    assert (found.tokens, found.batches) == (expected.tokens, expected.batches)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
 def test_a_row_that_is_cut_ends_as_documents_do(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"line {n} of a text" * n for n in range(1, 40)))
     tokenizer = train_tokenizer([tmp_path / "text.txt"], 300, tmp_path / "tokenizer.model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pwd
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -152,8 +153,16 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
     return put
 
 
-def test_a_node_that_answers_is_as_this_machine(ssh: Callable[[str], None]) -> None:
-    ssh('echo "$(date +%s.%N)"; echo "3.11 2.13 0.19"')
+@pytest.mark.parametrize(
+    "script",
+    [
+        'echo "$(date +%s.%N)"; echo "3.11 2.13 0.19"',
+        "printf 'Welcome to \\xff!\\n2 jobs\\n'; date +%s.%N; echo '3.11 2.13 0.19'",
+        "date +%s.%%N; echo '3.11 2.13 0.19'",  # of a date that knows no fractions
+    ],
+)
+def test_a_node_that_answers_is_as_this_machine(ssh: Callable[[str], None], script: str) -> None:
+    ssh(script)
     assert {each.status for each in hosts.node("n1", "3.11 2.13 0.19")} == {"ok"}
 
 
@@ -163,6 +172,7 @@ def test_a_node_that_answers_is_as_this_machine(ssh: Callable[[str], None]) -> N
         ("echo 'Permission denied (publickey).' >&2; exit 255", "ssh", "Permission denied"),
         ('echo "$(date +%s.%N)"; echo "3.11 2.11 0.19"', "environment", "2.11"),
         ('echo "$(date +%s.%N)"', "environment", "does not run"),
+        ("echo 'This account is not available.'", "ssh", "runs no command, it says 'This acc"),
         ("echo 1000.5; echo '3.11 2.13 0.19'", "clock", "off this machine"),
     ],
 )
@@ -216,3 +226,15 @@ def test_processes_that_cannot_meet_are_a_problem(
     (found,) = meeting.meet([])
     assert found.status == "problem"
     assert "no route to host" in found.said
+
+
+def test_a_compiler_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, status in (("cc -m64", "ok"), ("", "ok"), ("nope -O2", "warning"), ("'", "warning")):
+        monkeypatch.setenv("CC", text)
+        assert [found.status for found in machine.compiler()] == [status]
+
+
+def test_a_user_without_a_home_has_no_file_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    assert list(machine.variables({})) == []
