@@ -97,8 +97,6 @@ def main() -> None:
     parser.add_argument("--formulations", nargs="+", choices=_FORMULATIONS, default=["auto"])
     parser.add_argument("--pad-mlp", nargs="+", choices=("auto", "on", "off"), default=["auto"])
     parser.add_argument("--adapter", choices=("spectral",), help="updates pairs of factors")
-    kinds = ("product", "factors")
-    parser.add_argument("--polar-of", choices=kinds, default="product", help="under it")
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="of ZeRO")
     parser.add_argument("--repeat", type=int, default=9, help="timed steps of each case")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers")
@@ -263,9 +261,7 @@ def _optimizer(case: StepCase, parsed: argparse.Namespace) -> dict[str, object]:
     if case.method in _MATRIX_OPTIMIZERS:
         return {"matrix": case.method}
     has_pairs = case.rank is not None and case.method != "galore"
-    if not has_pairs or parsed.adapter is None:
-        return {}
-    return {"adapter": parsed.adapter, parsed.adapter: {"polar_of": parsed.polar_of}}
+    return {"adapter": parsed.adapter} if has_pairs and parsed.adapter else {}
 
 
 def _ours(

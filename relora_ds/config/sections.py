@@ -156,25 +156,19 @@ class SpectralConfig(Section):
 
     lr: PositiveFloat | None = None
     """Peak learning rate of the factors. Default: `optimizer.adapter_lr` where it is given, which
-    is then that of SLTrain's values and of biases too; otherwise 2.5e-2, 1e-2 if `normalized`, and
-    1.6e-2 with `polar_of: factors`."""
-    polar_of: Literal["product", "factors"] = "product"
-    """Whose change has its singular values made equal. `product`: the product's; both factors move
-    along one polar factor. `factors`: each factor's own, which takes about a third of the time."""
+    is then that of SLTrain's values and of biases too; otherwise 2.5e-2, or 1e-2 if
+    `normalized`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay rate mu of the momentum that each factor has in place of Adam's two moments."""
     nesterov: bool = True
     """Look ahead along the momentum."""
     normalized: bool = False
     """Divide steps by scale (|A|^2 + |B|^2) / 2 with spectral norms: the weight moves by at most
-    the learning rate times sqrt(max(1, m / n)) for m outputs and n inputs, as under Muon. Of
-    `polar_of: product` only."""
+    the learning rate times sqrt(max(1, m / n)) for m outputs and n inputs, as under Muon."""
 
     @property
     def default_lr(self) -> float:
         """The factors' learning rate where none is given."""
-        if self.polar_of == "factors":
-            return 1.6e-2
         return 1.0e-2 if self.normalized else 2.5e-2
 
 

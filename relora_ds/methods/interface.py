@@ -24,7 +24,7 @@ from relora_ds.methods.train_state import TrainState
 from relora_ds.model.init import EMBEDDING, HEAD
 from relora_ds.optim.matrix import PAIR, MatrixOptimizer
 from relora_ds.optim.matrix_wise.scale import Scale
-from relora_ds.optim.matrix_wise.spectral import SpectralFactors, SpectralPair
+from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.linear import DenseLinear, LinearSpec, Projection
 from relora_ds.parallel.shape import shard_of, tp_local_shape
 
@@ -330,7 +330,7 @@ class Method(Generic[ConfigT]):
         return schedule(step)
 
 
-def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> MatrixOptimizer | None:
+def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> SpectralPair | None:
     """What updates a factor of a projection, where the run asks for an optimizer of pairs.
 
     Args:
@@ -341,8 +341,6 @@ def pair_rule(settings: OptimizerConfig, name: str, scale: float = 1.0) -> Matri
     if settings.adapter is None or name.rpartition(".")[2] not in PAIR:
         return None
     chosen = settings.spectral
-    if chosen.polar_of == "factors":
-        return SpectralFactors(chosen.momentum, chosen.nesterov)
     return SpectralPair(chosen.momentum, chosen.nesterov, chosen.normalized, scale)
 
 

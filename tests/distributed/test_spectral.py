@@ -10,29 +10,24 @@ from tests.distributed.cases import spectral
 from tests.harness.ranks import run_ranks
 
 _CELLS = [
-    ("low_rank", 1, 1, "auto", "product"),
-    ("low_rank", 2, 1, "auto", "product"),
-    ("sltrain", 2, 1, "auto", "product"),
-    ("lora", 2, 2, "act", "product"),
-    ("switchlora", 2, 1, "auto", "product"),
-    ("relora", 2, 2, "fold", "product"),
-    ("low_rank", 2, 1, "auto", "factors"),
-    pytest.param("relora", 2, 1, "auto", "product", marks=pytest.mark.slow),
-    pytest.param("switchlora", 2, 2, "act", "product", marks=pytest.mark.slow),
-    pytest.param("switchlora", 4, 2, "fold", "product", marks=pytest.mark.slow),
-    pytest.param("switchlora", 2, 1, "auto", "factors", marks=pytest.mark.slow),
-    pytest.param("relora", 2, 2, "fold", "factors", marks=pytest.mark.slow),
+    ("low_rank", 1, 1, "auto"),
+    ("low_rank", 2, 1, "auto"),
+    ("sltrain", 2, 1, "auto"),
+    ("lora", 2, 2, "act"),
+    ("switchlora", 2, 1, "auto"),
+    ("relora", 2, 2, "fold"),
+    pytest.param("relora", 2, 1, "auto", marks=pytest.mark.slow),
+    pytest.param("switchlora", 2, 2, "act", marks=pytest.mark.slow),
+    pytest.param("switchlora", 4, 2, "fold", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("method", "processes", "tensor", "plan", "polar_of"), _CELLS)
+@pytest.mark.parametrize(("method", "processes", "tensor", "plan"), _CELLS)
 def test_every_stage_equals_the_dense_formula(
-    method: str, processes: int, tensor: int, plan: str, polar_of: str
+    method: str, processes: int, tensor: int, plan: str
 ) -> None:
-    found = run_ranks(
-        spectral.check, processes, method=method, tensor=tensor, plan=plan, polar_of=polar_of
-    )
+    found = run_ranks(spectral.check, processes, method=method, tensor=tensor, plan=plan)
     copies = processes // tensor
     for stage, result in found.items():
         assert result["loss"] <= 1e-5, stage

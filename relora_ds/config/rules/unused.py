@@ -28,16 +28,6 @@ def optimizers_of_matrices_are_chosen(optimizer: OptimizerConfig) -> Iterator[Fi
             )
 
 
-def steps_of_factors_are_not_divided(optimizer: OptimizerConfig) -> Iterator[Finding]:
-    spectral = optimizer.spectral
-    if optimizer.adapter == "spectral" and spectral.polar_of == "factors" and spectral.normalized:
-        yield Finding(
-            ("optimizer", "spectral", "normalized"),
-            "has no effect: optimizer.spectral.polar_of is factors, whose steps are as long as "
-            "the learning rate; write optimizer.spectral.polar_of: product, or remove the key",
-        )
-
-
 def islands_have_a_transport(parallel: ParallelConfig, islands: IslandsConfig) -> Iterator[Finding]:
     if parallel.islands == 1:
         for part in ("outer", "transport"):
@@ -78,7 +68,6 @@ def _changed(section: Section, path: KeyPath) -> Iterator[KeyPath]:
 
 UNUSED_RULES = (
     optimizers_of_matrices_are_chosen,
-    steps_of_factors_are_not_divided,
     islands_have_a_transport,
     spikes_are_looked_for,
     a_rate_that_stays_has_no_end,

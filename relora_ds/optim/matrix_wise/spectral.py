@@ -1,9 +1,8 @@
 """Spectral updates of factor pairs: momentum of the product B A, its singular values made equal.
 
 Both factors move along the polar factor of the change that their momenta mean for the product, as
-in sMuon (arXiv 2608.14492), or, at a third of the cost, each along that of its own momentum. With
-one momentum per factor it takes half of Adam's state, and it is defined where a factor is zero, as
-B is after a merge.
+in sMuon (arXiv 2608.14492). With one momentum per factor it takes half of Adam's state, and it is
+defined where a factor is zero, as B is after a merge.
 """
 
 from __future__ import annotations
@@ -72,12 +71,15 @@ class SpectralPair(MatrixOptimizer):
         return Exchanged(to_owner=2, from_owner=1)
 
     def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
-        values = [
-            (update.master, _ahead(update, self.momentum, self.nesterov)) for update in matrices
-        ]
+        values = [(update.master, self._ahead(update)) for update in matrices]
         directions = yield OfWhole(values, self.directions)
         for update, direction in zip(matrices, directions, strict=True):
             update.move(direction)
+
+    def _ahead(self, update: MatrixUpdate) -> torch.Tensor:
+        momentum, grad = update.matrix.state["momentum"], update.live_grad()
+        momentum.lerp_(grad, 1 - self.momentum)
+        return grad.lerp(momentum, self.momentum) if self.nesterov else momentum
 
     def directions(
         self,
@@ -124,62 +126,6 @@ class SpectralPair(MatrixOptimizer):
         along_a = frame.combine((root @ for_a.float()).double())
         along_b = (frame.triangle.mT @ for_b).mT @ left.mT  # twice as fast as its transpose
         return along_a.to(lora_a.dtype), along_b.to(lora_b.dtype).mT
-
-
-@dataclass(frozen=True)
-class SpectralFactors(MatrixOptimizer):
-    """B -= lr polar(N_B) and A -= lr polar(N_A), with momenta, decay and freezing as in
-    `SpectralPair`.
-
-    It is the direction of Spectron (arXiv 2602.12429) with an exact polar factor and without its
-    division by the factors' spectral norms. All but the momenta is (r, r).
-    """
-
-    needs: ClassVar[Needs] = "pair"
-
-    momentum: float = 0.95
-    """mu."""
-    nesterov: bool = True
-    """Whether to look ahead."""
-
-    def state(self, shape: torch.Size) -> Mapping[str, StateTensor]:
-        return {"momentum": StateTensor(shape, "slice")}
-
-    def exchanged(self, shapes: Sequence[torch.Size]) -> Exchanged:
-        return Exchanged(to_owner=1, from_owner=1)
-
-    def update(self, matrices: Sequence[MatrixUpdate]) -> Steps:
-        values = [[_ahead(update, self.momentum, self.nesterov)] for update in matrices]
-        directions = yield OfWhole(values, self.directions)
-        for update, direction in zip(matrices, directions, strict=True):
-            update.move(direction)
-
-    def directions(
-        self, ahead_a: torch.Tensor, ahead_b: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a learning rate of one takes off whole factors.
-
-        Args:
-            ahead_a: N_A (batch, r, n).
-            ahead_b: N_B (batch, m, r).
-
-        Returns:
-            Like both of them.
-        """
-        rows = ahead_a.double(), ahead_b.double().mT
-        grams = torch.cat([each @ each.mT for each in rows])
-        size = _trace(grams).clamp(min=_TINY)
-        rough, root = inverse_root(grams / size)
-        weights = (rough @ root.double()).mT / size.sqrt()
-        along_a, along_b = (w @ each for w, each in zip(weights.chunk(2), rows, strict=True))
-        return along_a.to(ahead_a.dtype), along_b.to(ahead_b.dtype).mT
-
-
-def _ahead(update: MatrixUpdate, momentum: float, nesterov: bool) -> torch.Tensor:
-    """A slice of N, after the momentum has taken the gradient in."""
-    kept, grad = update.matrix.state["momentum"], update.live_grad()
-    kept.lerp_(grad, 1 - momentum)
-    return grad.lerp(kept, momentum) if nesterov else kept
 
 
 def _trace(gram: torch.Tensor) -> torch.Tensor:

@@ -62,22 +62,21 @@ METHODS: dict[str, dict[str, Any]] = {
 """In `sltrain` and `lora` B starts at zero, in `relora` after every merge too."""
 
 
-def described(method: str, tensor: int, plan: str, polar_of: str = "product") -> RunConfig:
+def described(method: str, tensor: int, plan: str) -> RunConfig:
     """A run of one method under the spectral optimizer; its micro-batches are accumulated."""
-    spectral = {"adapter": "spectral", "spectral": {"polar_of": polar_of}}
     return run_config(
         METHODS[method],
         train={"steps": STEPS},
-        optimizer={"eps": EPS, "clip": CLIP, "weight_decay": DECAY, **spectral},
+        optimizer={"eps": EPS, "clip": CLIP, "weight_decay": DECAY, "adapter": "spectral"},
         schedule={"name": "constant"},
         parallel={"tensor": tensor, "low_rank_plan": plan},
     )
 
 
-def plain(method: str, polar_of: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain(method: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights of autograd, torch's AdamW, and polar factors of dense changes of
-    the products or of the factors' own, in fp64. Events happen on plain tensors."""
-    config = described(method, 1, "auto", polar_of)
+    the products, in fp64. Events happen on plain tensors."""
+    config = described(method, 1, "auto")
     train = config.train
     phase = plan_phases(config)[-1]
     of_run = phase.method
@@ -114,8 +113,7 @@ def plain(method: str, polar_of: str) -> tuple[list[float], dict[str, torch.Tens
         with torch.no_grad():
             for pair in pairs:
                 factors = [named[name] for name in pair]
-                moments = [momenta[name] for name in pair]
-                _step(factors, moments, factor * RATES["pair"], state, polar_of)
+                _step(factors, [momenta[n] for n in pair], factor * RATES["pair"], state)
             state.completed += 1
             session.after_step(step + 1)
         losses.append(float(loss))
@@ -143,7 +141,6 @@ def _step(
     momenta: Sequence[torch.Tensor],
     lr: float,
     state: MemoryState,
-    polar_of: str,
 ) -> None:
     """Move A and B; vectors that are frozen have no gradient and stay where they are."""
     ahead, live = [], []
@@ -158,14 +155,10 @@ def _step(
         ahead.append(0.05 * grad + 0.95 * momentum)
         live.append(mask)
     a, b = (factor.double() for factor in factors)
-    if polar_of == "factors":
-        moves = [_polar(ahead[0].double()), _polar(ahead[1].double())]
-    else:
-        direction = _polar(ahead[1] @ a + b @ ahead[0])
-        rate = 0.5 * math.sqrt(max(1.0, b.shape[0] / a.shape[1]))
-        moves = [rate * b.T @ direction, rate * direction @ a.T]
-    for factor, mask, move in zip(factors, live, moves, strict=True):
-        factor.sub_(mask * lr * (DECAY * factor + move))
+    direction = _polar(ahead[1] @ a + b @ ahead[0])
+    rate = 0.5 * lr * math.sqrt(max(1.0, b.shape[0] / a.shape[1]))
+    for factor, mask, move in zip(factors, live, (b.T @ direction, direction @ a.T), strict=True):
+        factor.sub_(mask * (lr * DECAY * factor + rate * move))
 
 
 def _polar(matrix: torch.Tensor) -> torch.Tensor:
@@ -177,14 +170,12 @@ def _polar(matrix: torch.Tensor) -> torch.Tensor:
     return (u * (s / size * (rough * root)[0].diagonal())) @ vh
 
 
-def check(
-    topology: Topology, tensor: int, method: str, plan: str, polar_of: str
-) -> dict[str, dict[str, Any]]:
+def check(topology: Topology, tensor: int, method: str, plan: str) -> dict[str, dict[str, Any]]:
     """By stage: largest relative difference of a loss, largest difference of a weight, bytes that
     factors moved in a step and the same in closed form, elements of the momenta on all ranks."""
-    expected, weights = plain(method, polar_of)
+    expected, weights = plain(method)
     found: dict[str, dict[str, Any]] = {}
-    config = described(method, tensor, plan, polar_of)
+    config = described(method, tensor, plan)
     place = share_models(topology, config)
     for name, group in (("tp", place.tp.group), ("dp", place.tp.data_group)):
         if group is not None:

@@ -37,7 +37,7 @@ from relora_ds.optim.matrix import (
     Steps,
 )
 from relora_ds.optim.matrix_wise.muon import Muon
-from relora_ds.optim.matrix_wise.spectral import SpectralFactors, SpectralPair
+from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.shape import TPShard, apply_shard, global_shape
 from relora_ds.parallel.topology import part_of_model
 from relora_ds.parallel.zero import ZeroSettings
@@ -185,21 +185,20 @@ def test_shards_travel_to_one_owner() -> None:
     assert [each.sliced.moved for each in found] == [0, 0]
 
 
-@pytest.mark.parametrize(("rule", "sent"), [(SpectralPair(), 2), (SpectralFactors(), 1)])
-def test_both_factors_of_a_pair_travel_to_one_owner(rule: MatrixOptimizer, sent: int) -> None:
+def test_both_factors_of_a_pair_travel_to_one_owner() -> None:
     model = nn.Module()
     model.lora_A, model.lora_B = matrix(4, 5, tensor=2), matrix(6, 4, tensor=2)
     pairs = nn.ModuleDict({"layer": model})
-    rules = dict.fromkeys((model.lora_A, model.lora_B), rule)
-    # stage 3 halves both shards: what is asked for of one half comes, the change goes back
+    rules = dict.fromkeys((model.lora_A, model.lora_B), SpectralPair())
+    # stage 3 halves both shards: values and momentum of one half come, the change goes back
     ranks = [exchanged(pairs, rules, 3, (2, 2), Place(0, rank)) for rank in range(2)]
     lacking = 5 + 6
-    assert [each.sliced for each in ranks] == [GroupExchange(0, lacking, sent * lacking)] * 2
+    assert [each.sliced for each in ranks] == [GroupExchange(0, lacking, 2 * lacking)] * 2
     # and so do the other process's shards of both
-    assert ranks[0].sharded == GroupExchange(0, 10 + 12, sent * (10 + 12))
-    assert ranks[1].sharded == GroupExchange(0, sent * (10 + 12), 10 + 12)
+    assert ranks[0].sharded == GroupExchange(0, 10 + 12, 2 * (10 + 12))
+    assert ranks[1].sharded == GroupExchange(0, 2 * (10 + 12), 10 + 12)
     elsewhere = exchanged(pairs, rules, 3, (2, 2), Place(1, 0))
-    assert elsewhere.sliced == GroupExchange(0, sent * lacking, lacking)
+    assert elsewhere.sliced == GroupExchange(0, 2 * lacking, lacking)
     assert elsewhere.sharded == NOTHING
 
 

@@ -191,10 +191,6 @@ def test_the_edge_of_a_rule_is_allowed(run_file: Path, overrides: list[str]) -> 
         (["optimizer.spectral.lr=0.02"], "write optimizer.adapter: spectral, or remove"),
         (["optimizer.muon.steps=keller"], "optimizer.matrix is not given; write"),
         (
-            ["optimizer={adapter: spectral, spectral: {polar_of: factors, normalized: true}}"],
-            "polar_of is factors, whose steps",
-        ),
-        (
             ["method={name: full}", "optimizer={matrix: muon, scale: {momentum: 0.8}}"],
             "has no effect: optimizer.matrix is muon",
         ),

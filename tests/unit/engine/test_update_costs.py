@@ -18,8 +18,7 @@ from relora_ds.methods.build import meta_model
 from relora_ds.methods.interface import Method
 from relora_ds.methods.registry import plan_phases
 from relora_ds.model.llama import Llama
-from relora_ds.optim.matrix import MatrixFunction
-from relora_ds.optim.matrix_wise.spectral import SpectralFactors, SpectralPair
+from relora_ds.optim.matrix_wise.spectral import SpectralPair
 from relora_ds.parallel.tensor import SINGLE
 from relora_ds.train.evaluate import validation_loss
 from tests.harness.build import TINY, run_config
@@ -93,20 +92,13 @@ def test_an_evaluation_waits_once() -> None:
     assert len(costs.queued) == 2 * MICRO_BATCHES
 
 
-@pytest.mark.parametrize(
-    ("directions", "tensors"),
-    [
-        (SpectralPair().directions, 2),
-        (SpectralPair(normalized=True).directions, 2),
-        (SpectralFactors().directions, 1),
-    ],
-)
-def test_spectral_updates_wait_for_nothing(directions: MatrixFunction, tensors: int) -> None:
-    costs, shapes = Costs(), [(4, 9)] * tensors + [(12, 4)] * tensors
-    factors = [torch.empty(3, *shape, device=DEVICE) for shape in shapes]
+@pytest.mark.parametrize("normalized", [False, True])
+def test_spectral_updates_wait_for_nothing(normalized: bool) -> None:
+    rule, costs = SpectralPair(normalized=normalized), Costs()
+    factors = [torch.empty(3, *shape, device=DEVICE) for shape in [(4, 9)] * 2 + [(12, 4)] * 2]
     for _ in range(2):  # the first makes what is kept
         with SimulatedDevice() as device:
-            directions(*factors)
+            rule.directions(*factors)
         costs = device.costs
     assert costs.launches
     assert not costs.waits

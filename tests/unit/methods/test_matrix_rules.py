@@ -16,11 +16,6 @@ from tests.harness.build import TINY, run_config
     [
         ({"name": "full"}, {"matrix": "muon"}, 14),
         ({"name": "low_rank", "rank": 4}, {"adapter": "spectral"}, 28),
-        (
-            {"name": "low_rank", "rank": 4},
-            {"adapter": "spectral", "spectral": {"polar_of": "factors"}},
-            28,
-        ),
     ],
 )
 def test_equal_optimizers_are_one_object_so_that_they_compute_together(

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from relora_ds.methods.low_rank import split_spectrum
-from relora_ds.optim.matrix import MatrixOptimizer, MatrixSlice, MatrixUpdate, OfWhole
-from relora_ds.optim.matrix_wise.spectral import (
-    SpectralFactors,
-    SpectralPair,
-    largest_eigenvalue,
-)
+from relora_ds.optim.matrix import MatrixSlice, MatrixUpdate, OfWhole
+from relora_ds.optim.matrix_wise.spectral import SpectralPair, largest_eigenvalue
 from relora_ds.optim.rectangles import rectangles
 
 SHAPES = [(12, 9, 3), (9, 12, 4), (7, 7, 1), (30, 8, 6)]
@@ -39,11 +34,6 @@ def dense_step(a: torch.Tensor, na: torch.Tensor, b: torch.Tensor, nb: torch.Ten
     direction = polar(nb @ a + b @ na)
     factor = 0.5 * math.sqrt(max(1.0, m / n))
     return {"lora_A": factor * b.T @ direction, "lora_B": factor * direction @ a.T}
-
-
-def separate_step(a: torch.Tensor, na: torch.Tensor, b: torch.Tensor, nb: torch.Tensor) -> Whole:
-    """The update of each factor by itself."""
-    return {"lora_A": polar(na), "lora_B": polar(nb)}
 
 
 def directions(*values: torch.Tensor) -> list[torch.Tensor]:
@@ -169,54 +159,14 @@ def test_the_bound_of_an_eigenvalue_is_tight(k: int) -> None:
         assert true * (1 - 1e-9) <= value <= true * k ** (1 / 64) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [1e-20, 1.0, 1e12])
-def test_factors_by_themselves_move_along_their_own_polar_factors(
-    shape: tuple[int, int, int], size: float
-) -> None:
-    m, n, r = shape
-    na, nb = size * draw(2, r, n), draw(4, m, r)
-    u, s, vh = torch.linalg.svd(nb, full_matrices=False)
-    nb = (u * torch.logspace(0, -3, len(s)).double()) @ vh
-    found = SpectralFactors().directions(na[None], nb[None])
-    for value, momentum in zip(found, (na, nb), strict=True):
-        assert value.shape[1:] == momentum.shape
-        assert (value[0] - polar(momentum)).abs().max() <= 1e-6
-
-
-def test_a_factor_without_momentum_or_with_equal_rows_is_no_division_by_zero() -> None:
-    na, nb = draw(1, 4, 9), torch.zeros(12, 4).double()
-    na[2] = na[0]
-    for_a, for_b = SpectralFactors().directions(na[None], nb[None])
-    assert (for_a[0] - polar(na)).abs().max() <= 1e-6
-    assert not for_b.any()
-
-
-def test_factors_of_a_batch_do_not_depend_on_each_other() -> None:
-    stacks = [
-        torch.stack([draw(s + k, *shape) for k in (0, 10)])
-        for s, shape in ((1, (3, 9)), (2, (12, 3)))
-    ]
-    together = SpectralFactors().directions(*stacks)
-    for k in range(2):
-        alone = SpectralFactors().directions(*(stack[k : k + 1] for stack in stacks))
-        for found, expected in zip(together, alone, strict=True):
-            assert torch.allclose(found[k], expected[0], atol=1e-12)
-
-
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "formula"), [(SpectralPair, dense_step), (SpectralFactors, separate_step)]
-)
-def test_forty_updates_in_fp32_follow_the_formula(
-    kind: Callable[..., MatrixOptimizer], formula: Callable[..., Whole], nesterov: bool
-) -> None:
+def test_forty_updates_in_fp32_follow_the_formula(nesterov: bool) -> None:
     m, n, r = 12, 9, 3
     names, lr, decay = ("lora_A", "lora_B"), 0.05, 0.1
     exact = {"lora_A": draw(1, r, n), "lora_B": torch.zeros(m, r).double()}
     momenta = {name: torch.zeros_like(value) for name, value in exact.items()}
     live = {name: value.float() for name, value in exact.items()}
-    rule = kind(nesterov=nesterov)
+    rule = SpectralPair(nesterov=nesterov)
     slices = {}
     for name, value in live.items():
         pieces = tuple(rectangles(0, value.numel(), value.shape[1]))
@@ -228,7 +178,7 @@ def test_forty_updates_in_fp32_follow_the_formula(
         for name, grad in grads.items():
             momenta[name] = 0.95 * momenta[name] + 0.05 * grad
             ahead[name] = 0.05 * grad + 0.95 * momenta[name] if nesterov else momenta[name]
-        moves = formula(exact["lora_A"], ahead["lora_A"], exact["lora_B"], ahead["lora_B"])
+        moves = dense_step(exact["lora_A"], ahead["lora_A"], exact["lora_B"], ahead["lora_B"])
         for name in names:
             exact[name] = (1 - lr * decay) * exact[name] - lr * moves[name]
         steps = rule.update(
