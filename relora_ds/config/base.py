@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Annotated, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 LARGEST = 2**40
 """No count of steps, tokens, elements or minutes comes near it, and products still fit a float."""
@@ -18,7 +19,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 def _from_home(path: str) -> str:
     """A path with the home directory in place of a leading `~/`, which no shell has seen here."""
-    return os.path.expanduser(path) if path.startswith("~/") else path
+    if not path.startswith("~/"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded == path:
+        rule = "must be a whole path: this user has no home directory"
+        raise PydanticCustomError("no_home", rule)
+    return expanded
 
 
 FilePath = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_a_path_from_the_home_directory_is_no_folder_called_tilde(
     for key in ("auto", True, False):
         resumed = load_run_config(run_file, [f"checkpoint.resume={str(key).lower()}"])
         assert resumed.config.checkpoint.resume == key
+
+
+def test_a_path_from_a_home_that_is_not_there_is_refused(
+    run_file: Path, problems_of: ProblemsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a user that has a number only, in a container."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    rule = "a whole path: this user has no home directory"
+    assert problems_of(run_file, "output_dir=~/out", "checkpoint.resume=~/a") == [
+        f'command line: output_dir=~/out: is "~/out", but must be {rule}',
+        'command line: checkpoint.resume=~/a: is "~/a", but must be '
+        f"'auto' or true or false or {rule}",
+    ]
 
 
 @pytest.mark.parametrize(
