@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -122,7 +123,6 @@ def _fill(layer: nn.Module, values: dict[str, torch.Tensor]) -> None:
 
 def _load(file: Path, name: str) -> ModuleType:
     """A module by its file, whatever packages lie beside it."""
-    _stand_in()
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -133,13 +133,13 @@ def _load(file: Path, name: str) -> ModuleType:
 
 
 def _import(name: str) -> ModuleType:
-    _stand_in()
     return _told(lambda: importlib.import_module(name))
 
 
 def _told(load: Callable[[], Any]) -> Any:
     try:
-        return load()
+        with _stand_ins():
+            return load()
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the authors' code needs the package {error.name}, which is not installed: run "
@@ -147,14 +147,24 @@ def _told(load: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _stand_in() -> None:
-    """Empty modules for what their layers import and do not use here."""
-    absent = {name for name in _UNUSED if not _is_there(name.partition(".")[0])}
-    sys.modules.update({name: ModuleType(name) for name in absent})
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Empty modules for what their layers import and do not use here.
+
+    They are gone afterwards: whoever asks then whether a package is there must not find them.
+    """
+    absent = [name for name in _UNUSED if not _is_there(name.partition(".")[0])]
+    modules = {name: ModuleType(name) for name in absent}
     if not _is_there("loguru"):
         quiet: Any = ModuleType("loguru")
         quiet.logger = SimpleNamespace(warning=print, info=print)
-        sys.modules["loguru"] = quiet
+        modules["loguru"] = quiet
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            sys.modules.pop(name, None)
 
 
 def _is_there(name: str) -> bool:

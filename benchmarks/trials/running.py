@@ -160,6 +160,8 @@ class Runner:
         logs.mkdir(parents=True, exist_ok=True)
         name = "_".join(trial.place.parts)
         spent = logs / f"{name}.spent"
+        if not run_directory(self._court, trial).exists():
+            spent.unlink(missing_ok=True)  # of a run that is gone
         _add_line(spent, {})
         log = logs / f"{name}.log"
         threads = max(1, (os.cpu_count() or 1) // (self._jobs * self._court.config.processes))

@@ -254,6 +254,19 @@ def test_interrupted_runs_save_and_go_on(tmp_path: Path, unheard: None, how: str
     assert first.wall_seconds > 0.5  # of both parts
 
 
+def test_the_time_of_a_run_that_was_removed_is_not_counted(tmp_path: Path) -> None:
+    court = described(tmp_path, seeds=[2], contestants=CONTESTANTS[:1], references=["full"])
+    logs = court.directory / "logs"
+    logs.mkdir(parents=True)
+    spent = '{}\n{"cpu_seconds": 500.0, "wall_seconds": 500.0}\n'
+    (logs / "full_rate_0.001_seed_1.spent").write_text(spent)
+    ledger = ledger_of(court, {})
+    assert Runner(court, ledger, 2, Watcher(), Trainer()).hold()
+    seconds = ledger.records[Trial("full", 0.001, 1)].wall_seconds
+    assert seconds is not None
+    assert seconds < 500
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_checkpoints_of_finished_runs_stay_or_go(tmp_path: Path, kept: bool) -> None:
     court = described(tmp_path, seeds=[2], contestants=CONTESTANTS[:2], keep_checkpoints=kept)
