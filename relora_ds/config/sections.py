@@ -156,8 +156,8 @@ class SpectralConfig(Section):
 
     lr: PositiveFloat | None = None
     """Peak learning rate of the factors. Default: `optimizer.adapter_lr` where it is given, which
-    is then that of SLTrain's values and of biases too; otherwise 2.5e-2, or 1e-2 if
-    `normalized`."""
+    is then that of SLTrain's values and of biases too; otherwise 2.5e-2, 1.25e-2 for `switchlora`,
+    or 2e-2 if `normalized`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay rate mu of the momentum that each factor has in place of Adam's two moments."""
     nesterov: bool = True
@@ -166,10 +166,13 @@ class SpectralConfig(Section):
     """Divide steps by scale (|A|^2 + |B|^2) / 2 with spectral norms: the weight moves by at most
     the learning rate times sqrt(max(1, m / n)) for m outputs and n inputs, as under Muon."""
 
-    @property
-    def default_lr(self) -> float:
-        """The factors' learning rate where none is given."""
-        return 1.0e-2 if self.normalized else 2.5e-2
+    def default_lr(self, plain: float) -> float:
+        """The factors' learning rate where none is given.
+
+        Args:
+            plain: the method's own, of steps that are not normalized.
+        """
+        return 2.0e-2 if self.normalized else plain
 
 
 class OptimizerConfig(Section):
@@ -214,11 +217,14 @@ class OptimizerConfig(Section):
         update one parameter at a time."""
         return self.name in ("adamw", "adamw8bit")
 
-    @property
-    def resolved_pair_lr(self) -> float:
-        """The learning rate of pairs that are updated as one, with its default filled in."""
+    def resolved_pair_lr(self, plain: float) -> float:
+        """The learning rate of pairs that are updated as one, with its default filled in.
+
+        Args:
+            plain: the method's default.
+        """
         given = self.adapter_lr if self.spectral.lr is None else self.spectral.lr
-        return self.spectral.default_lr if given is None else given
+        return self.spectral.default_lr(plain) if given is None else given
 
     @property
     def resolved_adapter_lr(self) -> float:

@@ -97,7 +97,7 @@ class Phase:
         factor = self.method.lr_multiplier(step - self.first_step, self.schedule)
         rates = {"dense": optimizer.lr, "adapter": self.adapter_lr}
         if optimizer.adapter is not None:
-            rates["pair"] = optimizer.resolved_pair_lr
+            rates["pair"] = optimizer.resolved_pair_lr(self.method.config.spectral_lr)
         return {role: factor * rate for role, rate in rates.items()}
 
 

@@ -74,6 +74,11 @@ class MethodSettings(Section):
         return 1.0
 
     @property
+    def spectral_lr(self) -> float:
+        """Learning rate of factors under spectral updates where none is given."""
+        return 2.5e-2
+
+    @property
     def warm_start(self) -> WarmStart | None:
         """Full-rank training that precedes the method within the run."""
         return None

@@ -29,9 +29,11 @@ def pairs_are_moved(method: MethodSettings, optimizer: OptimizerConfig) -> Itera
         )
 
 
-def pairs_have_their_own_rate(optimizer: OptimizerConfig) -> Iterator[Finding]:
+def pairs_have_their_own_rate(
+    method: MethodSettings, optimizer: OptimizerConfig
+) -> Iterator[Finding]:
     """AdamW's rates for factors are several times smaller than those of spectral updates."""
-    given, usual = optimizer.adapter_lr, optimizer.spectral.default_lr
+    given, usual = optimizer.adapter_lr, optimizer.spectral.default_lr(method.spectral_lr)
     if optimizer.adapter is None or optimizer.spectral.lr is not None or given is None:
         return
     if given < 0.4 * usual:
