@@ -178,10 +178,9 @@ class _Rehearsal:
             memo[id(buffer)] = torch.empty_like(buffer, device="meta")
         self._layer = copy.deepcopy(layer, memo)
         self._layer.begin_update(size)
-        self._width, rows = _input_and_output(layer)
-        self._weight = self._width * rows
-        if layer.spec.pads and layer.spec.style == "row":
-            self._width = size.mlp_width(self._width)
+        width, rows = _input_and_output(layer)
+        self._weight = width * rows
+        _, self._width = layer.spec.product_shape(rows, width, size)
 
     def held_bytes(self) -> int:
         """Bytes that the copy has held on to."""

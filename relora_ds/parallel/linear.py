@@ -42,6 +42,20 @@ class LinearSpec:
     tp: TensorParallel = SINGLE
     pads: bool = False
 
+    def product_shape(self, rows: int, cols: int, size: UpdateSize) -> tuple[int, int]:
+        """Shape that a weight (rows, cols) has in the products of an update.
+
+        Args:
+            rows: outputs that are held here.
+            cols: inputs that are held here.
+            size: of the update.
+        """
+        if not self.pads:
+            return rows, cols
+        if self.style == "column":
+            return size.mlp_width(rows), cols
+        return rows, size.mlp_width(cols)
+
 
 class Projection(nn.Module):
     """What stands in for a projection: (..., in_features) -> (..., out_features).
@@ -93,9 +107,9 @@ class Projection(nn.Module):
         Args:
             rows: of the weight that is held here.
         """
-        if self.update is None or not self.spec.pads or self.spec.style == "row":
+        if self.update is None:
             return rows
-        return self.update.mlp_width(rows)
+        return self.spec.product_shape(rows, 0, self.update)[0]
 
     def shard_dims(self) -> dict[str, int]:
         """The dimension along which each parameter is cut; others are the same on every rank."""

@@ -121,7 +121,6 @@ def product_size(layer: LowRankProjection, update: UpdateSize, count: int = 0) -
     """
     cut = layer.shards_inner
     rows, cols = tp_local_shape(layer.lora_B)[0], tp_local_shape(layer.lora_A)[1]
-    side = rows if layer.spec.style == "column" else cols
     return ProductSize(
         tokens=update.tokens,
         micro_batches=update.micro_batches,
@@ -132,7 +131,7 @@ def product_size(layer: LowRankProjection, update: UpdateSize, count: int = 0) -
         count=count,
         shards=layer.spec.tp.size if cut else 1,
         joined=method_shape(getattr(layer, layer.inner_factor[0])).numel() if cut else 0,
-        padded=layer.spec.pads and update.mlp_width(side) != side,
+        padded=layer.spec.product_shape(rows, cols, update) != (rows, cols),
     )
 
 

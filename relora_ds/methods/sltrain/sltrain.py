@@ -113,11 +113,7 @@ class SparseLowRankLinear(LowRankProjection):
         # they are there beside W or its gradient, of which one lives at a time
         working = size.dtype.itemsize
         rows, cols = tp_local_shape(self.lora_B)[0], tp_local_shape(self.lora_A)[1]
-        if self.spec.pads and self.spec.style == "column":
-            rows = size.mlp_width(rows)
-        elif self.spec.pads:
-            cols = size.mlp_width(cols)
-        dense = rows * cols
+        dense = math.prod(self.spec.product_shape(rows, cols, size))
         joined = (
             method_shape(getattr(self, self.inner_factor[0])).numel() if self.shards_inner else 0
         )

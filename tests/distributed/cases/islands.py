@@ -334,3 +334,12 @@ def batch(step: int) -> torch.Tensor:
     """The global batch of an update: one of two in turn, which are learnt by heart."""
     draw = torch.Generator().manual_seed(step % 2)
     return torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=draw)
+
+
+def shares(run: Island, step: int) -> list[torch.Tensor]:
+    """What each of two islands reads of the global batch of an update."""
+    copies, tokens = run.topology.data_size, batch(step)
+    return [
+        torch.cat([tokens[rank::copies] for rank in ranks])
+        for ranks in (range(copies // 2), range(copies // 2, copies))
+    ]

@@ -23,9 +23,9 @@ from tests.distributed.cases.islands import (
     OUTER,
     RATES,
     Island,
-    batch,
     between_islands,
     groups_of,
+    shares,
     spread_over_islands,
 )
 from tests.harness.build import TINY, run_config
@@ -118,10 +118,10 @@ def refreshing(
             run.check_replicas("refresh")
             if fragments == 1 and not overlap:
                 figures["bytes"] &= moved == _expected(run, bits, refreshes, ends)
-                shares = _shares(run, step)
+                read = shares(run, step)
                 if refreshes:
-                    plain.refresh(shares)
-                loss = plain.step(step, shares, run.set_rates(step, RATES), ends, False)
+                    plain.refresh(read)
+                loss = plain.step(step, read, run.set_rates(step, RATES), ends, False)
                 figures["plain"].append(loss)
         weights = dict(plain.islands[0].model.named_parameters())
         if tensor == 1:
@@ -160,15 +160,6 @@ def _expected(run: Island, bits: int, refreshes: bool, ends: bool) -> dict[Traff
     if ends:
         found |= end_of_round(groups_of(run), run.zero, 2, run.topology.dp_rank, bits)
     return found
-
-
-def _shares(run: Island, step: int) -> list[torch.Tensor]:
-    """Of the global batch, by island."""
-    copies, tokens = run.topology.data_size, batch(step)
-    return [
-        torch.cat([tokens[rank::copies] for rank in ranks])
-        for ranks in (range(copies // 2), range(copies // 2, copies))
-    ]
 
 
 def _plain_islands(config: RunConfig) -> _Reference:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from relora_ds.accounting.islands import end_of_round, fragment_of_round
@@ -20,10 +19,10 @@ from tests.distributed.cases.islands import (
     RANK,
     RATES,
     Island,
-    batch,
     between_islands,
     described,
     groups_of,
+    shares,
     spread_over_islands,
 )
 from tests.harness.build import TINY
@@ -65,13 +64,9 @@ def in_turn(
             figures["losses"].append(run.step(step, common=last)[0])
             figures["bytes"] &= between_islands() == wanted
             if plain is not None:
-                size, rates = topology.world_size // 2, run.set_rates(step, RATES)
-                shares = [
-                    torch.cat([batch(step)[rank :: topology.world_size] for rank in ranks])
-                    for ranks in (range(size), range(size, 2 * size))
-                ]
-                together = last or _ends_together(run, step + 1)
-                figures["plain"].append(plain.step(step, shares, rates, together, bool(merged)))
+                rates, together = run.set_rates(step, RATES), last or _ends_together(run, step + 1)
+                read = shares(run, step)
+                figures["plain"].append(plain.step(step, read, rates, together, bool(merged)))
         figures["differ"].append(spread_over_islands(run))
         if plain is not None:
             model = plain.islands[0].model

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from relora_ds.accounting.islands import end_of_round
 from relora_ds.config.methods.switchlora import SwitchLoRAConfig
 from relora_ds.config.schema import RunConfig
@@ -16,10 +14,10 @@ from tests.distributed.cases.islands import (
     OUTER,
     RATES,
     Island,
-    batch,
     between_islands,
     described,
     groups_of,
+    shares,
     spread_over_islands,
 )
 from tests.harness.build import TINY
@@ -59,13 +57,8 @@ def switching(topology: Topology, cells: list[Switching], steps: int) -> dict[st
             run.check_replicas("switch")
             if step and config.islands.ends_at(step):
                 plain.switch(step, config.islands.round_ending(step))
-            copies = run.topology.data_size
-            shares = [
-                torch.cat([batch(step)[rank::copies] for rank in ranks])
-                for ranks in (range(copies // 2), range(copies // 2, copies))
-            ]
             rates = run.set_rates(step, RATES)
-            figures["plain"].append(plain.step(step, shares, rates, ends, False))
+            figures["plain"].append(plain.step(step, shares(run, step), rates, ends, False))
         metrics, island = run.metrics(), plain.islands[0]
         assert isinstance(island, PlainSwitchingIsland)
         figures["drift"] = metrics["method/function_drift"]
